@@ -1,0 +1,1401 @@
+"""01_data by geometry: real scenes against independently measured figures, rooms against a float64 reference written here,
+camera models against their definition, and everything that can be wrong with a folder."""
+import hashlib
+import importlib
+import json
+import math
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+data = importlib.import_module("01_data")
+
+REPO = Path(__file__).parents[1]
+REAL = Path(__file__).parents[2] / "shared" / "data"
+GL = np.diag([1.0, -1.0, -1.0, 1.0])
+
+
+def real(name):
+    if not (REAL / name).is_dir():
+        pytest.skip(f"no real scene: {REAL / name} is absent")
+    return REAL / name
+
+
+def tree(folder):  # -> {path: bytes digest} of everything below
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder"
+            for p in sorted(folder.rglob("*"))}
+
+
+def numbers(view):  # -> K, c2w in float64
+    return view.K.double().numpy(), view.c2w.double().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------- scenes made by hand
+
+
+def pose(i, step=0.1):  # OpenCV camera-to-world: along x, looking along z
+    c2w = np.eye(4)
+    c2w[0, 3] = step * i
+    return c2w
+
+
+def write_scene(folder, count=4, size=(24, 32), kind="png", **meta):
+    """A transforms.json scene of noise pictures; returns its contents for the test to spoil and `save`."""
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        picture = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        Image.fromarray(picture).save(folder / f"images/{i}.{kind}")
+    frames = [dict(file_path=f"images/{i}.{kind}", transform_matrix=(pose(i) @ GL).tolist()) for i in range(count)]
+    meta = dict(fl_x=30.0, fl_y=31.0, cx=16.5, cy=11.5, w=size[1], h=size[0], frames=frames) | meta
+    return save(folder, {k: v for k, v in meta.items() if v is not None})
+
+
+def save(folder, meta, name="transforms.json"):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(meta))
+    return meta
+
+
+def write_maps(folder, key, names, array):
+    for n in names:
+        (folder / n).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / n, array) if n.endswith(".npy") else Image.fromarray(array).save(folder / n)
+    return key
+
+
+def only_scene(folder, **options):
+    (scene,) = data.load_scenes(folder, **options)
+    return scene
+
+
+COLMAP_IDS = dict(SIMPLE_PINHOLE=0, PINHOLE=1, SIMPLE_RADIAL=2, RADIAL=3, OPENCV=4)
+
+
+def write_colmap(folder, model, params, size, names, points, poses, text=False):
+    """A COLMAP model from its format description; one camera, two 2D points an image, a track of two a point."""
+    sparse = folder / "sparse" / "0"
+    sparse.mkdir(parents=True)
+    if text:
+        (sparse / "cameras.txt").write_text(f"# cameras\n7 {model} {size[1]} {size[0]} {' '.join(map(repr, params))}\n")
+        lines = [f"{i + 1} {' '.join(map(repr, [*q, *t]))} 7 {n}\n1.0 2.0 -1 3.0 4.0 1\n"
+                 for i, (n, (q, t)) in enumerate(zip(names, poses))]
+        (sparse / "images.txt").write_text("# images\n" + "".join(lines))
+        lines = [f"{i} {' '.join(map(repr, p))} 1 2 3 0.5 1 0 2 1\n" for i, p in enumerate(points)]
+        (sparse / "points3D.txt").write_text("# points\n" + "".join(lines))
+        return sparse
+    camera = struct.pack("<iiQQ", 7, COLMAP_IDS.get(model, model), size[1], size[0]) + struct.pack(f"<{len(params)}d", *params)
+    (sparse / "cameras.bin").write_bytes(struct.pack("<Q", 1) + camera)
+    images = b"".join(struct.pack("<i7di", i + 1, *q, *t, 7) + n.encode() + b"\0" + struct.pack("<QddqddQ", 2, 1, 2, -1, 3, 4, 1)
+                      for i, (n, (q, t)) in enumerate(zip(names, poses)))
+    (sparse / "images.bin").write_bytes(struct.pack("<Q", len(names)) + images)
+    tracks = b"".join(struct.pack("<Q3d3BdQ4i", i, *p, 1, 2, 3, 0.5, 2, 1, 0, 2, 1) for i, p in enumerate(points))
+    (sparse / "points3D.bin").write_bytes(struct.pack("<Q", len(points)) + tracks)
+    return sparse
+
+
+def small_colmap(folder, text=False, model="PINHOLE", params=(30.0, 31.0, 16.5, 11.5)):
+    write_scene(folder)
+    (folder / "transforms.json").unlink()
+    poses = [((1.0, 0.0, 0.0, 0.0), (-0.1 * i, 0.0, 0.0)) for i in range(4)]
+    return write_colmap(folder, model, params, (24, 32), [f"{i}.png" for i in range(4)], [(0.1, 0.2, 2.0)] * 60, poses, text)
+
+
+# ---------------------------------------------------------------------------------------------------- rooms: files
+
+
+def test_same_seed_same_bytes_and_an_interrupted_call_is_completed(tmp_path):
+    make = lambda name, seed=3: data.make_rooms(tmp_path / name, scenes=2, views=3, size=(12, 16), seed=seed)
+    make("a"), make("b"), make("other", seed=4)
+    whole = tree(tmp_path / "a")
+    assert len(whole) == 1 + 2 * (1 + 1 + 5 * (1 + 3))  # rooms.json; each room: itself, transforms.json, 5 folders of 3
+    assert tree(tmp_path / "b") == whole
+    other = tree(tmp_path / "other")
+    assert other.keys() == whole.keys() and all(other[f] != whole[f] for f in whole if "/images/" in f or f.endswith(".json"))
+
+    shutil.rmtree(tmp_path / "b/room_001")  # interrupted in the second room: a hidden, half-written folder is left
+    (tmp_path / "b/.room_001.99/images").mkdir(parents=True)
+    (tmp_path / "b/.room_001.99/images/000.png").write_bytes(b"half")
+    kept = (tmp_path / "b/room_000/transforms.json").stat().st_mtime_ns
+    data.open_scenes(tmp_path / "b")
+    assert tree(tmp_path / "b") == whole
+    assert (tmp_path / "b/room_000/transforms.json").stat().st_mtime_ns == kept  # finished rooms are not made again
+    shutil.rmtree(tmp_path / "b/room_000")
+    make("b")
+    assert tree(tmp_path / "b") == whole
+
+
+def test_interrupted_while_writing_leaves_no_room_folder(tmp_path, monkeypatch):
+    render, calls = data.render_room_view, []
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return render(*args)
+    monkeypatch.setattr(data, "render_room_view", stops)
+    with pytest.raises(KeyboardInterrupt):
+        data.make_rooms(tmp_path / "a", scenes=2, views=3, size=(12, 16))
+    assert [p.name for p in (tmp_path / "a").iterdir() if p.is_dir() and p.name[0] != "."] == ["room_000"]
+    monkeypatch.setattr(data, "render_room_view", render)
+    assert len(data.open_scenes(tmp_path / "a")) == 2
+    data.make_rooms(tmp_path / "b", scenes=2, views=3, size=(12, 16))
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+@pytest.mark.parametrize("other", [dict(seed=1), dict(views=4), dict(size=(16, 16))])
+def test_rooms_of_other_settings_are_refused(tmp_path, other):
+    settings = dict(scenes=1, views=3, size=(12, 16), seed=0)
+    data.make_rooms(tmp_path / "a", **settings)
+    before = tree(tmp_path / "a")
+    with pytest.raises(data.DataError, match="other settings") as error:
+        data.make_rooms(tmp_path / "a", **settings | other)
+    assert "\n" not in str(error.value) and tree(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("bad", [dict(scenes=0), dict(views=2), dict(size=(0, 16)), dict(seed=-1)])
+def test_impossible_rooms_are_refused(tmp_path, bad):
+    with pytest.raises(data.DataError, match="cannot make rooms"):
+        data.make_rooms(tmp_path / "a", **dict(scenes=1, views=3, size=(12, 16), seed=0) | bad)
+    assert not (tmp_path / "a").exists()
+
+
+def test_rooms_are_not_written_among_other_files(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(data.DataError, match="not empty"):
+        data.make_rooms(tmp_path, scenes=1, views=3, size=(12, 16))
+    with pytest.raises(data.DataError, match="not empty"):
+        data.make_rooms(tmp_path / "thesis.txt", scenes=1, views=3, size=(12, 16))
+    assert list(tree(tmp_path)) == ["thesis.txt"]
+    for spoiled in ("", "[]", "{"):
+        (tmp_path / "rooms.json").write_text(spoiled)
+        with pytest.raises(data.DataError, match="rooms.json"):
+            data.open_scenes(tmp_path)
+
+
+def test_missing_data_folder_is_filled_with_the_default_rooms(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "DEFAULT_ROOMS", dict(scenes=2, views=3, size=(12, 16), seed=0))
+    assert len(data.open_scenes("data")) == 2
+    assert capsys.readouterr().out.splitlines() == ["no data yet: writing 2 built-in rooms of 3 views to data/"]
+    before = (tmp_path / "data/rooms.json").stat().st_mtime_ns
+    assert len(data.open_scenes(tmp_path / "data")) == 2 and capsys.readouterr().out == ""
+    assert (tmp_path / "data/rooms.json").stat().st_mtime_ns == before  # reading writes nothing
+    with pytest.raises(data.DataError, match="no such folder"):
+        data.open_scenes("elsewhere")
+
+
+# ---------------------------------------------------------------------------------------------------- rooms: truth
+
+
+def plane_hit(origin, rays, point, normal):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return ((point - origin) @ normal) / (rays @ normal)
+
+
+def quadric_hits(origin, rays, centre, M):  # both roots of (p - c)^T M (p - c) = 1
+    o = origin - centre
+    a, b, c = np.einsum("pi,ij,pj->p", rays, M, rays), rays @ M @ o, o @ M @ o - 1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        root = np.sqrt(b * b - a * c)
+        return (-b - root) / a, (-b + root) / a
+
+
+def reference_cast(origin, rays, room):
+    """Every surface of a room as planes and quadrics in world space, float64 -> t, outward normal, instance, label."""
+    size, prims, _, _ = room
+    best, normal = np.full(len(rays), np.inf), np.zeros_like(rays)
+    instance, label = np.zeros(len(rays), int), np.zeros(len(rays), int)
+
+    def offer(t, n, valid, which, kind):
+        closer = valid & (t > 1e-3) & (t < best)
+        best[closer], instance[closer], label[closer] = t[closer], which, kind
+        normal[closer] = np.broadcast_to(n, rays.shape)[closer]
+
+    every = np.ones(len(rays), bool)
+    wall = 3
+    for axis in range(3):
+        for side in (0, 1):
+            n = np.zeros(3)
+            n[axis] = 1 - 2 * side  # into the room
+            which, kind = (wall, 2) if axis < 2 else ((1, 0), (2, 1))[side]
+            offer(plane_hit(origin, rays, side * size, n), n, every, which, kind)
+            wall += axis < 2
+    for kind, centre, half, yaw, which, name in zip(*prims[:6]):
+        R = np.array([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])  # own axes -> world
+        for axis in range(3) if kind == data.BOX else (2,) if kind == data.CYLINDER else ():
+            for side in (-1, 1):
+                n = side * R[:, axis]
+                t = plane_hit(origin, rays, centre + half[axis] * n, n)
+                with np.errstate(invalid="ignore"):
+                    own = ((origin + rays * t[:, None] - centre) @ R) / half
+                others = [k for k in range(3) if k != axis]
+                within = (np.abs(own[:, others]) <= 1).all(1) if kind == data.BOX else (own[:, :2] ** 2).sum(1) <= 1
+                offer(t, n, within, which, name)
+        if kind != data.BOX:
+            M = R @ np.diag(half**-2.0 * ([1, 1, 1] if kind == data.SPHERE else [1, 1, 0])) @ R.T
+            for t in quadric_hits(origin, rays, centre, M):
+                at = origin + rays * np.nan_to_num(t)[:, None] - centre
+                n = at @ M
+                within = np.isfinite(t) & ((kind == data.SPHERE) | (np.abs(at[:, 2]) <= half[2]))
+                offer(t, n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-12), within, which, name)
+    return best, normal, instance, label
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+def test_rooms_are_exact(rooms, rooms_dir, index):
+    scene, room = rooms[index], data.make_room(np.random.default_rng([0, index]))
+    folder = rooms_dir / f"room_{index:03d}"
+    for i in (0, 5, 11):
+        frame, view = scene.frames[i], scene.view(i)
+        height, width = frame.size
+        y, x = np.mgrid[:height, :width] + 0.5
+        (fx, _, cx), (_, fy, cy), _ = frame.K
+        rays = np.stack([(x - cx) / fx, (y - cy) / fy, np.ones_like(x)], -1).reshape(-1, 3)
+        t, normal, instance, label = reference_cast(frame.c2w[:3, 3], rays @ frame.c2w[:3, :3].T, room)
+        stored = np.array(Image.open(folder / f"normals/{i:03d}.png"), float).reshape(-1, 3)
+        normal = normal @ frame.c2w[:3, :3]
+        right = (view.mask.numpy().ravel() == instance) & (view.label.numpy().ravel() == label)
+        assert (~right).sum() <= 2  # an edge that passes through a pixel's centre may round either way
+        # Stored to a millimetre and to 8 bits. Rays are cast in float32: on legs of 3 cm that adds up to 0.1 mm and half a step.
+        depth_off, normal_off = np.abs(view.depth.numpy().ravel() - t)[right], np.abs(stored - (normal + 1) * 127.5).max(1)[right]
+        assert depth_off.max() < 0.6e-3 and (depth_off < 0.502e-3).mean() > 0.999
+        assert normal_off.max() < 1.0 and (normal_off < 0.51).mean() > 0.998
+        read = view.normal.reshape(-1, 3).double().numpy()
+        assert np.abs(np.linalg.norm(read, axis=1) - 1).max() < 1e-5
+        assert np.abs(read - normal)[right].max() < 0.015 and ((read * rays).sum(1) < 0.02).all()  # towards the camera
+        assert len(np.unique(instance)) > 3
+
+
+def unproject(view, step=1):  # -> (M, 3) world points of the pixels with depth, (M,) mask id
+    K, c2w = numbers(view)
+    depth = view.depth.numpy()[::step, ::step].astype(float)
+    y, x = (np.mgrid[: view.depth.shape[0], : view.depth.shape[1]] + 0.5)[:, ::step, ::step]
+    points = np.stack([(x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1], np.ones_like(x)], -1) * depth[..., None]
+    ids = view.mask.numpy()[::step, ::step] if view.mask is not None else np.zeros(depth.shape, int)
+    return points[depth > 0] @ c2w[:3, :3].T + c2w[:3, 3], ids[depth > 0]
+
+
+def land(points, view, c2w=None):  # -> z in the view, its own depth there (0 outside), its mask id there
+    K, own = numbers(view)
+    w2c = np.linalg.inv(own if c2w is None else c2w)
+    p = points @ w2c[:3, :3].T + w2c[:3, 3]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x, y = np.floor(p[:, 0] / p[:, 2] * K[0, 0] + K[0, 2]), np.floor(p[:, 1] / p[:, 2] * K[1, 1] + K[1, 2])
+        inside = (p[:, 2] > 0) & (x >= 0) & (y >= 0) & (x < view.depth.shape[1]) & (y < view.depth.shape[0])
+    col, row = np.where(inside, x, 0).astype(int), np.where(inside, y, 0).astype(int)
+    ids = view.mask.numpy()[row, col] if view.mask is not None else np.zeros(len(p), int)
+    return p[:, 2], np.where(inside, view.depth.numpy()[row, col], 0), ids * inside
+
+
+def test_room_views_agree_in_depth_and_instances(rooms):
+    for scene in rooms:
+        for i, j in ((0, 1), (4, 7), (11, 9)):
+            points, ids = unproject(scene.view(i))
+            z, depth, other = land(points, scene.view(j))
+            error = np.abs(z - depth)[depth > 0] / depth[depth > 0]
+            assert len(error) > 4000 and np.median(error) < 0.004
+            same = (depth > 0) & (np.abs(z - depth) < 0.02 * depth)
+            assert (ids == other)[same].mean() > 0.98
+
+
+def inside_primitive(points, prims, k):
+    c, s = math.cos(prims.yaw[k]), math.sin(prims.yaw[k])
+    x, y, z = ((points - prims.centre[k]) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])).T / prims.half[k][:, None]
+    if prims.kind[k] == data.BOX:
+        return np.maximum.reduce(np.abs([x, y, z])) <= 1
+    return (x * x + y * y + z * z <= 1) if prims.kind[k] == data.SPHERE else (x * x + y * y <= 1) & (np.abs(z) <= 1)
+
+
+def test_rooms_are_plausible():
+    labels, textures = set(), {k: [] for k in range(10)}
+    for index in range(60):
+        size, prims, shell, path = data.make_room(np.random.default_rng([0, index]))
+        cameras, look_at = path(400)
+        assert (cameras > 0.2).all() and (cameras < size - 0.2).all()
+        assert np.linalg.norm(np.diff(cameras, axis=0), axis=1).max() < 0.05  # smooth
+        assert (np.linalg.norm(look_at - cameras, axis=1) > 0.3).all()
+        ball = np.random.default_rng(0).normal(size=(12, 3))
+        around = cameras[:, None] + 0.1 * ball / np.linalg.norm(ball, axis=1, keepdims=True)  # no wall of anything within 10 cm
+        for k in range(len(prims.kind)):
+            assert not inside_primitive(np.concatenate([cameras, around.reshape(-1, 3)]), prims, k).any()
+            c, s = abs(math.cos(prims.yaw[k])), abs(math.sin(prims.yaw[k]))
+            hx, hy, hz = prims.half[k]
+            if prims.kind[k] == data.BOX:
+                reach = np.array([c * hx + s * hy, s * hx + c * hy, hz])
+            else:
+                reach = np.array([math.hypot(c * hx, s * hy), math.hypot(s * hx, c * hy), hz])
+            assert (prims.centre[k] - reach > -1e-9).all() and (prims.centre[k] + reach < size + 1e-9).all(), "outside the room"
+            textures[prims.label[k]].append(prims.texture[k])
+        for instance in np.unique(prims.instance):
+            of = prims.instance == instance
+            assert len(np.unique(prims.label[of])) == 1 and instance > 6
+            if prims.label[of][0] == data.CLASSES.index("picture"):
+                k = np.nonzero(of)[0][0]
+                assert min(*(prims.centre[k] - 0.02)[:2], *(size - prims.centre[k] - 0.02)[:2]) < 1e-9  # its back is on the wall
+                assert 0.5 < prims.centre[k][2] < 2
+            else:
+                assert abs((prims.centre[of, 2] - prims.half[of, 2]).min()) < 1e-9  # stands on the floor
+        labels |= {0, 1, 2, *prims.label.tolist()}
+        for k, label in enumerate((2, 2, 2, 2, 0, 1)):
+            textures[label].append(shell[k])
+    assert labels == set(range(10))
+    everything = np.concatenate([np.array(t) for t in textures.values()])
+    for label, some in textures.items():  # each class's textures are a fair sample of all textures
+        some = np.array(some)
+        z = (some.mean(0) - everything.mean(0)) / (everything.std(0) / math.sqrt(len(some)))
+        assert np.abs(z).max() < 4.5, f"the textures of {data.CLASSES[label]} are its own"
+        counts = np.bincount(some[:, 0].astype(int), minlength=6)
+        assert (counts > 0).all() and ((counts - len(some) / 6) ** 2 / (len(some) / 6)).sum() < 25
+
+
+def test_room_pictures_are_lit_and_varied(rooms):
+    for scene in rooms:
+        image = scene.view(3).image
+        assert image.std() > 0.08 and 0.15 < image.mean() < 0.8 and (image == 1).float().mean() < 0.2
+
+
+# ---------------------------------------------------------------------------------------------------- real data: depth
+
+
+def depth_disagreement(views, gap, wrong=None):
+    """Relative depth error of all pixels with both depths, both ways, pairs at `gap`; `wrong` misreads the poses."""
+    errors = []
+    for a, b in [(i, i + gap) for i in range(len(views) - gap)]:
+        v, w = views[a], views[b]
+        if wrong:
+            v, w = (u._replace(c2w=torch.from_numpy(wrong(numbers(u)[1]))) for u in (v, w))
+        z, depth, _ = land(unproject(v, step=3)[0], w)
+        errors.append(np.abs(z - depth)[depth > 0] / depth[depth > 0])
+    return float(np.median(np.concatenate(errors)))
+
+
+@pytest.mark.parametrize("layout", [".", "original"])
+def test_7scenes_depth_agrees_as_measured(layout):
+    scene = only_scene(real("rgbd_7scenes_redkitchen") / layout)
+    assert len(scene) == 30 and scene.kinect == (layout == "original")
+    views = [scene.view(i) for i in range(30)]
+    measured = [depth_disagreement(views, gap) for gap in (1, 2, 4)]
+    print(f"\n7-Scenes {layout}: relative depth error at gaps 1, 2, 4:", measured)
+    assert measured == pytest.approx([0.0040, 0.0055, 0.0073], rel=0.15)  # README
+    assert 0.70 < np.mean([float((v.depth > 0).float().mean()) for v in views]) < 0.76  # README: valid 73 %
+    assert depth_disagreement(views[:12], 4, np.linalg.inv) > 0.10  # camera-to-world taken as world-to-camera
+    assert depth_disagreement(views[:12], 4, lambda c2w: c2w @ GL) > 0.10  # OpenGL axes taken as OpenCV's
+    if layout == "original":
+        raw = [v._replace(depth=torch.from_numpy(np.array(Image.open(f.depth)) * 1e-3)) for v, f in zip(views, scene.frames)]
+        raw = [v._replace(depth=v.depth * (v.depth < 60)) for v in raw]
+        assert depth_disagreement(raw, 1) > 1.3 * measured[0]  # depth that is not registered is not this camera's
+
+
+def test_7scenes_layouts_are_the_same_scene():
+    folder = real("rgbd_7scenes_redkitchen")
+    ours, theirs = only_scene(folder / "original"), only_scene(folder)
+    assert torch.allclose(ours.c2w, theirs.c2w, atol=2e-3)
+    a, b = ours.view(7).depth, theirs.view(7).depth
+    both = (a > 0) & (b > 0)
+    assert both.float().mean() > 0.69 and ((a - b).abs()[both] < 0.01).float().mean() > 0.97
+
+
+def test_registered_depth_keeps_the_nearest_surface():
+    depth = np.full((480, 640), 2.0, np.float32)
+    depth[150:300, 200:400] = 1.0
+    depth[:, 500:] = 0  # not measured
+    seen = data.register_kinect_depth(depth)
+    near, known = np.abs(seen - 1) < 0.05, seen > 0
+    for row in range(180, 240):  # it hides the wall behind it, and is 525 / 585 * 200 pixels wide
+        at = np.nonzero(near[row])[0]
+        assert 175 <= len(at) <= 185 and not (known & ~near)[row, at[0]:at[-1]].any()
+    assert 0.5 < known.mean() < 0.8 and not known[:, 600:].any()
+
+
+def test_apc_shelf_depth_and_instances_agree_as_measured():
+    scene = only_scene(real("rgbd_instances_apc_shelf"))
+    views = [scene.view(i) for i in range(15)]
+    assert set(torch.cat([v.mask.unique() for v in views]).tolist()) == {0, 48, 114, 132, 144}
+    lifted = [unproject(v, step=2) for v in views]
+    errors, agree, labelled = [], [], []
+    for i in range(15):
+        for j in range(15):
+            if i != j:
+                z, depth, ids = land(lifted[i][0], views[j])
+                errors.append(np.abs(z - depth)[depth > 0] / depth[depth > 0])
+                near = (depth > 0) & (np.abs(z - depth) < 0.02 * depth) & (lifted[i][1] > 0)
+                labelled.append(ids[near] > 0)
+                agree.append((ids == lifted[i][1])[near & (ids > 0)])
+    median, pooled = np.median([np.median(e) for e in errors if len(e)]), np.median(np.concatenate(errors))
+    agree, labelled = np.concatenate(agree).mean(), np.concatenate(labelled).mean()
+    print(f"\nAPC: median of pairs {median:.4f}, of pixels {pooled:.4f}; ids agree {agree:.4f}, labelled {labelled:.4f}")
+    assert min(abs(median - 0.0109), abs(pooled - 0.0109)) < 0.15 * 0.0109  # README: 1.09 %
+    assert agree > 0.99 and labelled > 0.96  # README: 99.6 %, 97.4 %
+    wrong = [v._replace(c2w=torch.linalg.inv(v.c2w)) for v in views]
+    z, depth, _ = land(unproject(wrong[0])[0], wrong[1])
+    bad = np.abs(z - depth)[depth > 0] / depth[depth > 0]
+    assert len(bad) < 0.1 * len(lifted[0][0]) or np.median(bad) > 0.2
+
+
+# ---------------------------------------------------------------------------------------------------- real data: epipolar
+# A small matcher in place of SIFT: corners, normalised patches with ratio and mutual check, then affine Lucas-Kanade on
+# normalised windows. It is more precise than SIFT's own key points on neighbouring views (0.10 to 0.12 px where the
+# READMEs measured 0.18 to 0.22), so the README's figure is an upper bound here.
+
+
+def bilinear(picture, x, y):  # (H, W) at pixel coordinates, centres at +0.5
+    x, y = np.clip(x - 0.5, 0, picture.shape[1] - 1.001), np.clip(y - 0.5, 0, picture.shape[0] - 1.001)
+    c, r = x.astype(int), y.astype(int)
+    a, b = x - c, y - r
+    top = (1 - a) * picture[r, c] + a * picture[r, c + 1]
+    return (1 - b) * top + b * ((1 - a) * picture[r + 1, c] + a * picture[r + 1, c + 1])
+
+
+def corners(grey, count, border=14):  # Shi-Tomasi -> (N, 2) x, y
+    g = torch.from_numpy(grey)[None, None]
+    gx, gy = F.pad(g[..., 2:] - g[..., :-2], (1, 1, 0, 0)), F.pad(g[..., 2:, :] - g[..., :-2, :], (0, 0, 1, 1))
+    a, b, c = (F.avg_pool2d(F.avg_pool2d(t, 5, 1, 2), 3, 1, 1) for t in (gx * gx, gx * gy, gy * gy))
+    strength = (a + c) / 2 - (((a - c) / 2) ** 2 + b * b).sqrt()
+    strength = torch.where(strength == F.max_pool2d(strength, 7, 1, 3), strength, 0.0)[0, 0]
+    inner = F.pad(strength[border:-border, border:-border], (border,) * 4)
+    index = inner.flatten().topk(count).indices.numpy()
+    return np.stack([index % grey.shape[1] + 0.5, index // grey.shape[1] + 0.5], 1)
+
+
+def windows(picture, xy, warp, radius, step=1.0):  # -> (N, P) raw values, (P, 2) offsets
+    offset = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1) * step] * 2), -1).reshape(-1, 2)
+    at = xy[:, None] + offset @ warp.transpose(0, 2, 1)
+    return bilinear(picture, at[..., 0], at[..., 1]), offset
+
+
+def unit(values):  # zero mean, unit norm
+    values = values - values.mean(1, keepdims=True)
+    return values / (np.linalg.norm(values, axis=1, keepdims=True) + 1e-6)
+
+
+def refine(grey1, grey2, x1, x2, steps=12):  # affine Lucas-Kanade: x2 moves until its window looks like that of x1
+    warp, x = np.tile(np.eye(2), (len(x1), 1, 1)), x2.copy()
+    wanted, offset = windows(grey1, x1, warp, 7)
+    wanted, (gy, gx) = unit(wanted), np.gradient(grey2)
+    for _ in range(steps):
+        raw = windows(grey2, x, warp, 7)[0]
+        now, norm = unit(raw), np.linalg.norm(raw - raw.mean(1, keepdims=True), axis=1)[:, None, None] + 1e-6
+        slope = np.stack([windows(g, x, warp, 7)[0] for g in (gx, gy)], -1)
+        J = np.concatenate([slope, slope[..., :1] * offset, slope[..., 1:] * offset], -1)
+        J = (J - J.mean(1, keepdims=True)) / norm
+        J = J - now[..., None] * (now[..., None] * J).sum(1, keepdims=True)
+        H = J.transpose(0, 2, 1) @ J
+        H = H + 2e-6 * np.trace(H, axis1=1, axis2=2)[:, None, None] * np.diag([0, 0, 1, 1, 1, 1]) + 1e-9 * np.eye(6)
+        step = np.linalg.solve(H, (J * (wanted - now)[..., None]).sum(1)[..., None])[..., 0]
+        x, warp = x + step[:, :2].clip(-1.5, 1.5), warp + step[:, 2:].clip(-0.2, 0.2).reshape(-1, 2, 2)
+    return x, (unit(windows(grey2, x, warp, 7)[0]) * wanted).sum(1)
+
+
+def match(image1, image2, count=600):  # -> (N, 2), (N, 2) pixels
+    soft = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]], dtype=torch.float64)[None, None] / 16
+    greys = [F.conv2d(255 * im.mean(0).double()[None, None], soft, padding=1)[0, 0].numpy() for im in (image1, image2)]
+    at = [corners(g, count) for g in greys]
+    words = [unit(windows(g, x, np.tile(np.eye(2), (len(x), 1, 1)), 5, 2.0)[0]) for g, x in zip(greys, at)]
+    distance = np.sqrt(np.maximum(2 - 2 * words[0] @ words[1].T, 0))
+    best, (first, second) = distance.argmin(1), np.partition(distance, 1, 1)[:, :2].T
+    keep = (first < 0.8 * second) & (distance.argmin(0)[best] == np.arange(count))
+    x1, x2 = at[0][keep], at[1][best[keep]]
+    x, likeness = refine(*greys, x1, x2)
+    good = (likeness > 0.8) & (np.linalg.norm(x - x2, axis=1) < 4)
+    return x1[good], x[good]
+
+
+def epipolar(x1, x2, K1, c2w1, K2, c2w2):  # mean of the two point-to-line distances
+    T = np.linalg.inv(c2w2) @ c2w1
+    t = T[:3, 3]
+    E = np.array([[0, -t[2], t[1]], [t[2], 0, -t[0]], [-t[1], t[0], 0]]) @ T[:3, :3]
+    fundamental = np.linalg.inv(K2).T @ E @ np.linalg.inv(K1)
+    x1, x2 = (np.concatenate([x, np.ones((len(x), 1))], 1) for x in (x1, x2))
+    l2, l1 = x1 @ fundamental.T, x2 @ fundamental
+    off = np.abs((x2 * l2).sum(1))
+    return 0.5 * (off / np.linalg.norm(l2[:, :2], axis=1) + off / np.linalg.norm(l1[:, :2], axis=1))
+
+
+def epipolar_error(scene, gap, pairs, readings):
+    """-> {reading: median epipolar distance}; a reading is a function of the OpenCV c2w."""
+    errors = {name: [] for name in readings}
+    for i in np.linspace(0, len(scene) - 1 - gap, pairs).astype(int).tolist():
+        a, b = scene.view(i), scene.view(i + gap)
+        x1, x2 = match(a.image, b.image)
+        for name, reading in readings.items():
+            (K1, c1), (K2, c2) = numbers(a), numbers(b)
+            errors[name].append(epipolar(x1, x2, K1, reading(c1), K2, reading(c2)))
+    assert sum(map(len, errors["right"])) > 60 * pairs
+    return {name: float(np.median(np.concatenate(e))) for name, e in errors.items()}
+
+
+READINGS = dict(right=lambda c2w: c2w, opengl=lambda c2w: c2w @ GL, w2c=np.linalg.inv)
+
+
+@pytest.mark.parametrize("name, readme", [("posed_fox_instantngp", 0.219), ("posed_masks_dtu_scan24", 0.184),
+                                          ("colmap_bartoszek_statue", 0.204), ("rgbd_7scenes_redkitchen", 1.3)])
+def test_matches_lie_on_epipolar_lines(name, readme):
+    # 7-Scenes: the README's 0.90 px is over all 29 pairs; these six scatter about it, so 1.3 is the bound.
+    error = epipolar_error(only_scene(real(name)), 1, 6, READINGS)
+    print(f"\n{name}: epipolar error at gap 1 {error}")
+    assert error["right"] < readme and error["opengl"] > 8 * error["right"] and error["w2c"] > 8 * error["right"]
+
+
+def test_fox_needs_its_distortion_undone():
+    scene, plain = only_scene(real("posed_fox_instantngp")), only_scene(real("posed_fox_instantngp"))
+    for frame in plain.frames:
+        frame.distortion = ((), (0.0, 0.0))
+    right, wrong = epipolar_error(scene, 3, 8, READINGS), epipolar_error(plain, 3, 8, READINGS)
+    print(f"\nfox: epipolar error at gap 3 {right}, distortion ignored {wrong['right']:.3f}")
+    assert right["right"] < 0.26 and wrong["right"] > 1.4 * right["right"]  # README: 0.260 and 0.333
+
+
+def test_fox_original_lists_missing_images(tmp_path):
+    folder = real("posed_fox_instantngp")
+    (tmp_path / "images").symlink_to(folder / "images")
+    shutil.copy(folder / "transforms_original_1080x1920.json", tmp_path / "transforms.json")
+    meta = json.loads((tmp_path / "transforms.json").read_text())
+    meta |= {k: meta[k] / 3 for k in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
+    save(tmp_path, meta)
+    with pytest.raises(data.DataError, match=r"does not exist.*17 of 67"):
+        data.load_scenes(tmp_path)
+    scene, packed = only_scene(tmp_path, skip_bad_frames=True), only_scene(folder)
+    assert len(scene) == 50 and sum("does not exist" in note for note in scene.notes) == 17
+    order = [packed.frames.index(next(f for f in packed.frames if f.image.name == g.image.name)) for g in scene.frames]
+    assert torch.allclose(scene.c2w, packed.c2w[order])
+
+
+def test_dtu_masks_are_two_regions():
+    scene = only_scene(real("posed_masks_dtu_scan24"))
+    view, stored = scene.view(3), np.array(Image.open(real("posed_masks_dtu_scan24") / "mask/003.png"))
+    assert (view.mask.numpy() == 1 + (stored > 127)).all() and set(view.mask.unique().tolist()) == {1, 2}
+    assert len({f.K[0, 0] for f in scene.frames}) > 1  # intrinsics are the frame's own
+
+
+def test_real_colmap_text_is_the_binary_model(tmp_path):
+    folder = real("colmap_bartoszek_statue")
+    (tmp_path / "images").symlink_to(folder / "images")
+    (tmp_path / "sparse").mkdir()
+    (tmp_path / "sparse/0").symlink_to(folder / "sparse_txt")
+    a, b = only_scene(folder), only_scene(tmp_path)
+    assert len(a) == len(b) == 23 and [f.name for f in a.frames] == [f.name for f in b.frames]
+    assert all((f.c2w == g.c2w).all() and (f.K == g.K).all() and f.size == g.size for f, g in zip(a.frames, b.frames))
+    assert a.points.shape == (1443, 3) and (a.points == b.points).all()
+    w2c = np.linalg.inv(a.frames[0].c2w)
+    assert (a.points @ w2c[2, :3] + w2c[2, 3] > 0).all()
+
+
+def read_observations(path):  # images.bin -> [(name, quaternion, t, camera, (N, 2) pixels, (N,) point ids)]
+    blob, at, found = path.read_bytes(), 8, []
+    for _ in range(struct.unpack_from("<Q", blob)[0]):
+        head = struct.unpack_from("<i7di", blob, at)
+        end = blob.index(b"\0", at + 64)
+        count = struct.unpack_from("<Q", blob, end + 1)[0]
+        listed = np.frombuffer(blob, np.dtype([("xy", "<2f8"), ("id", "<i8")]), count, end + 9)
+        found.append((blob[at + 64:end].decode(), np.array(head[1:5]), np.array(head[5:8]), head[8], listed["xy"], listed["id"]))
+        at = end + 9 + 24 * count
+    return found
+
+
+def read_point_ids(path):  # points3D.bin -> ids, in order
+    blob, at, ids = path.read_bytes(), 8, []
+    for _ in range(struct.unpack_from("<Q", blob)[0]):
+        ids.append(struct.unpack_from("<Q", blob, at)[0])
+        at += 51 + 8 * struct.unpack_from("<Q", blob, at + 43)[0]
+    return ids
+
+
+@pytest.mark.parametrize("model, expected", [("sparse/0", 0.296), ("sparse_distorted_bin", 0.897)])
+def test_colmap_reprojection_error_is_as_measured(model, expected):
+    model = real("colmap_bartoszek_statue") / model
+    cameras, poses, points = data.colmap_binary(model)
+    assert len(cameras) == len(poses) == 23 and points.shape[1] == 3
+    place = dict(zip(read_point_ids(model / "points3D.bin"), points))
+    errors = []
+    for (name, camera, q, t), (name2, q2, t2, camera2, xy, ids) in zip(poses, read_observations(model / "images.bin")):
+        assert name == name2 and camera == camera2 and (q == q2).all() and (t == t2).all()
+        K, size, distortion = data.colmap_camera(*cameras[camera], model)
+        if "distorted" in model.name:
+            assert cameras[camera][0] == "SIMPLE_RADIAL" and size == (2006, 3031) and distortion[0][0] != 0
+        p = np.array([place[k] for k in ids[ids >= 0]]) @ data.rotation_of(q).T + t
+        frame = data.Frame(name, None, K, None, size, distortion)
+        straight = p @ K.T
+        x, y = data.distort(straight[:, 0] / straight[:, 2], straight[:, 1] / straight[:, 2], K, frame)
+        errors.append(np.hypot(x - xy[ids >= 0, 0], y - xy[ids >= 0, 1]))
+    print(f"\n{model.name}: mean reprojection error {np.concatenate(errors).mean():.3f}")
+    assert np.concatenate(errors).mean() == pytest.approx(expected, abs=0.002)
+
+
+# ---------------------------------------------------------------------------------------------------- lenses and sizes
+
+
+def lens(model, p, X):  # COLMAP's camera models as its documentation defines them: camera points -> pixels
+    u, v = X[0] / X[2], X[1] / X[2]
+    r2 = u * u + v * v
+    if model == "SIMPLE_PINHOLE":
+        return p[0] * u + p[1], p[0] * v + p[2]
+    if model == "PINHOLE":
+        return p[0] * u + p[2], p[1] * v + p[3]
+    if model == "SIMPLE_RADIAL":
+        return p[0] * u * (1 + p[3] * r2) + p[1], p[0] * v * (1 + p[3] * r2) + p[2]
+    if model == "RADIAL":
+        gain = 1 + p[3] * r2 + p[4] * r2 * r2
+        return p[0] * u * gain + p[1], p[0] * v * gain + p[2]
+    fx, fy, cx, cy, k1, k2, p1, p2 = p
+    du = u * (k1 * r2 + k2 * r2 * r2) + 2 * p1 * u * v + p2 * (r2 + 2 * u * u)
+    dv = v * (k1 * r2 + k2 * r2 * r2) + 2 * p2 * u * v + p1 * (r2 + 2 * v * v)
+    return fx * (u + du) + cx, fy * (v + dv) + cy
+
+
+DOTS = np.array([[x, y, 4.0] for x in (-2.4, -1.2, 0.0, 1.2, 2.4) for y in (-1.6, -0.5, 0.6, 1.7)])
+
+
+def dot_picture(xs, ys, size, sigma=3.0):
+    rows, cols = np.mgrid[: size[0], : size[1]] + 0.5
+    glow = sum(np.exp(-((cols - x) ** 2 + (rows - y) ** 2) / (2 * sigma**2)) for x, y in zip(xs, ys))
+    return np.repeat((255 * glow.clip(0, 1))[..., None], 3, 2).round().astype(np.uint8)
+
+
+def dot_offsets(view, points, radius):
+    """Distance from where K and c2w put each point to the centre of mass of the dot there; dots near the border are left out."""
+    K, c2w = numbers(view)
+    p = (points - c2w[:3, 3]) @ c2w[:3, :3] @ K.T
+    offsets = []
+    rows, cols = np.mgrid[: view.image.shape[1], : view.image.shape[2]] + 0.5
+    for x, y in p[:, :2] / p[:, 2:]:
+        if radius + 1 < x < cols.shape[1] - radius - 1 and radius + 1 < y < rows.shape[0] - radius - 1:
+            weight = view.image.mean(0).double().numpy() * (np.hypot(cols - x, rows - y) < radius)
+            offsets.append(math.hypot((cols * weight).sum() / weight.sum() - x, (rows * weight).sum() / weight.sum() - y))
+    return np.array(offsets)
+
+
+CAMERAS = [("SIMPLE_PINHOLE", (200.0, 163.0, 118.0)), ("PINHOLE", (200.0, 205.0, 163.0, 118.0)),
+           ("SIMPLE_RADIAL", (200.0, 163.0, 118.0, -0.12)), ("RADIAL", (200.0, 163.0, 118.0, 0.10, -0.06)),
+           ("OPENCV", (200.0, 205.0, 163.0, 118.0, 0.06, -0.09, -0.008, 0.012))]
+
+
+def write_dots(folder, model, params, text=False):
+    (folder / "images").mkdir(parents=True)
+    turn = lambda a: (math.cos(a / 2), 0.0, math.sin(a / 2), 0.0)  # about y
+    poses = [(turn(0.02 * i), (0.05 * i, -0.03 * i, 0.1 * i)) for i in range(3)]
+    for i, (q, t) in enumerate(poses):
+        a = 0.02 * i
+        R = np.array([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]])
+        picture = dot_picture(*lens(model, params, R @ DOTS.T + np.array(t)[:, None]), (240, 320))
+        Image.fromarray(picture).save(folder / f"images/{i}.png")
+    write_colmap(folder, model, params, (240, 320), [f"{i}.png" for i in range(3)], DOTS.tolist() * 3, poses, text)
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize("model, params", CAMERAS)
+def test_colmap_cameras_put_points_where_the_picture_has_them(tmp_path, model, params, text):
+    write_dots(tmp_path, model, params, text)
+    scene = only_scene(tmp_path)
+    for i in range(3):
+        offsets = dot_offsets(scene.view(i), DOTS, 10)
+        assert len(offsets) >= 12 and offsets.max() < 0.12
+    if model in ("SIMPLE_RADIAL", "RADIAL", "OPENCV"):
+        scene.frames[0].distortion = ((), (0.0, 0.0))
+        assert dot_offsets(scene.view(0), DOTS, 10).max() > 0.5
+    near, far = scene.depth_range
+    assert near < 4 < far
+
+
+def test_transforms_opencv_distortion_is_that_of_colmap(tmp_path):
+    model, params = CAMERAS[-1]
+    write_dots(tmp_path, model, params)
+    theirs = only_scene(tmp_path)
+    meta = dict(zip(("fl_x", "fl_y", "cx", "cy", "k1", "k2", "p1", "p2"), params)) | dict(w=320, h=240, camera_model="OPENCV")
+    meta["frames"] = [dict(file_path=f"images/{f.name}", transform_matrix=(f.c2w @ GL).tolist()) for f in theirs.frames]
+    save(tmp_path, meta)
+    ours = only_scene(tmp_path)
+    for i in range(3):
+        a, b = ours.view(i), theirs.view(i)
+        assert torch.equal(a.image, b.image) and torch.allclose(a.K, b.K) and torch.allclose(a.c2w, b.c2w, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(240, 320), (120, 160), (100, 300), (300, 100), (480, 640), (37, 53), (241, 317)])
+@pytest.mark.parametrize("model, params", [CAMERAS[1], CAMERAS[4]])
+def test_any_view_size_keeps_the_geometry(tmp_path, size, model, params):
+    write_dots(tmp_path, model, params)
+    scene = only_scene(tmp_path)
+    view, full = scene.view(1, size), scene.view(1)
+    assert view.image.shape == (3, *size)
+    scale = max(size[0] / 240, size[1] / 320)
+    assert float(view.K[0, 0] / full.K[0, 0]) == pytest.approx(scale, rel=1e-6)  # covers, and the same both ways: not stretched
+    assert float(view.K[1, 1] / full.K[1, 1]) == pytest.approx(scale, rel=1e-6)
+    offsets = dot_offsets(view, DOTS, max(2.5, 11 * scale))
+    assert len(offsets) >= 4 and offsets.max() < 0.12 * max(scale, 1)
+
+
+def test_no_size_is_refused_by_rounding(tmp_path):
+    write_scene(tmp_path, size=(73, 55), w=55, h=73, cx=27.0, cy=36.0)
+    scene = only_scene(tmp_path)
+    for height in range(1, 90, 4):
+        for width in range(1, 90, 3):
+            assert scene.view(0, (height, width)).image.shape == (3, height, width)
+
+
+def blocks(size, rows=6, cols=8):  # -> (H, W) ids 1 ... rows * cols
+    y, x = np.mgrid[: size[0], : size[1]]
+    return 1 + (y * rows // size[0]) * cols + x * cols // size[1]
+
+
+@pytest.mark.parametrize("distortion", [{}, dict(k1=0.08, k2=-0.05, p1=0.004, p2=-0.003)])
+def test_maps_are_aligned_with_the_image(tmp_path, distortion):
+    size = (96, 128)
+    colours = np.random.default_rng(0).integers(40, 216, (64, 3)).astype(np.uint8)
+    ids = blocks(size)
+    write_scene(tmp_path, 3, size, fl_x=100.0, fl_y=101.0, cx=66.0, cy=47.0, **distortion)
+    normals = np.zeros((*size, 3), np.uint8) + np.array([128, 255, 128], np.uint8)
+    normals[ids == 1] = 128  # grey: unknown
+    for i in range(3):
+        for folder, array in dict(images=colours[ids], masks=ids.astype(np.uint8), depth=(ids * 100).astype(np.uint16),
+                                  normals=normals, labels=np.where(ids == 2, 255, ids % 10).astype(np.uint8)).items():
+            write_maps(tmp_path, "", [f"{folder}/{i}.png"], array)
+    scene = only_scene(tmp_path)
+    for want in (None, (96, 128), (48, 64), (192, 256), (60, 128), (96, 90)):
+        view = scene.view(0, want)
+        mask = view.mask
+        assert mask.dtype == torch.int64 and view.label.dtype == torch.int64 and view.depth.dtype == torch.float32
+        assert view.depth.shape == mask.shape == view.label.shape == view.image.shape[1:]
+        assert view.normal.shape == (*mask.shape, 3)
+        assert torch.allclose(view.depth, mask * 0.1)
+        assert torch.equal(view.label, torch.where(mask == 2, 255, mask % 10))
+        wanted = torch.tensor([0.0039, 1.0, 0.0039]) * (mask != 1)[..., None]
+        assert torch.allclose(view.normal, wanted, atol=1e-3)
+        flat = F.max_pool2d(mask[None, None].float(), 5, 1, 2) == -F.max_pool2d(-mask[None, None].float(), 5, 1, 2)
+        expected = torch.from_numpy(colours).float()[mask].permute(2, 0, 1) / 255
+        assert ((view.image - expected).abs().amax(0)[flat[0, 0]] < 0.03).float().mean() > 0.995
+        if not distortion and want in (None, (96, 128)):
+            assert torch.equal((view.image * 255).round(), (expected * 255).round())
+        if not distortion and want == (192, 256):
+            assert torch.equal(mask, torch.from_numpy(ids).repeat_interleave(2, 0).repeat_interleave(2, 1))
+        if not distortion and want == (60, 128):  # cut at the centre
+            assert torch.equal(mask, torch.from_numpy(ids)[18:78])
+
+
+# ---------------------------------------------------------------------------------------------------- transforms variants
+
+
+def test_poses_and_intrinsics_as_written(tmp_path):
+    write_scene(tmp_path)
+    scene = only_scene(tmp_path)
+    assert scene.name == tmp_path.name and [f.name for f in scene.frames] == [f"images/{i}.png" for i in range(4)]
+    assert np.allclose(scene.c2w, [pose(i) for i in range(4)])
+    view = scene.view(2)
+    assert torch.equal(view.K, torch.tensor([[30, 0, 16.5], [0, 31, 11.5], [0, 0, 1]]))
+    assert view[4:] == (None, None, None, None)
+    stored = np.array(Image.open(tmp_path / "images/2.png"))
+    assert (np.round(view.image.numpy() * 255) == stored.transpose(2, 0, 1)).all()
+
+
+def test_camera_angle_alone(tmp_path):
+    write_scene(tmp_path, fl_x=None, fl_y=None, cx=None, cy=None, w=None, h=None, camera_angle_x=0.9)
+    K = only_scene(tmp_path).view(0).K
+    f = 16 / math.tan(0.45)
+    assert torch.allclose(K, torch.tensor([[f, 0, 16], [0, f, 12], [0, 0, 1]]))
+
+
+def test_intrinsics_of_the_frame_win(tmp_path):
+    meta = write_scene(tmp_path)
+    meta["frames"][1] |= dict(fl_x=60.0, cx=10.0, k1=0.02)
+    save(tmp_path, meta)
+    scene = only_scene(tmp_path)
+    assert scene.frames[1].K.tolist() == [[60, 0, 10], [0, 31, 11.5], [0, 0, 1]] and scene.frames[1].distortion[0][0] == 0.02
+    assert scene.frames[0].K[0, 0] == 30 and scene.frames[0].distortion[0][0] == 0
+
+
+def test_three_by_four_poses_portrait_spaces_and_no_ending(tmp_path):
+    meta = write_scene(tmp_path, size=(32, 24), cx=12.0, cy=16.0)
+    for i, frame in enumerate(meta["frames"]):
+        frame["transform_matrix"] = frame["transform_matrix"][:3]
+        (tmp_path / f"images/{i}.png").rename(tmp_path / f"images/my photo 0.{i}.png")
+        frame["file_path"] = f"./images/my photo 0.{i}" + (".png" if i % 2 else "")
+    save(tmp_path, meta)
+    scene = only_scene(tmp_path)
+    assert len(scene) == 4 and scene.view(3).image.shape == (3, 32, 24) and np.allclose(scene.c2w, [pose(i) for i in range(4)])
+    assert scene.view(0, (20, 40)).image.shape == (3, 20, 40)
+
+
+def test_scannetpp_layout(tmp_path):
+    scene = tmp_path / "0a1b"
+    meta = write_scene(scene / "dslr", kind="JPG")
+    (scene / "dslr/images").rename(scene / "dslr/undistorted_images")
+    (scene / "dslr/transforms.json").unlink()
+    for i, frame in enumerate(meta["frames"]):
+        frame["file_path"] = f"{i}.JPG"
+    meta["test_frames"] = []
+    save(scene, meta, "dslr/nerfstudio/transforms_undistorted.json")
+    save(scene, meta | dict(camera_model="OPENCV_FISHEYE"), "dslr/nerfstudio/transforms.json")
+    found = only_scene(tmp_path)
+    assert found.name == "0a1b" and len(found) == 4 and found.frames[0].image == scene / "dslr/undistorted_images/0.JPG"
+    assert any("ignored" in note and "transforms.json" in note for note in found.notes)
+    (scene / "dslr/nerfstudio/transforms_undistorted.json").unlink()
+    with pytest.raises(data.DataError, match="(?i)fisheye.*undistort"):
+        data.load_scenes(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "images/"])
+def test_fit3d_layout(tmp_path, prefix):
+    meta = write_scene(tmp_path, kind="JPG")
+    for i, frame in enumerate(meta["frames"]):
+        frame["file_path"] = f"{prefix}{i}.JPG"
+    (tmp_path / "transforms.json").unlink()
+    save(tmp_path, meta, "transforms_train.json")
+    save(tmp_path, meta | dict(frames=[]), "transforms_test.json")
+    ids = blocks((24, 32))
+    write_maps(tmp_path, "", [f"instance_segmentation/{i}.JPG.png" for i in range(4)], ids.astype(np.uint8))
+    scene = only_scene(tmp_path)
+    assert (scene.view(3).mask.numpy() == ids).all()
+
+
+def test_depth_of_another_resolution_arrays_and_scale(tmp_path):
+    meta = write_scene(tmp_path, size=(96, 128), cx=64.0, cy=48.0, depth_unit_scale_factor=0.01)
+    ids = blocks((48, 64))
+    depth = (ids * 50).astype(np.float32)
+    depth[0, :4] = np.nan, np.inf, -3, 65535  # none of these is a depth
+    write_maps(tmp_path, "", ["d/0.npy"], depth)
+    write_maps(tmp_path, "", ["d/1.npy"], depth[..., None].astype(np.float64))
+    write_maps(tmp_path, "", ["d/2.png"], (ids * 50).astype(np.uint16))
+    for i, end in enumerate(("npy", "npy", "png")):
+        meta["frames"][i]["depth_file_path"] = f"d/{i}.{end}"
+    save(tmp_path, meta)
+    scene = only_scene(tmp_path)
+    wanted = torch.from_numpy(blocks((96, 128))).float() * 0.5
+    assert torch.allclose(scene.view(2).depth, wanted)
+    wanted[:2, :8] = 0
+    assert torch.allclose(scene.view(0).depth, wanted) and torch.equal(scene.view(0).depth, scene.view(1).depth)
+    assert scene.view(3).depth is None and "1 of 4 views have no depth" in scene.notes
+
+
+@pytest.mark.parametrize("high", [1, 255, True])
+@pytest.mark.parametrize("folder", ["valid", "masks"])  # `masks/` is looked into anyway, but mask_path says what it holds
+def test_mask_path_is_two_regions(tmp_path, high, folder):
+    meta = write_scene(tmp_path)
+    inside = np.zeros((24, 32), np.uint8)
+    inside[4:9, 5:30] = high
+    write_maps(tmp_path, "", [f"{folder}/{i}.png" for i in range(4)], inside.astype(bool) if high is True else inside)
+    for i, frame in enumerate(meta["frames"]):
+        frame["mask_path"] = f"{folder}/{i}.png"
+    save(tmp_path, meta)
+    assert (only_scene(tmp_path).view(0).mask.numpy() == 1 + (inside > 0)).all()
+    ids = blocks((24, 32)).astype(np.uint8)
+    write_maps(tmp_path, "", [f"instance_segmentation/{i}.png" for i in range(4)], ids)  # better than two regions
+    assert (only_scene(tmp_path).view(0).mask.numpy() == ids).all()
+
+
+def test_ids_of_every_encoding(tmp_path):
+    meta = write_scene(tmp_path, count=6)
+    ids = blocks((24, 32)) * 5
+    colour = np.stack([ids % 256, ids * 5 % 256, 1 + 0 * ids], -1).astype(np.uint8)
+    palette = Image.fromarray(ids.astype(np.uint8), "L").copy()
+    palette.putpalette(np.random.default_rng(0).permutation(256).astype(np.uint8).repeat(3).tobytes())
+    (tmp_path / "ids").mkdir()
+    Image.fromarray(colour).save(tmp_path / "ids/0.png")
+    palette.save(tmp_path / "ids/1.png")
+    assert Image.open(tmp_path / "ids/1.png").mode == "P"
+    Image.fromarray((ids * 100).astype(np.uint16)).save(tmp_path / "ids/2.png")
+    Image.fromarray(np.dstack([colour, 255 + 0 * colour[..., :1]])).save(tmp_path / "ids/3.png")
+    Image.fromarray(np.dstack([ids, 0 * ids]).astype(np.uint8), "LA").save(tmp_path / "ids/4.png")
+    np.save(tmp_path / "ids/5.npy", ids)
+    for i, frame in enumerate(meta["frames"]):
+        frame["instance_file_path"] = f"ids/{i}.{'npy' if i == 5 else 'png'}"
+    save(tmp_path, meta)
+    scene = only_scene(tmp_path)
+    coded = colour.astype(int) @ [1, 256, 65536]
+    for i, wanted in enumerate((coded, ids, ids * 100, coded, ids, ids)):
+        assert (scene.view(i).mask.numpy() == wanted).all(), i
+
+
+def test_voc_palette_masks(tmp_path):
+    folder = real("seg_voc2011_labelme")
+    with Image.open(folder / "SegmentationObject/2011_000003.png") as stored:
+        assert stored.mode == "P"
+        assert (data.decode_ids(folder / "SegmentationObject/2011_000003.png") == np.array(stored)).all()
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    write_scene(tmp_path)
+    picture = np.zeros((24, 32, 4), np.uint8)
+    picture[:, :16] = 10, 20, 30, 255
+    Image.fromarray(picture).save(tmp_path / "images/0.png")
+    Image.fromarray(picture[..., 0]).save(tmp_path / "images/1.png")  # grey
+    scene = only_scene(tmp_path)
+    image = (scene.view(0).image * 255).round().byte().permute(1, 2, 0)
+    assert (image[:, :16] == torch.tensor([10, 20, 30])).all() and (image[:, 16:] == 255).all()
+    assert scene.view(1).image.shape == (3, 24, 32)
+
+
+def test_maps_beside_nested_images_are_not_mixed_up(tmp_path):
+    meta = write_scene(tmp_path)
+    (tmp_path / "images/left").mkdir()
+    (tmp_path / "images/right").mkdir()
+    for i, (old, new) in enumerate((("0", "left/0"), ("1", "right/0"), ("2", "left/1"), ("3", "right/1"))):
+        (tmp_path / f"images/{old}.png").rename(tmp_path / f"images/{new}.png")
+        meta["frames"][i]["file_path"] = f"images/{new}.png"
+        write_maps(tmp_path, "", [f"masks/{new}.png"], np.full((24, 32), i + 1, np.uint8))
+    save(tmp_path, meta)
+    scene = only_scene(tmp_path)
+    assert [int(scene.view(i).mask[0, 0]) for i in range(4)] == [1, 2, 3, 4]
+
+
+def test_relative_and_dotted_scene_folders(tmp_path, monkeypatch):
+    meta = write_scene(tmp_path / "a")
+    meta["frames"][0]["file_path"] = str(tmp_path / "a/images/0.png")  # absolute, but inside
+    save(tmp_path / "a", meta)
+    write_maps(tmp_path / "a", "", [f"masks/{i}.png" for i in range(4)], np.ones((24, 32), np.uint8))
+    monkeypatch.chdir(tmp_path / "a")
+    for path in (".", "../a", "../a/images/..", tmp_path / "a"):
+        scene = only_scene(path)
+        assert scene.name in ("a", "images") and all(f.mask for f in scene.frames)
+
+
+def test_scenes_in_folders_come_in_natural_order(tmp_path):
+    for name in ("room10", "room2", "deep/er/x1", "²", ".hidden"):
+        write_scene(tmp_path / name)
+    write_scene(tmp_path / "too/deep/to/be/seen")
+    (tmp_path / "notes").mkdir()
+    names = [s.name for s in data.load_scenes(tmp_path)]
+    assert names == ["deep/er/x1", "room2", "room10", "²"]
+
+
+# ---------------------------------------------------------------------------------------------------- other RGB-D sequences
+
+
+def write_rgbd(folder, intrinsics=None, size=(24, 32)):
+    folder.mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(np.full((*size, 3), 40 * i, np.uint8)).save(folder / f"frame-{i:06d}.color.png")
+        Image.fromarray(np.full(size, 1000 + i, np.uint16)).save(folder / f"frame-{i:06d}.depth.png")
+        np.savetxt(folder / f"frame-{i:06d}.pose.txt", pose(i))
+    if intrinsics is not None:
+        np.savetxt(folder / "camera-intrinsics.txt", intrinsics)
+
+
+def test_registered_rgbd_with_its_own_intrinsics(tmp_path):
+    K = np.array([[30.0, 0, 16], [0, 31, 12], [0, 0, 1]])
+    write_rgbd(tmp_path / "a", K)
+    scene = only_scene(tmp_path / "a")
+    assert not scene.kinect and np.allclose(scene.c2w, [pose(i) for i in range(4)])
+    view = scene.view(2)
+    assert torch.allclose(view.K.double(), torch.from_numpy(K)) and torch.allclose(view.depth, torch.tensor(1.002))
+    for wrong in ([[0.0, 0, 16], [0, 31, 12], [0, 0, 1]], [[30.0, 0, 16], [0, 31, 12], [0, 0, 0]]):
+        np.savetxt(tmp_path / "a/camera-intrinsics.txt", wrong)
+        with pytest.raises(data.DataError, match="singular"):
+            data.load_scenes(tmp_path / "a")
+    (tmp_path / "a/camera-intrinsics.txt").write_text("f = 30")
+    with pytest.raises(data.DataError, match="nine numbers"):
+        data.load_scenes(tmp_path / "a")
+
+
+def test_kinect_recordings_without_intrinsics(tmp_path):
+    write_rgbd(tmp_path / "a", size=(480, 640))
+    (tmp_path / "a/frame-000001.pose.txt").write_text(" ".join(["-inf"] * 16))
+    with pytest.raises(data.DataError, match="not finite"):
+        data.load_scenes(tmp_path / "a")
+    scene = only_scene(tmp_path / "a", skip_bad_frames=True)
+    assert scene.kinect and len(scene) == 3
+    (tmp_path / "a/frame-000001.pose.txt").write_text("")
+    with pytest.raises(data.DataError, match="sixteen numbers"):
+        data.load_scenes(tmp_path / "a")
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def set_pose(i, matrix):
+    def spoil(folder, meta):
+        meta["frames"][i]["transform_matrix"] = np.asarray(matrix, float).tolist()
+        save(folder, meta)
+    return spoil
+
+
+def set_key(**changes):
+    return lambda folder, meta: save(folder, meta | changes)
+
+
+def set_frame(i, **changes):
+    def spoil(folder, meta):
+        meta["frames"][i] |= changes
+        save(folder, meta)
+    return spoil
+
+
+def drop_frame_key(key):
+    def spoil(folder, meta):
+        del meta["frames"][2][key]
+        save(folder, meta)
+    return spoil
+
+
+def cut(name, keep):
+    def spoil(folder, meta):
+        blob = (folder / name).read_bytes()
+        (folder / name).write_bytes(blob[: int(keep * len(blob)) if keep < 1 else keep])
+    return spoil
+
+
+def cut_map(kind, keep, array=np.ones((24, 32), np.uint8), end="png"):
+    def spoil(folder, meta):
+        write_maps(folder, "", [f"{kind}/{i}.{end}" for i in range(4)], array)
+        cut(f"{kind}/1.{end}", keep)(folder, meta)
+    return spoil
+
+
+def whole_map(kind, array, end="png"):
+    return lambda folder, meta: write_maps(folder, "", [f"{kind}/{i}.{end}" for i in range(4)], array)
+
+
+def text(content):
+    return lambda folder, meta: (folder / "transforms.json").write_bytes(content)
+
+
+def jpeg_cut(folder, meta):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3)).astype(np.uint8)).save(folder / "images/1.png", "JPEG")
+    cut("images/1.png", 0.7)(folder, meta)
+
+
+def colmap(spoil):
+    def spoiled(folder, meta):
+        shutil.rmtree(folder)
+        spoil(folder, small_colmap(folder))
+    return spoiled
+
+
+NAN, GOOD = np.full((4, 4), np.nan), pose(1) @ GL
+BAD = {
+    "missing image": (lambda f, m: (f / "images/1.png").unlink(), "1.png does not exist"),
+    "image is a folder": (lambda f, m: ((f / "images/1.png").unlink(), (f / "images/1.png").mkdir()), "1.png"),
+    "truncated png": (cut("images/1.png", 0.6), "1.png.*decoded"),
+    "truncated end of png": (cut("images/1.png", 2000), "1.png.*decoded"),
+    "truncated jpeg": (jpeg_cut, "1.png.*decoded"),
+    "zero bytes image": (cut("images/1.png", 0), "1.png.*decoded"),
+    "not an image": (lambda f, m: (f / "images/1.png").write_text("hello"), "1.png.*not a picture"),
+    "image size": (set_key(w=64, h=48, cx=32.0, cy=24.0), "is 32x24, but its intrinsics are for 64x48"),
+    "intrinsics of another size": (set_key(w=None, h=None, cx=64.0, cy=48.0), "0.png.*centre at .64, 48."),
+    "nan pose": (set_pose(1, NAN), "1.png.*pose is not finite"),
+    "infinite pose": (set_pose(1, np.where(np.eye(4) > 0, np.inf, GOOD)), "1.png.*pose is not finite"),
+    "non-rigid pose": (set_pose(1, np.diag([2.0, 1, 1, 1]) @ GOOD), "1.png.*not a rigid"),
+    "scaled pose": (set_pose(1, np.diag([0.5, 0.5, 0.5, 1]) @ GOOD), "1.png.*not a rigid"),
+    "zero pose": (set_pose(1, np.zeros((4, 4))), "1.png.*not a rigid"),
+    "reflected pose": (set_pose(1, np.diag([1.0, 1, -1, 1]) @ GOOD), "1.png.*not a rigid"),
+    "transposed pose": (set_pose(1, (pose(3) @ GL).T), "1.png.*transposed"),
+    "pose of three rows": (set_pose(1, np.eye(3)), "1.png.*not a 4x4"),
+    "ragged pose": (set_frame(1, transform_matrix=[[1, 2], [3]]), "frame 1.*number"),
+    "pose of words": (set_frame(1, transform_matrix=[["a"] * 4] * 4), "frame 1.*number"),
+    "pose of nothing": (set_frame(1, transform_matrix=None), "frame 1 lacks 'transform_matrix'"),
+    "singular K": (set_key(fl_x=0.0), "0.png.*intrinsics are singular"),
+    "negative focal length": (set_key(fl_y=-30.0), "0.png.*intrinsics are singular"),
+    "nan K": (set_key(cx=math.nan), "0.png.*intrinsics are singular"),
+    "focal length in words": (set_key(fl_x="wide"), "frame 0.*number"),
+    "size in words": (set_key(w="wide"), "frame 0.*number"),
+    "distortion in words": (set_key(k1="some"), "frame 0.*number"),
+    "angle 0": (set_key(fl_x=None, fl_y=None, camera_angle_x=0), "frame 0.*number"),
+    "no focal length": (set_key(fl_x=None, fl_y=None), "fl_x.*camera_angle_x"),
+    "wild distortion": (set_key(k1=-9.0), "0.png.*distortion"),
+    "nan distortion": (set_key(k1=math.nan), "0.png.*distortion"),
+    "fisheye": (set_key(camera_model="OPENCV_FISHEYE"), "FISHEYE.*undistort"),
+    "depth unit": (set_key(depth_unit_scale_factor="mm"), "depth_unit_scale_factor"),
+    "depth unit 0": (set_key(depth_unit_scale_factor=0), "depth_unit_scale_factor"),
+    "mask of another size": (whole_map("masks", np.ones((24, 31), np.uint8)), "masks/0.png is 31x24.*32x24"),
+    "label of another size": (whole_map("labels", np.ones((48, 64), np.uint8)), "labels/0.png is 64x48.*32x24"),
+    "depth of another shape": (whole_map("depth", np.ones((24, 24), np.uint16)), "depth/0.png is 24x24.*32x24"),
+    "depth array of another shape": (whole_map("depth", np.ones((24, 24)), "npy"), "depth/0.npy is 24x24.*32x24"),
+    "depth in colour": (whole_map("depth", np.ones((24, 32, 3), np.uint8)), "depth/0.png.*shape"),
+    "depth array of one row": (whole_map("depth", np.ones(24), "npy"), "depth/0.npy.*shape"),
+    "truncated mask": (cut_map("masks", 0.6, blocks((24, 32)).astype(np.uint8)), "masks/1.png.*decoded"),
+    "truncated depth": (cut_map("depth", 0.8, (blocks((24, 32)) * 999).astype(np.uint16)), "depth/1.png.*decoded"),
+    "truncated depth array": (cut_map("depth", 0.8, np.ones((24, 32)), "npy"), "depth/1.npy.*array"),
+    "zero bytes mask": (cut_map("masks", 0), "masks/1.png.*decoded"),
+    "zero bytes depth array": (cut_map("depth", 0, np.ones((24, 32)), "npy"), "depth/1.npy.*array"),
+    "named mask is missing": (set_frame(1, instance_file_path="ids/1.png"), "ids/1.png does not exist"),
+    "named validity mask is missing": (set_frame(1, mask_path="ids/1.png"), "ids/1.png does not exist"),
+    "duplicated name": (set_frame(1, file_path="images/0.png"), "images/0.png is listed twice"),
+    "duplicated name, spelled otherwise": (set_frame(1, file_path="./images/../images/0.png"), "0.png is listed twice"),
+    "leaves the folder": (set_frame(1, file_path="../x.png"), "frame 1.*outside the scene"),
+    "leaves the folder through images": (set_frame(1, file_path="images/../../x.png"), "frame 1.*outside the scene"),
+    "absolute path": (set_frame(1, file_path="/etc/hostname"), "frame 1.*outside the scene"),
+    "depth leaves the folder": (set_frame(1, depth_file_path="../depth.png"), "frame 1.*outside the scene"),
+    "mask leaves the folder": (set_frame(1, mask_path="/etc/hostname"), "frame 1.*outside the scene"),
+    "two views": (lambda f, m: save(f, m | dict(frames=m["frames"][:2])), "2 usable views"),
+    "no frames": (set_key(frames=[]), "0 usable views"),
+    "not json": (text(b'{"frames": ['), "transforms.json.*not JSON"),
+    "zero bytes json": (text(b""), "transforms.json.*not JSON"),
+    "binary json": (text(bytes(range(256))), "transforms.json.*not JSON"),
+    "json list": (text(b"[1, 2]"), "transforms.json.*frames"),
+    "json word": (text(b'"frames"'), "transforms.json.*frames"),
+    "json null": (text(b"null"), "transforms.json.*frames"),
+    "lacks frames": (lambda f, m: save(f, dict(fl_x=30)), "transforms.json.*frames"),
+    "frames is a number": (set_key(frames=4), "transforms.json.*frames"),
+    "frames is an object": (set_key(frames={"0": {}}), "transforms.json.*frames"),
+    "frame is a word": (lambda f, m: save(f, m | dict(frames=[*m["frames"], "frame"])), "frame 4 lacks"),
+    "frame is null": (lambda f, m: save(f, m | dict(frames=[None, *m["frames"]])), "frame 0 lacks"),
+    "frame lacks its file": (drop_frame_key("file_path"), "frame 2 lacks 'file_path'"),
+    "frame lacks its pose": (drop_frame_key("transform_matrix"), "frame 2 lacks 'transform_matrix'"),
+    "file is a number": (set_frame(2, file_path=5), "frame 2 lacks 'file_path'"),
+    "mask is a number": (set_frame(2, mask_path=5), "5 does not exist"),
+    "transforms is a folder": (lambda f, m: ((f / "transforms.json").unlink(), (f / "transforms.json").mkdir()), "not JSON"),
+    "empty folder": (lambda f, m: (shutil.rmtree(f), f.mkdir()), "no scene in here.*COLMAP"),
+    "photos without poses": (lambda f, m: (f / "transforms.json").unlink(), "no scene in here.*COLMAP"),
+    "not a folder": (lambda f, m: (shutil.rmtree(f), f.write_text("x")), "no such folder"),
+    "no folder": (lambda f, m: shutil.rmtree(f), "no such folder"),
+    "colmap without images": (colmap(lambda f, s: shutil.rmtree(f / "images")), "images does not exist"),
+    "colmap without one image": (colmap(lambda f, s: (f / "images/2.png").unlink()), "2.png does not exist"),
+    "colmap without points": (colmap(lambda f, s: (s / "points3D.bin").unlink()), "points3D.bin does not exist"),
+    "colmap of another size": (colmap(lambda f, s: Image.new("RGB", (30, 24)).save(f / "images/1.png")), "is 30x24.*32x24"),
+    "colmap fisheye": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
+        struct.pack("<QiiQQ8d", 1, 7, 5, 32, 24, *[1.0] * 8))), "OPENCV_FISHEYE.*undistort"),
+    "colmap unknown model": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
+        struct.pack("<QiiQQ8d", 1, 7, 99, 32, 24, *[1.0] * 8))), "99.*undistort"),
+    "colmap camera missing": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
+        struct.pack("<QiiQQ4d", 1, 8, 1, 32, 24, 30, 30, 16, 12))), "camera 7, which the model lacks"),
+    "colmap singular": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
+        struct.pack("<QiiQQ4d", 1, 7, 1, 32, 24, 0, 30, 16, 12))), "singular"),
+    "colmap zero quaternion": (colmap(lambda f, s: (s / "images.bin").write_bytes(
+        (s / "images.bin").read_bytes()[:12] + bytes(32) + (s / "images.bin").read_bytes()[44:])), "not finite"),
+    "colmap zero bytes": (colmap(lambda f, s: (s / "images.bin").write_bytes(b"")), "cut off or damaged"),
+    "colmap leaves the folder": (colmap(lambda f, s: (s / "images.bin").write_bytes(
+        (s / "images.bin").read_bytes().replace(b"1.png", b"../1p"))), "outside the scene"),
+    "colmap text lacks a parameter": (colmap(lambda f, s: (shutil.rmtree(s), write_colmap(
+        f, "PINHOLE", (1.0, 2.0, 3.0), (24, 32), ["0.png"], [], [((1, 0, 0, 0), (0, 0, 0))], text=True))), "3 parameters"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_in_one_line(tmp_path, monkeypatch, capfd, case):
+    spoil, words = BAD[case]
+    folder = tmp_path / "scene"
+    spoil(folder, write_scene(folder))
+    before = tree(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--scene_dir", str(folder), "--out", str(tmp_path / "out")])
+    message = stop.value.code
+    assert isinstance(message, str) and len(message.splitlines()) == 1, message  # a word as code: printed, status 1
+    assert data.re.search(words, message), message
+    assert "scene" in message and message.count("--skip_bad_frames") <= 1 and len(message) < 420
+    assert tree(tmp_path) == before  # nothing is written, not even --out
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_command_line_says_it_without_traceback(tmp_path):
+    write_scene(tmp_path)
+    (tmp_path / "images/1.png").write_bytes(b"")
+    command = [sys.executable, REPO / "01_data.py", "--scene_dir", tmp_path]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 1 and ran.stdout == "" and len(ran.stderr.splitlines()) == 1 and "images/1.png" in ran.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_colmap_cut_anywhere_is_named(tmp_path, as_text):
+    sparse = small_colmap(tmp_path, as_text)
+    files = [sparse / f"{name}.{'txt' if as_text else 'bin'}" for name in ("cameras", "images", "points3D")]
+    whole = {f: f.read_bytes() for f in files}
+    assert len(only_scene(tmp_path)) == 4
+    outcomes = []
+    for file, blob in whole.items():
+        for length in range(0, len(blob), 1 if len(blob) < 900 else 41):
+            file.write_bytes(blob[:length])
+            try:
+                outcomes.append(len(only_scene(tmp_path)))
+            except data.DataError as error:
+                assert "\n" not in str(error)
+                outcomes.append(0)
+        file.write_bytes(blob)
+    assert len(outcomes) > 300 and outcomes.count(0) > 100
+    if not as_text:  # text may be cut at the end of a line, or of a number, and look whole
+        assert set(outcomes) == {0}
+
+
+def test_bad_frames_are_left_out_when_asked(tmp_path):
+    meta = write_scene(tmp_path, count=12)
+    write_maps(tmp_path, "", [f"masks/{i}.png" for i in range(12)], blocks((24, 32)).astype(np.uint8))
+    (tmp_path / "images/0.png").unlink()
+    meta["frames"][1]["transform_matrix"] = NAN.tolist()
+    cut("images/2.png", 0.5)(tmp_path, meta)
+    cut("images/3.png", 0)(tmp_path, meta)
+    cut("masks/4.png", 0.7)(tmp_path, meta)
+    blob = bytearray((tmp_path / "images/5.png").read_bytes())  # damaged inside, its end is whole: seen when asked to look
+    blob[900:1000] = bytes(100)
+    (tmp_path / "images/5.png").write_bytes(blob)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/6.png")
+    save(tmp_path, meta)
+    with pytest.raises(data.DataError, match="images/0.png.*6 of 12 frames"):
+        data.load_scenes(tmp_path)
+    before = tree(tmp_path)
+    scene = only_scene(tmp_path, skip_bad_frames=True)
+    assert [f.name for f in scene.frames] == [f"images/{i}.png" for i in range(7, 12)]
+    left_out = [note for note in scene.notes if note.startswith("left out: ")]
+    assert len(left_out) == 7 and all(f"/{i}.png" in left_out[i] for i in range(7))
+    assert scene.c2w.shape == (5, 4, 4) and scene.view(0).name == "images/7.png" and tree(tmp_path) == before
+
+    for i in (7, 8, 9):
+        (tmp_path / f"images/{i}.png").unlink()
+    with pytest.raises(data.DataError, match="2 usable views.*10 left out"):
+        data.load_scenes(tmp_path, skip_bad_frames=True)
+
+
+@pytest.mark.parametrize("meta", [dict(w=None, h=None), dict(w=None, h=None, cx=None, cy=None)])
+def test_an_unreadable_image_does_not_hide_the_rest(tmp_path, meta):  # its size is wanted for the intrinsics, too
+    write_scene(tmp_path, count=5, **meta)
+    cut("images/2.png", 10)(tmp_path, None)
+    (tmp_path / "images/3.png").unlink()
+    scene = only_scene(tmp_path, skip_bad_frames=True)
+    assert [f.name for f in scene.frames] == ["images/0.png", "images/1.png", "images/4.png"]
+    with pytest.raises(data.DataError, match="2.png.*2 of 5"):
+        data.load_scenes(tmp_path)
+
+
+def test_damage_that_headers_do_not_show_is_named_by_view(tmp_path):
+    write_scene(tmp_path)
+    blob = bytearray((tmp_path / "images/1.png").read_bytes())
+    blob[900:1000] = bytes(100)
+    (tmp_path / "images/1.png").write_bytes(blob)
+    with pytest.raises(data.DataError, match="images/1.png.*decoded"):
+        only_scene(tmp_path).view(1)
+
+
+# ---------------------------------------------------------------------------------------------------- scenes, triplets
+
+
+def test_split_holds_scenes_out():
+    for count in (1, 2, 3, 7, 8, 9, 16, 48):
+        scenes = [object() for _ in range(count)]
+        train, val = data.split(scenes, "train"), data.split(scenes, "val")
+        assert len(train) + len(val) == count and not set(train) & set(val) and train
+        assert val == (scenes[7::8] if count >= 8 else scenes[1:][-1:])
+    with pytest.raises(AssertionError):
+        data.split([], "test")
+
+
+def test_triplets_are_chosen_by_geometry(rooms):
+    for scene in rooms:
+        draw = lambda seed: [data.sample_triplet(scene, g) for g in [torch.Generator().manual_seed(seed)] for _ in range(30)]
+        triplets = draw(0)
+        assert triplets == draw(0) != draw(1) and len(set(triplets)) > 5
+        centre = scene.c2w[:, :3, 3]
+        for a, b, target in set(triplets):
+            assert len({a, b, target}) == 3 and all(isinstance(i, int) for i in (a, b, target))
+            assert float((centre[a] - centre[target]) @ (centre[b] - centre[target])) < 0  # between
+            points = unproject(scene.view(target), step=4)[0]
+            for context in (a, b):
+                assert (land(points, scene.view(context))[1] > 0).mean() > 0.4  # sees what the target sees
+            assert 0.02 < float((centre[a] - centre[b]).norm()) < 2
+        held = {data.sample_triplet(scene, torch.Generator().manual_seed(s), targets=[4, 6])[2] for s in range(12)}
+        assert held == {4, 6}
+
+
+def test_triplets_of_three_views_and_of_none(tmp_path):
+    write_scene(tmp_path / "three", count=3)
+    g = torch.Generator().manual_seed(0)
+    assert {data.sample_triplet(only_scene(tmp_path / "three"), g)[2] for _ in range(5)} == {1}
+    back_to_back = write_scene(tmp_path / "apart", count=4)
+    for i, frame in enumerate(back_to_back["frames"]):
+        c, s = math.cos(i * math.pi / 2), math.sin(i * math.pi / 2)
+        c2w = np.array([[c, 0, s, 9 * s], [0, 1, 0, 0], [-s, 0, c, 9 * c], [0, 0, 0, 1]])
+        frame["transform_matrix"] = (c2w @ GL).tolist()
+    save(tmp_path / "apart", back_to_back)
+    same = write_scene(tmp_path / "same", count=4)
+    save(tmp_path / "same", same | dict(frames=[f | dict(transform_matrix=GL.tolist()) for f in same["frames"]]))
+    for name in ("apart", "same"):
+        with pytest.raises(data.DataError, match="no three views overlap") as error:
+            data.sample_triplet(only_scene(tmp_path / name), g)
+        assert "\n" not in str(error.value)
+
+
+def test_a_view_that_looks_away_is_in_no_triplet(tmp_path):
+    meta = write_scene(tmp_path, count=5)
+    meta["frames"][2]["transform_matrix"] = (pose(2) @ np.diag([-1.0, 1, -1, 1]) @ GL).tolist()  # stands between, looks back
+    save(tmp_path, meta)
+    scene, g = only_scene(tmp_path), torch.Generator().manual_seed(0)
+    drawn = {data.sample_triplet(scene, g) for _ in range(30)}
+    assert drawn and all(2 not in triplet for triplet in drawn)
+
+
+def test_subset_keeps_cameras_and_depth_range(rooms):
+    scene = rooms[0]
+    part = scene.subset([5, 2, 9])
+    assert len(part) == 3 and torch.equal(part.c2w, scene.c2w[[5, 2, 9]]) and part.depth_range == scene.depth_range
+    assert torch.equal(part.view(1).image, scene.view(2).image) and len(scene) == 12
+    a, b, target = data.sample_triplet(scene.subset([0, 1, 2, 3, 4]), torch.Generator().manual_seed(0))
+    assert max(a, b, target) < 5
+
+
+def test_depth_range_contains_what_is_seen(rooms, tmp_path):
+    for scene in rooms:
+        depth = torch.stack([scene.view(i).depth for i in range(len(scene))])
+        near, far = scene.depth_range
+        assert 0 < near < float(depth.flatten()[::17].quantile(0.02)) and float(depth.flatten()[::17].quantile(0.98)) < far < 12
+    ring = []
+    for a in np.linspace(0, 2 * math.pi, 8, endpoint=False):  # cameras 2 from the origin, looking at it
+        z = -np.array([math.cos(a), math.sin(a), 0])
+        x = np.cross(z, [0, 0, 1.0])
+        ring.append(np.vstack([np.stack([x, np.cross(z, x), z, -2 * z], 1), [0, 0, 0, 1]]))
+    near, far = data.layout_depth_range(np.stack(ring))
+    assert 0.2 < near < 1.5 and 2.5 < far < 20
+    near, far = data.layout_depth_range(np.stack([pose(i) for i in range(4)]))  # parallel axes meet nowhere
+    assert 0.05 < near < 0.5 and 1 < far < 10
+
+
+# ---------------------------------------------------------------------------------------------------- superpixels
+
+
+@pytest.mark.parametrize("size, count", [((1, 1), 1), ((1, 1), 9), ((2, 3), 50), ((33, 47), 30), ((96, 128), 64), ((7, 211), 20),
+                                         ((300, 1), 10), ((1, 300), 10), ((40, 40), 0), ((40, 40), 1)])
+def test_superpixels_label_every_pixel(size, count):
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    mask = data.superpixels(F.avg_pool2d(image, 5, 1, 2), count)
+    assert mask.shape == size and mask.dtype == torch.int64 and mask.min() >= 1
+    found, wanted = len(mask.unique()), max(1, min(count, size[0] * size[1]))
+    assert 0.5 * wanted <= found <= 1.6 * wanted
+    assert torch.equal(mask, data.superpixels(F.avg_pool2d(image, 5, 1, 2), count))
+
+
+def test_superpixels_follow_edges():
+    y, x = torch.meshgrid(torch.arange(90), torch.arange(120), indexing="ij")
+    side = (x + 1.7 * y > 130)
+    image = torch.where(side, torch.tensor([0.8, 0.3, 0.2])[:, None, None], torch.tensor([0.2, 0.4, 0.7])[:, None, None])
+    mask = data.superpixels(image, 40)
+    pure = lambda ids: sum(max(int(side[ids == k].sum()), int((~side)[ids == k].sum())) for k in ids.unique()) / side.numel()
+    grid = (y // 15) * 8 + x // 15
+    assert pure(mask) > 0.99 > 0.97 > pure(grid)  # a plain grid of as many cells mixes the sides
+    flat = data.superpixels(torch.full((3, 90, 120), 0.5), 48)
+    areas = flat.unique(return_counts=True)[1]
+    assert areas.min() > 0.6 * 225 and areas.max() < 1.4 * 225  # nothing to follow: even cells
+
+
+def test_regions_are_masks_or_superpixels(rooms):
+    view = rooms[0].view(0)
+    assert data.regions(view) is view.mask
+    assert len(data.regions(view._replace(mask=None)).unique()) > 30
+
+
+# ---------------------------------------------------------------------------------------------------- the report
+
+
+def test_main_reports_and_draws(rooms_dir, tmp_path, capsys):
+    (rooms_dir / "notes").mkdir(exist_ok=True)
+    before = tree(rooms_dir)
+    data.main(["--scene_dir", str(rooms_dir), "--out", str(tmp_path)])
+    (rooms_dir / "notes").rmdir()
+    said = capsys.readouterr().out
+    assert "room_000: 12 views, 128x96, with mask 12, depth 12, normal 12, label 12" in said
+    assert "4 scenes (3 train, 1 val), 48 views" in said and "notes: ignored" in said and "context baselines" in said
+    before.pop("notes")
+    assert tree(rooms_dir) == before
+    for index in range(4):
+        with Image.open(tmp_path / f"room_{index:03d}.png") as sheet:
+            assert np.array(sheet).std() > 30
+
+
+def test_main_reports_a_real_scene_without_masks(tmp_path, capsys):
+    data.main(["--scene_dir", str(real("colmap_bartoszek_statue")), "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "23 views, 1000x656 ... 1000x662, with images only (masks: superpixels)" in said
+    assert (tmp_path / "colmap_bartoszek_statue.png").exists()
