@@ -5,7 +5,7 @@ In      a folder: nerfstudio / instant-ngp `transforms*.json` (also ScanNet++ an
         model (`sparse/0`, binary or text), an RGB-D sequence (7-Scenes), or a folder of such folders. No flag says which.
         Beside `images/`, all optional: `masks/ depth/ normals/ labels/` (PNG or .npy, named like the image).
 Out     `load_scenes(path) -> [Scene]`, `Scene.view(i, size) -> View`; a report and one contact sheet a scene.
-Run     python 01_data.py                        built-in rooms -> data/, 50 s on a 2-core CPU
+Run     python 01_data.py                        built-in rooms -> data/, 20 s on a 2-core CPU
         python 01_data.py --scene_dir my_scene   what is in a folder, before anything is trained
 Copy    01_data.py alone.
 Not     fisheye cameras, images without poses, video files.
