@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -1092,7 +1092,7 @@ def picture_grid(path, headings, rows, scale=None, below=None):
                 draw.rectangle([*corner, corner[0] + cell_w, corner[1] + cell_h], fill=(235, 235, 235))
                 draw.text((corner[0] + 8, corner[1] + 8), "none", fill=(120, 120, 120))
             else:
-                sheet.paste(to_image(row[c]).resize((cell_w, cell_h), Image.NEAREST), corner)
+                sheet.paste(ImageOps.pad(to_image(row[c]), (cell_w, cell_h), Image.NEAREST, color="white"), corner)
     if strip:
         sheet.paste(strip, (0, sheet_h))
     Path(path).parent.mkdir(parents=True, exist_ok=True)

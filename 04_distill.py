@@ -132,7 +132,7 @@ def load_triplet(scene, indices, size, device, near=None, far=None) -> Triplet:
     The unit does not matter to features, but the rasteriser's near plane is at 0.01 and COLMAP's units are arbitrary.
     """
     a, b, target = views = [scene.view(i, size) for i in indices]
-    near, far = near or scene.depth_range[0], far or scene.depth_range[1]
+    near, far = (taken if given is None else given for given, taken in zip((near, far), scene.depth_range))
     if not 0 < near < far:
         raise ValueError(f"{scene.name}: depths from {near:g} to {far:g} make no range; "
                          "give --near and --far in the scene's unit")
@@ -165,13 +165,13 @@ def splat_features(
     drop_unmatched=False,
 ):
     """The 3D-aware teacher's tokens of the target view (N, C), and which of them are valid (N,): SnD Fig. 2, left to right."""
-    features, opacities = [], gaussians.opacities.clone().view(2, -1)
-    for v in range(2):  # mask-aware upscaling: one feature a pixel, and so one a Gaussian
-        index, weight = lift.upscale_weights(t.masks[v], grid, drop_unmatched)
-        features.append(sum(weight[:, k, None] * tokens[v][index[:, k]] for k in range(4)))  # SnD Eq. 2-3
-        opacities[v] *= weight.sum(1) > 0.5  # all zero where an unmatched pixel is dropped
+    # SnD Eq. 2-3: one feature a pixel, and so one a Gaussian.
+    features = torch.cat([lift.mask_aware_upscale(x, mask, grid).flatten(0, 1) for x, mask in zip(tokens, t.masks)])
+    opacities = gaussians.opacities
+    if drop_unmatched:  # the weights of such a pixel are all 0, those of any other sum to 1
+        opacities = opacities * torch.cat([lift.upscale_weights(mask, grid, True)[1].sum(1) for mask in t.masks])
     # Differs: the true covariances; the official render passes variances on as scales and draws reflected frames as spheres.
-    render = splat.rasterize(gaussians.means, gaussians.covariances, opacities.flatten(), torch.cat(features),
+    render = splat.rasterize(gaussians.means, gaussians.covariances, opacities, features,
                              t.target_w2c, t.target_K, *t.mask.shape)
     valid = render.alpha >= COVERED
     rendered = render.features / render.alpha.clamp_min(1e-6)[..., None]  # Differs: not divided by alpha in the official code
@@ -206,15 +206,18 @@ def agreement(vit, triplets, geometry) -> Agreement:
     little, and a part that all tokens share would make any cosine good. Collapsed features then match by chance.
     Measured depth is used where it exists, without masks or blending: neither a poor reconstruction nor masks help.
     """
-    grid = tuple(side // vit.patch for side in triplets[0].mask.shape)
-    contexts = [vit(t.images).patches for t in triplets]
-    targets = torch.stack([vit(t.image[None]).patches[0] for t in triplets])
-    place = torch.cat([*contexts, targets]).mean(0)  # (N, C)
+    tokens = [torch.cat([vit(t.images).patches, vit(t.image[None]).patches]) for t in triplets]  # (3, N, C) each
+    of_shape = {}  # scenes may differ in aspect, and then in their grids
+    for t, x in zip(triplets, tokens):
+        of_shape.setdefault(t.mask.shape, []).append(x)
+    place = {shape: torch.cat(views).mean(0) for shape, views in of_shape.items()}  # (N, C)
+    tokens = [x - place[t.mask.shape] for t, x in zip(triplets, tokens)]
     right = cosines = total = 0
-    for t, context, target in zip(triplets, contexts, targets - place):
+    for t, x in zip(triplets, tokens):
+        grid, target = tuple(side // vit.patch for side in t.mask.shape), x[2]
         plain = t._replace(masks=torch.zeros_like(t.masks))
         gaussians = reconstruct(t, geometry if t.depth is None else "depth")
-        splatted, valid = splat_features(context - place, gaussians, plain, grid, blend=1.0)
+        splatted, valid = splat_features(x[:2], gaussians, plain, grid, blend=1.0)
         at = valid.nonzero()[:, 0]
         if len(at):
             similarity = F.normalize(target[at], dim=1) @ F.normalize(splatted[at], dim=1).T
@@ -224,7 +227,7 @@ def agreement(vit, triplets, geometry) -> Agreement:
     if not total:
         raise data.DataError(f"{triplets[0].name}: the splatted contexts cover no token of the target; give --near and --far "
                              "in the scene's unit (python 01_data.py shows the range that was taken)")
-    return Agreement(right / total, cosines / total, effective_rank((targets - place).flatten(0, 1)))
+    return Agreement(right / total, cosines / total, effective_rank(torch.cat([x[2] for x in tokens])))
 
 
 @torch.no_grad()

@@ -178,6 +178,18 @@ def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
         assert cheat.matching < 0.12 and cheat.cosine < 0.3, cheat  # chance is 9 of 192
 
 
+def test_scenes_of_different_shape_are_measured_and_drawn_together(rooms, tmp_path):
+    generator, vit = torch.Generator().manual_seed(0), lift.load_vit("tiny")
+    triplets = [distill.load_triplet(scene, data.sample_triplet(scene, generator), size, "cpu")
+                for scene, size in zip(rooms, ((96, 128), (128, 96), (96, 128), (128, 96)))]
+    together = distill.agreement(vit, triplets, "depth")
+    apart = [distill.agreement(vit, triplets[n::2], "depth") for n in (0, 1)]
+    low, high = sorted(a.matching for a in apart)
+    assert low <= together.matching <= high
+    args = distill.parse(["--geometry", "depth"])
+    assert distill.heldout_picture(tmp_path / "rows.png", vit, vit, vit, triplets, args).exists()
+
+
 def test_effective_rank_counts_directions():
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64))[0]
@@ -239,6 +251,8 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(rooms_dir, tmp_pa
     (["--model", "no_such_weights"], "no_such_weights: no such weights"),
     (["--near", "5", "--far", "3"], "give --near and --far"),
     (["--near", "-1"], "give --near and --far"),
+    (["--near", "0"], "give --near and --far"),
+    (["--far", "0"], "give --near and --far"),
     (["--pixels", "64"], "fewer than 2x2 patches"),
     (["--device", "cuda:99"], "--device cuda:99")])
 def test_bad_input_is_one_line(rooms_dir, tmp_path, capsys, arguments, says):
