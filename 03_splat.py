@@ -7,13 +7,14 @@ Run    python 03_splat.py    novel views of held-out rooms, colours and features
 Copy   this file alone; PyTorch and, for the .ply functions, numpy.
 Not    no spherical harmonics (one feature row per Gaussian, seen alike from all sides), no second derivatives.
 Words  alpha_k = opacity * exp(-d' Sigma^-1 d / 2), Sigma the 2-D covariance; T_k = prod_{j<k} (1 - alpha_j), the light left;
-       w_k = alpha_k T_k, the weight of Gaussian k at a pixel. A view is cut into tiles of 8x8 = 64 pixels; each tile has a
-       list of the Gaussians that reach it, nearest first, read in chunks. B tiles in a batch, S Gaussians in a chunk: alpha
-       is (B, S, 64). A row of the `table`: mean x, y (pixels), the factor l11, l21, l22, log2 opacity, depth z.
+       w_k = alpha_k T_k, the weight of Gaussian k at a pixel. A view is cut into blocks of 8x8 = 64 pixels; each block has a
+       list of the Gaussians that reach it, nearest first, read in chunks. B blocks in a step, S Gaussians in a chunk, P pixels
+       in a block: alpha is (S, B, P). A row of the `table`: mean x, y in whole pixels and the rest, l11, l21, l22, log2 opacity.
 
 Why it is written this way: log2 alpha is a quadratic polynomial in the pixel position, so one matrix product gives it for all
-pixels of a tile, and a second product turns the weights into all channels at once. Nothing is kept for the backward pass but the
-inputs and the rendered view: it walks the same lists again, so memory follows `max_elements` and not the length of the lists.
+pixels of a block, and a second product turns the weights into all channels at once. A step advances as many blocks as memory
+allows by one chunk; finished ones make room for the next. Nothing is kept for the backward pass but the inputs and the rendered
+view: it walks the same lists again, so memory follows `max_elements` and not the length of the lists.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import importlib
 import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TILE = 8  # pixels; larger tiles evaluate more pixels that a small Gaussian never reaches, smaller ones lengthen the lists
-CHUNK = 32  # Gaussians per step of a tile's list
+BLOCK = 8, 8  # pixels; larger blocks evaluate more pixels that a small Gaussian never reaches, smaller ones lengthen the lists
+CHUNK = 32  # Gaussians per step of a block's list
+FEW_CHANNELS = 64  # so many travel with the geometry through every step; more wait until the weights are known
+RANGE = 128.0  # a power of 2 above MAX_ALPHA / (1 - MAX_ALPHA); see `composite`
 NEAR = 0.01  # world units
 DILATION = 0.3  # px^2, added to the 2-D covariance: no Gaussian is thinner than about a pixel
 MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # skipped below, clamped above
@@ -47,21 +51,6 @@ class Render(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------- projection
 
 
-def camera_covariance(
-    p: Tensor,  # (G, 3) camera frame
-    cov: Tensor,  # (G, 3, 3) camera frame
-    K: Tensor,  # (3, 3)
-    size: Tensor,  # (2,) width, height
-) -> Tensor:
-    """The 2-D covariance (G, 2, 2) in px^2 of the EWA approximation, dilated."""
-    focal, z = K.diagonal()[:2], p[:, 2:]
-    # Far outside the view the linearisation explodes; gsplat clamps its position to 30 % beyond the border.
-    low, high = (edge / focal for edge in (-K[:2, 2], size - K[:2, 2]))
-    slope = (p[:, :2] / z).clamp(low - 0.15 * size / focal, high + 0.15 * size / focal)
-    J = K[:2, :2] @ torch.cat([torch.eye(2).to(p) / z[..., None], -(slope / z)[..., None]], 2)  # (G, 2, 3)
-    return J @ cov @ J.mT + DILATION * torch.eye(2).to(p)
-
-
 def project(
     means: Tensor,  # (G, 3) world
     covariances: Tensor,  # (G, 3, 3) world
@@ -70,210 +59,359 @@ def project(
     K: Tensor,  # (3, 3) pixels
     height: int,
     width: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the tiles need of the G' Gaussians in front of the camera, nearest first.
-
-    Returns the table (G', 7), the row in the input (G',) and the box of tiles (G', 4).
-    """
+    """The EWA projection: table (8, G), depth z (G,), and first x, y, last x, y of the pixels reached (4, G), none if unseen."""
     # float64: in float32 near-equal depths swap places and needles change shape, for errors of 6e-3 instead of 7e-6.
-    means, covariances, opacities, w2c, K = (x.double() for x in (means, covariances, opacities, w2c, K))
-    z = means @ w2c[2, :3] + w2c[2, 3]
-    # Chosen before anything is divided by z or goes through a logarithm: what is not chosen cannot send a NaN back.
-    seen = ((z > NEAR) & (opacities >= MIN_ALPHA)).nonzero()[:, 0]
-    order = seen[z.detach()[seen].argsort(stable=True)]
-    p = means[order] @ w2c[:3, :3].T + w2c[:3, 3]
-    size = torch.tensor([width, height]).to(p)
-    cov = camera_covariance(p, w2c[:3, :3] @ covariances[order] @ w2c[:3, :3].T, K, size)
-    mean = (p / p[:, 2:]) @ K[:2].T
+    # Components first: every operation then runs over Gaussians that lie side by side in memory.
+    means, w2c, K = means.double().T.contiguous(), w2c.double(), K.double()
+    covariances, opacities = covariances.double().permute(1, 2, 0).contiguous(), opacities.double()
+    R, size = w2c[:3, :3], K.new_tensor([[width], [height]])
+    p = R @ means + w2c[:3, 3:]
+    # Replaced before anything is divided by z or goes through a logarithm: what is not seen cannot send a NaN back.
+    seen = (p[2] > NEAR) & (opacities >= MIN_ALPHA)
+    p, opacities = torch.where(seen, p, K.new_tensor([[0.0], [0], [1]])), torch.where(seen, opacities, K.new_ones(()))
+    z, ray = p[2], p / p[2]
+    mean = K[:2] @ ray
+    # Far outside the view the linearisation explodes; gsplat clamps its position to 30 % beyond the border.
+    focal, centre = K.diagonal()[:2, None], K[:2, 2:]
+    slope = torch.minimum(torch.maximum(ray[:2], -(centre + 0.15 * size) / focal), (1.15 * size - centre) / focal)
+    J = ((K[:2, :2] @ R[:2])[..., None] - (K[:2, :2] @ slope)[:, None] * R[2, :, None]) / z  # (2, 3, G) d pixel / d world
+    (a, b), (b_, c) = ((J[:, :, None] * covariances).sum(1)[:, None] * J).sum(2)  # J Sigma J'
     # d' Sigma^-1 d as a sum of two squares, so that rounding never makes it negative; the bounds act only on a Sigma that is
     # not positive semi-definite.
-    a, b, c = cov[:, 0, 0], (cov[:, 0, 1] + cov[:, 1, 0]) / 2, cov[:, 1, 1].clamp(min=DILATION / 2)
+    a, b, c = a + DILATION, (b + b_) / 2, (c + DILATION).clamp(min=DILATION / 2)
     det = (a * c - b * b).clamp(min=DILATION**2 / 4)
-    scale = math.sqrt(0.5 / math.log(2))  # exp(-x / 2) = 2^(-scale^2 x)
-    l11, l21, l22 = scale * (c / det).sqrt(), -scale * b / (c * det).sqrt(), scale / c.sqrt()
-    table = torch.stack([*mean.T, l11, l21, l22, opacities[order].log2(), p[:, 2]], 1)  # (G', 7)
-    reach = 2 * (opacities[order, None] / MIN_ALPHA).log() + 1e-4  # squared radius in sigmas, with room for rounding
-    return table, order, tile_box(mean.detach(), (reach * torch.stack([a, c], 1)).detach().sqrt(), size)
+    root, scale = c.sqrt(), math.sqrt(0.5 / math.log(2))  # exp(-x / 2) = 2^(-scale^2 x)
+    l11 = root * (scale / det.sqrt())
+    l21, l22, lo = -b / c * l11, scale / root, (opacities / RANGE).log2()
+    pixel = mean.detach().round()  # the mean in two parts: a float32 that counts hundreds of pixels is off by 1e-5
+    table = torch.stack([*pixel, *(mean - pixel), l11, l21, l22, lo]).to(dtype)
+    with torch.no_grad():
+        reach = 2 * math.log(2) * (lo + math.log2(RANGE / MIN_ALPHA)) + 1e-4  # squared, in sigmas, with room for rounding
+        radius = (reach * torch.stack([a, c])).sqrt()
+        first = (mean - radius - 0.5).ceil().clamp(min=0)  # pixel i has its centre at i + 0.5
+        last = torch.minimum((mean + radius - 0.5).floor(), size - 1)
+        hit = seen & (first <= last).all(0)  # False for NaN too
+        box = torch.where(hit, torch.cat([first, last]), K.new_tensor([[0.0], [0], [-1], [-1]])).int()
+    return table, z, box
 
 
-def tile_box(
-    mean: Tensor,  # (G, 2) pixels
-    radius: Tensor,  # (G, 2) pixels
-    size: Tensor,  # (2,) width, height
-) -> Tensor:
-    """First and last tile (x0, y0, x1, y1) with a pixel centre within the radius; last < first where there is none."""
-    first = (mean - radius - 0.5).ceil().clamp(min=0)
-    last = torch.minimum((mean + radius - 0.5).floor(), size - 1)
-    hit = (first <= last).all(1, keepdim=True)  # False for NaN too
-    box = torch.cat([first, last], 1).where(hit, torch.tensor([0.0, 0, -1, -1]).to(mean))
-    return box.div(TILE, rounding_mode="floor").long()
+def pieces(count: int, size: int) -> list[slice]:
+    """0, 1, ... count - 1 in slices of `size`, but at least 1."""
+    return [slice(i, i + max(1, size)) for i in range(0, count, max(1, size))]
+
+
+class Project(torch.autograd.Function):
+    """`project` a piece at a time, forward and again backward, so that none of its float64 steps is kept."""
+
+    @staticmethod
+    def forward(ctx, piece, height, width, dtype, w2c, K, *gaussians):
+        ctx.save_for_backward(w2c, K, *gaussians)
+        ctx.rest = piece, height, width, dtype
+        parts = [project(*g, w2c, K, height, width, dtype) for g in zip(*(x.split(max(1, piece)) for x in gaussians))]
+        table, z, box = (torch.cat(part, -1) for part in zip(*parts))
+        ctx.mark_non_differentiable(box)
+        return table.T.contiguous(), z, box
+
+    @staticmethod
+    def backward(ctx, grad_table, grad_z, _):
+        w2c, K, *gaussians = (x.detach() for x in ctx.saved_tensors)
+        piece, height, width, dtype = ctx.rest
+        grads = [torch.zeros_like(x) if needed else None for x, needed in zip((w2c, K, *gaussians), ctx.needs_input_grad[4:])]
+        for part in pieces(len(grad_z), piece):
+            inputs = [w2c, K, *(x[part] for x in gaussians)]
+            wanted = [x.requires_grad_() for x, g in zip(inputs, grads) if g is not None]
+            with torch.enable_grad():
+                table, z, _ = project(*inputs[2:], w2c, K, height, width, dtype)
+            found = torch.autograd.grad((table, z), wanted, (grad_table[part].T, grad_z[part]))
+            for n, g in enumerate(grads):
+                if g is not None:
+                    new, *found = found
+                    (g if n < 2 else g[part]).add_(new)
+        return None, None, None, None, *grads
 
 
 # --------------------------------------------------------------------------------------------------------------------- lists
 
 
-def tile_rows(
-    boxes: Tensor,  # (G, 4) tiles
+class Lattice(NamedTuple):
+    """The pixels to rasterise: blocks of one shape in rows and columns, which may overlap or reach beyond the view."""
+
+    y: Tensor  # (rows,) first pixel of each row of blocks, ascending
+    x: Tensor  # (columns,)
+    shape: tuple[int, int]  # pixels of a block, down and across
+
+
+def whole_view(height: int, width: int, device) -> Lattice:
+    return Lattice(*(torch.arange(0, size, block, device=device) for size, block in zip((height, width), BLOCK)), BLOCK)
+
+
+def reached_blocks(
+    box: Tensor,  # (4, G) first x, y, last x, y in pixels
+    lattice: Lattice,
+    height: int,
+    width: int,
+) -> Tensor:
+    """The box in columns and rows of blocks (4, G); last < first where it lies between the blocks."""
+    ends = []
+    for start, block, size, first, last in zip(lattice[1::-1], lattice.shape[::-1], (width, height), box[:2], box[2:]):
+        pixel = torch.arange(-1, size, device=box.device)  # answers for every pixel, which each Gaussian only looks up
+        unfinished = torch.searchsorted(start + block - 1, pixel).int()  # the first block that does not end before the pixel
+        begun = torch.searchsorted(start, pixel, right=True).int() - 1  # the last block that starts at the pixel or before
+        ends.append((unfinished.index_select(0, first + 1), begun.index_select(0, last + 1)))
+    (x0, x1), (y0, y1) = ends
+    return torch.stack([x0, y0, x1, y1])
+
+
+class Band(NamedTuple):
+    """Some rows of blocks with their lists: block i has gaussian[start[i] : start[i + 1]], nearest first."""
+
+    rows: slice
+    centre: Tensor  # (2, blocks) x, y in pixels
+    start: Tensor  # (blocks + 1,)
+    gaussian: Tensor  # (pairs,) int32
+
+
+def row_bands(
+    boxes: Tensor,  # (4, G) blocks
     rows: int,
+    columns: int,
     max_pairs: int,
+    max_blocks: int,
 ) -> list[tuple[int, int]]:
-    """Cuts the view into bands of whole tile rows [top, bottom): lists of max_pairs in all, or one row more."""
-    across = (boxes[:, 2] - boxes[:, 0] + 1).clamp(min=0)
-    change = torch.zeros(rows + 1, dtype=torch.long, device=boxes.device)
-    pairs = change.index_add(0, boxes[:, 1], across).index_add(0, boxes[:, 3] + 1, -across).cumsum(0)[:rows]  # per row
-    heights = torch.unique_consecutive(pairs.cumsum(0) // max_pairs, return_counts=True)[1].tolist()
-    bottoms = list(accumulate(heights))
+    """Cuts the view into bands of whole rows [top, bottom): lists of max_pairs and max_blocks in all, or one row more."""
+    x0, y0, x1, y1 = boxes
+    across = (x1 - x0 + 1).clamp(min=0) * (y0 <= y1)
+    pairs = torch.bincount(y0, across, rows + 1) - torch.bincount(y1 + 1, across, rows + 1)  # more than in the row before
+    pairs = pairs.cumsum(0).cumsum(0)[:rows]  # in all rows up to this one
+    number = pairs // max_pairs + torch.arange(rows, device=boxes.device) * columns // max(1, max_blocks)
+    bottoms = list(accumulate(torch.unique_consecutive(number, return_counts=True)[1].tolist()))
     return list(zip([0, *bottoms], bottoms))
 
 
-def tile_lists(
-    boxes: Tensor,  # (G, 4) tiles
+def block_lists(
+    boxes: Tensor,  # (4, G) blocks
+    order: Tensor,  # (G,) nearest first
+    lattice: Lattice,
     top: int,
     bottom: int,
-    columns: int,
-) -> tuple[Tensor, Tensor]:
-    """Gaussians of all tiles of a band, tile after tile and nearest first (pairs,), and the length of each list (tiles,)."""
-    x0, y0, x1, y1 = boxes.T
-    y0, y1 = y0.clamp(min=top), y1.clamp(max=bottom - 1)
-    across, count = x1 - x0 + 1, (x1 - x0 + 1).clamp(min=0) * (y1 - y0 + 1).clamp(min=0)
-    gaussian = torch.arange(len(boxes), device=boxes.device).repeat_interleave(count)
-    nth = torch.arange(len(gaussian), device=boxes.device) - (count.cumsum(0) - count)[gaussian]  # 0, 1, ... within a box
-    across = across[gaussian]
-    tile = ((y0 - top)[gaussian] + nth // across) * columns + x0[gaussian] + nth % across
-    tile, by_tile = tile.int().sort(stable=True)  # stable: the table is in depth order, so every list is
-    return gaussian[by_tile], torch.bincount(tile, minlength=(bottom - top) * columns)
-
-
-def polynomial(
-    rows: Tensor,  # (B, S, 7) of the table
-    centre: Tensor,  # (B, 2) of the tile, pixels
-) -> Tensor:
-    """log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2 as coefficients (B, S, 6) of `monomials` around the tile's centre."""
-    x, y, l11, l21, l22, lo, _ = rows.unbind(-1)
-    dx, dy = centre[:, :1] - x, centre[:, 1:] - y
-    u, v = l11 * dx + l21 * dy, l22 * dy
-    linear = [-2 * u * l11, -2 * (u * l21 + v * l22)]
-    return torch.stack([lo - u * u - v * v, *linear, -l11 * l11, -2 * l11 * l21, -l21 * l21 - l22 * l22], -1)
-
-
-def monomials(
-    like: Tensor,  # any tensor of the wanted type and device
-) -> Tensor:
-    """1, x, y, x^2, xy, y^2 at the pixel centres of a tile, as seen from its centre: (6, 64)."""
-    y, x = torch.meshgrid(*[torch.arange(TILE).to(like) - (TILE - 1) / 2] * 2, indexing="ij")
-    return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y]).flatten(1)
-
-
-def transmittance(
-    alpha: Tensor,  # (B, S, 64)
-    light: Tensor,  # (B, 64) T at the start of the chunk
-) -> Tensor:
-    """T before each Gaussian of the chunk and after the last, (B, S + 1, 64)."""
-    if alpha.is_cuda:
-        return torch.cat([light[:, None], 1 - alpha], 1).cumprod(1)
-    T = alpha.new_empty(alpha.shape[0], alpha.shape[1] + 1, alpha.shape[2])
-    T[:, 0] = light
-    for k in range(alpha.shape[1]):  # on the CPU ten times faster than cumprod over a middle dimension
-        torch.addcmul(T[:, k], T[:, k], alpha[:, k], value=-1, out=T[:, k + 1])
-    return T
-
-
-class Step(NamedTuple):
-    tiles: Tensor  # (B,) which tiles, all distinct
-    centre: Tensor  # (B, 2) their centres, pixels
-    ids: Tensor  # (B, S) rows of the table; where a list has ended, any row, with weight 0
-    alpha: Tensor  # (B, S, 64) after skipping and clamping
-    weight: Tensor  # (B, S, 64) w = alpha T
-
-
-def walk(
-    table: Tensor,  # (G', 7) in depth order
-    boxes: Tensor,  # (G', 4) tiles
-    grid: tuple[int, int],  # rows and columns of tiles
-    dtype: torch.dtype,
-    batch: int,  # tiles
-    max_pairs: int,
-) -> Iterator[Step]:
-    """Yields the weights of every tile and Gaussian, front to back. All that is rendered is linear in these weights."""
-    basis = monomials(torch.empty(0, dtype=dtype, device=table.device))
-    slots = torch.arange(CHUNK, device=table.device)
-    for top, bottom in tile_rows(boxes, grid[0], max_pairs):
-        gaussian, length = tile_lists(boxes, top, bottom, grid[1])
-        start = length.cumsum(0) - length
-        # Lists of like length share a batch, so that few slots are padding.
-        for tiles in length.argsort(descending=True)[: int((length > 0).sum())].split(batch):
-            light = torch.ones(len(tiles), TILE * TILE, dtype=dtype, device=table.device)
-            at = 0
-            while len(tiles):
-                ids = gaussian[(start[tiles, None] + at + slots).clamp(max=len(gaussian) - 1)]
-                centre = (torch.stack([tiles % grid[1], top + tiles // grid[1]], 1) + 0.5).to(table) * TILE
-                coefficients = polynomial(table[ids], centre)
-                coefficients[..., 0].masked_fill_(at + slots >= length[tiles, None], -1e4)  # 2^-1e4 = 0
-                alpha = torch.exp2(coefficients.to(dtype) @ basis)
-                alpha = torch.nn.functional.threshold(alpha, MIN_ALPHA, 0.0).clamp_(max=MAX_ALPHA)
-                T = transmittance(alpha, light)
-                # T only falls, so the Gaussian that brings it too low takes all behind it along.
-                weight = (T[:, :-1] * alpha).where(T[:, 1:] > MIN_LIGHT, 0.0)
-                yield Step(top * grid[1] + tiles, centre, ids, alpha, weight)
-                at += CHUNK
-                unfinished = (length[tiles] > at) & (T[:, -1] > MIN_LIGHT).any(1)
-                tiles, light = tiles[unfinished], T[unfinished, -1]
+) -> Band:
+    """The lists of a band: every Gaussian once for each block of its box, nearest first, then sorted by block."""
+    columns, device = len(lattice.x), boxes.device
+    inside = (boxes[0] <= boxes[2]) & (boxes[1] <= boxes[3]) & (boxes[1] < bottom) & (boxes[3] >= top)
+    nearest = order.index_select(0, inside.index_select(0, order).nonzero()[:, 0])
+    x0, y0, x1, y1 = boxes.index_select(1, nearest)
+    y0, y1, across = y0.clamp(min=top) - top, y1.clamp(max=bottom - 1) - top, x1 - x0 + 1
+    count = across * (y1 - y0 + 1)
+    which = torch.repeat_interleave(count)  # (pairs,)
+    nth = torch.arange(len(which), dtype=torch.int32, device=device)
+    nth -= (count.cumsum(0) - count).int().index_select(0, which)  # 0, 1, ... within a box
+    across = across.index_select(0, which)
+    block = (y0 * columns + x0).index_select(0, which) + nth + nth.div(across, rounding_mode="floor") * (columns - across)
+    block, by_block = block.sort(stable=True)  # stable: every list stays nearest first
+    start = torch.searchsorted(block, torch.arange((bottom - top) * columns + 1, dtype=torch.int32, device=device))
+    y, x = (start + size / 2 for start, size in zip(lattice[:2], lattice.shape))
+    centre = torch.stack([x.repeat(bottom - top), y[top:bottom].repeat_interleave(columns)])
+    return Band(slice(top, bottom), centre, start, nearest.int().index_select(0, which.index_select(0, by_block)))
 
 
 # --------------------------------------------------------------------------------------------------------------- compositing
 
 
-def payload(
-    table: Tensor,  # (G', 7)
-    features: Tensor,  # (G, C)
-    order: Tensor,  # (G',) rows of the features
-    ids: Tensor,  # (B, S) rows of the table
+def polynomial(
+    rows: Tensor,  # (8, S, B) of the table
+    centre: Tensor,  # (2, B) of the blocks, pixels
 ) -> Tensor:
-    """What is composited of each Gaussian in a chunk: its features, 1 for alpha, z for depth. (B, S, C + 2)"""
-    z = table[ids, 6, None].to(features)
-    return torch.cat([features[order[ids]], torch.ones_like(z), z], -1)
+    """log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2 as coefficients (6, S, B) of `monomials` around the block's centre."""
+    l11, l21, l22, lo = rows[4:]
+    dx, dy = centre[:, None] - rows[:2] - rows[2:4]
+    u, v = l11 * dx + l21 * dy, l22 * dy
+    linear = [-2 * u * l11, -2 * (u * l21 + v * l22)]
+    return torch.stack([lo - u * u - v * v, *linear, -l11 * l11, -2 * l11 * l21, -l21 * l21 - l22 * l22])
+
+
+def monomials(lattice: Lattice, like: Tensor) -> Tensor:
+    """1, x, y, x^2, xy, y^2 at the pixels of a block, as seen from its centre: (6, P)."""
+    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in lattice.shape), indexing="ij")
+    return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y]).flatten(1)
+
+
+def composite(
+    alpha: Tensor,  # (S, B, P) divided by RANGE
+    light: Tensor,  # (B, P) T times RANGE, changed in place to that behind the last Gaussian
+    out: Tensor,  # like alpha, or alpha itself
+) -> Tensor:
+    """The weights w_k = alpha_k T_k, front to back, T_{k+1} = T_k - w_k, and 0 from where a pixel stops: (S, B, P)."""
+    # A T too low becomes 0 and stays 0. Its weight goes with it by a minimum, for which alpha T is smaller than RANGE times
+    # every other T_{k+1}: torch.where would take twice as long as all the rest.
+    for a, w in zip(alpha, out):
+        torch.mul(a, light, out=w)
+        light.sub_(w, alpha=RANGE)
+        torch.nn.functional.threshold_(light, RANGE * MIN_LIGHT, 0.0)
+        torch.minimum(w, light, out=w)
+    return out
+
+
+class Step(NamedTuple):
+    blocks: Tensor  # (B,) of the band, all distinct
+    centre: Tensor  # (2, B)
+    ids: Tensor  # (B, S) Gaussians; where a list has ended, any, with weight 0
+    rows: Tensor  # (B, S, 8 + E) of the table
+    alpha: Tensor  # (S, B, P) divided by RANGE, after skipping and clamping; overwritten by the weights unless asked for
+    weight: Tensor  # (S, B, P) w = alpha T
+
+
+def walk(
+    table: Tensor,  # (G, 8 + E), which may carry more in its further columns
+    band: Band,
+    lattice: Lattice,
+    max_elements: int,
+    keep_alpha: bool = False,
+) -> Iterator[Step]:
+    """Yields the weights of every Gaussian at every pixel, front to back; a step's tensors are good until the next one."""
+    start, end = band.start[:-1], band.start[1:]
+    basis, centres = monomials(lattice, table), band.centre.to(table)
+    slots = max(1, max_elements // (CHUNK * basis.shape[1]))
+    ahead = torch.arange(CHUNK, device=table.device)
+    # Longest first, lest one is left over at the end; alike in powers of 2 only, so that neighbours stay together in the cache.
+    queue = (end - start).log2().floor().argsort(descending=True, stable=True)[: int((end > start).sum())]
+    work = [table.new_empty(min(slots, len(queue)) * CHUNK * basis.shape[1]) for _ in range(1 + keep_alpha)]
+    blocks = at = queue[:0]
+    light, taken = table.new_empty(0, basis.shape[1]), 0
+    while taken < len(queue) or len(blocks):
+        fresh = queue[taken : taken + slots - len(blocks)]
+        taken += len(fresh)
+        blocks, at = torch.cat([blocks, fresh]), torch.cat([at, start[fresh]])
+        light = torch.cat([light, light.new_full((len(fresh), light.shape[1]), RANGE)])
+        place = at[:, None] + ahead  # (B, S)
+        ids = band.gaussian.index_select(0, place.clamp(max=len(band.gaussian) - 1).flatten())
+        rows, centre = table.index_select(0, ids).view(*place.shape, -1), centres[:, blocks]
+        coefficients = polynomial(rows[..., :8].permute(2, 1, 0).contiguous(), centre)
+        coefficients[0].masked_fill_((place >= end[blocks, None]).T, -1e30)  # wherever the polynomial leads from there, 2^ it is 0
+        alpha, weight = (w[: place.numel() * basis.shape[1]] for w in (work[0], work[-1]))
+        torch.mm(coefficients.flatten(1).T, basis, out=alpha.view(-1, basis.shape[1])).exp2_()
+        torch.nn.functional.threshold_(alpha, MIN_ALPHA / RANGE, 0.0).clamp_(max=MAX_ALPHA / RANGE)
+        alpha, weight = (x.view(CHUNK, len(blocks), -1) for x in (alpha, weight))
+        yield Step(blocks, centre, ids.view(place.shape), rows, alpha, composite(alpha, light, weight))
+        at = at + CHUNK
+        going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
+        blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
+
+
+def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
+    """An image (H, W, C) of whole blocks seen as (rows, columns, C, block height, block width)."""
+    return image.unflatten(1, (-1, shape[1])).unflatten(0, (-1, shape[0])).permute(0, 2, 4, 1, 3)
+
+
+def seen_pairs(step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """Block (n,), Gaussian (n,) and weights (n, P) of the pairs that have any; about three in four."""
+    block, k = (step.weight.amax(2).T > 0).nonzero().T
+    return step.blocks[block], step.ids[block, k], step.weight.flatten(0, 1).index_select(0, k * len(step.blocks) + block)
+
+
+def spread(
+    pairs: list[tuple[Tensor, Tensor, Tensor]],  # of `seen_pairs`
+    features: Tensor,  # (G, C)
+    blocks: int,
+    max_elements: int,
+) -> Tensor:
+    """The sum over k of w_k f_k, (blocks, C, P): with many channels it pays to write each block once, from its whole list."""
+    block, ids, weight = (torch.cat(x) for x in zip(*pairs))
+    weight = torch.cat([weight, torch.zeros_like(weight[:1])])  # the last row pads the shorter lists
+    block, by_block = block.int().sort(stable=True)
+    start = torch.searchsorted(block, torch.arange(blocks + 1, dtype=torch.int32, device=ids.device))
+    lengths = start.diff().tolist()
+    out = features.new_empty(blocks, weight.shape[1], features.shape[1])
+    size = blocks * max_elements // (4 * max(1, len(ids)) * features.shape[1])
+    for part in pieces(blocks, size):
+        place = start[:-1][part, None] + torch.arange(max(lengths[part]), device=ids.device)  # (b, n)
+        row = by_block.index_select(0, place.clamp(max=max(len(ids) - 1, 0)).flatten())
+        f = features.index_select(0, ids.index_select(0, row)).view(*place.shape, features.shape[1])
+        row = row.masked_fill((place >= start[1:][part, None]).flatten(), len(ids))
+        torch.bmm(weight.index_select(0, row).view(*place.shape, weight.shape[1]).mT, f, out=out[part])
+    return out.mT
 
 
 class Composite(torch.autograd.Function):
-    """Sum over k of w_k (f_k, 1, z_k): table (G', 7), features (G, C) -> (tiles, C + 2, 64)."""
+    """Images (H, W, E) and (H, W, C) of the sums over k of w_k e_k and w_k f_k; H and W are rounded up to whole blocks.
+
+    `extra` e is carried through the walk beside the geometry, which is best for few channels; `features` f is for many.
+    """
 
     @staticmethod
-    def forward(ctx, table, features, order, boxes, grid, batch, max_pairs):
-        ctx.walk = grid, features.dtype, batch, max_pairs
-        out = features.new_zeros(grid[0] * grid[1], features.shape[1] + 2, TILE * TILE)
-        for step in walk(table, boxes, *ctx.walk):
-            out.index_add_(0, step.tiles, payload(table, features, order, step.ids).mT @ step.weight)
-        ctx.save_for_backward(table, features, order, boxes, out)
-        return out
+    def forward(ctx, plan, table, extra, features):
+        cuts, lists, lattice, max_elements = ctx.plan = plan
+        shape = [n * size for n, size in zip((len(lattice.y), len(lattice.x)), lattice.shape)]
+        images = [x.new_empty(*shape, x.shape[1]) for x in (extra, features)]
+        table = torch.cat([table, extra], 1)
+        for band in map(lists, *zip(*cuts)):
+            few, pairs = extra.new_zeros(band.centre.shape[1], extra.shape[1], math.prod(lattice.shape)), []
+            for step in walk(table, band, lattice, max_elements):
+                few.index_add_(0, step.blocks, step.rows[..., 8:].mT @ step.weight.transpose(0, 1))
+                if features.shape[1]:
+                    pairs.append(seen_pairs(step))
+            many = spread(pairs, features, len(few), max_elements) if pairs else few.new_zeros(len(few), features.shape[1], few.shape[2])
+            for image, part in zip(images, (few, many)):
+                view = in_blocks(image, lattice.shape)[band.rows]
+                view.copy_(part.view(view.shape))
+        ctx.save_for_backward(table, features, *images)
+        return tuple(images)
 
     @staticmethod
-    def backward(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):
-            return (*Composite.gradients(ctx, grad), None, None, None, None, None)
+    def backward(ctx, *grads):
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return None, *Composite.gradients(ctx, grads)
 
     @staticmethod
-    def gradients(ctx, grad):
-        table, features, order, boxes, out = ctx.saved_tensors
-        basis = monomials(out)
-        upto = torch.ones(CHUNK, CHUNK).tril().to(out)  # as a product, a running sum over k
-        grad_table, grad_features = torch.zeros_like(table), torch.zeros_like(features)
-        behind = (grad * out).sum(1)  # (tiles, 64) sum of w_j h_j over all j not yet passed; h = dL/dw
-        for tiles, centre, ids, alpha, weight in walk(table, boxes, *ctx.walk):
-            g = grad[tiles]  # (B, C + 2, 64)
-            wh = weight * (payload(table, features, order, ids) @ g)  # (B, S, 64)
-            rest = behind[tiles, None] - upto @ wh  # sum over j > k
-            behind[tiles] = rest[:, -1]
-            # alpha dL/dalpha: own weight, less the light taken from all behind; log2 alpha has no say where it is clamped.
-            slope = (wh - rest * alpha / (1 - alpha)).where((weight > 0) & (alpha < MAX_ALPHA), 0.0)
-            with torch.enable_grad():
-                rows = table[ids].requires_grad_()
-                coefficients = polynomial(rows, centre)
-            grad_rows = torch.autograd.grad(coefficients, rows, (math.log(2) * slope @ basis.T).to(table))[0]
-            grad_payload = weight @ g.mT  # (B, S, C + 2)
-            grad_rows[..., 6] += grad_payload[..., -1]
-            grad_table.index_add_(0, ids.flatten(), grad_rows.flatten(0, 1))
-            grad_features.index_add_(0, order[ids].flatten(), grad_payload[..., :-2].flatten(0, 1))
-        return grad_table, grad_features
+    def gradients(ctx, grads):
+        cuts, lists, lattice, max_elements = ctx.plan
+        table, features, *images = ctx.saved_tensors
+        basis = monomials(lattice, table)
+        C, grad_table, grad_features = features.shape[1], torch.zeros_like(table), torch.zeros_like(features) if ctx.needs_input_grad[3] else None
+        for band in map(lists, *zip(*cuts)):
+            cut = lambda image: in_blocks(image, lattice.shape)[band.rows].flatten(0, 1).flatten(2).contiguous()  # (blocks, C, P)
+            grad_few, grad_many = map(cut, grads)
+            # The sum of w_j h_j over all j not yet passed, where h = dL/dw.
+            behind = (grad_few * cut(images[0])).sum(1) + (grad_many * cut(images[1])).sum(1)
+            for step in walk(table, band, lattice, max_elements, keep_alpha=True):
+                g = grad_few.index_select(0, step.blocks)
+                h = step.rows[..., 8:] @ g  # (B, S, P) dL/dw
+                for part in pieces(len(step.blocks) if C else 0, max_elements // (CHUNK * max(1, C))):
+                    g_many, ids = grad_many.index_select(0, step.blocks[part]), step.ids[part].flatten().long()
+                    h[part].baddbmm_(features.index_select(0, ids).view(-1, CHUNK, C), g_many)
+                    if grad_features is not None:
+                        grad_features.index_add_(0, ids, (step.weight[:, part].transpose(0, 1) @ g_many.mT).flatten(0, 1))
+                rows = torch.zeros_like(step.rows)
+                rows[..., 8:] = (g @ step.weight.permute(1, 2, 0)).mT
+                if ctx.needs_input_grad[1]:
+                    rows[..., :8] = geometry_gradient(step, h, behind, basis)
+                grad_table.index_add_(0, step.ids.flatten().long(), rows.flatten(0, 1))  # 20 times slower with int32
+        return *grad_table.split([8, table.shape[1] - 8], 1), grad_features
+
+
+def geometry_gradient(
+    step: Step,
+    h: Tensor,  # (B, S, P) dL/dw; overwritten
+    behind: Tensor,  # (blocks, P) sum of w_j h_j over this step and all behind; the step is taken off
+    basis: Tensor,  # (6, P)
+) -> Tensor:
+    """dL/d rows of the table (B, S, 8), through alpha_k dL/dalpha_k = w_k h_k - alpha_k / (1 - alpha_k) sum_{j>k} w_j h_j."""
+    slope = step.weight * h.transpose(0, 1)
+    ratio = torch.sub(behind.new_ones(()), step.alpha, alpha=RANGE, out=h.view(slope.shape))
+    ratio = torch.div(step.alpha, ratio, out=ratio)
+    left = behind.index_select(0, step.blocks)
+    for wh, r in zip(slope, ratio):
+        left.sub_(wh)
+        wh.addcmul_(left, r, value=-RANGE)
+    behind.index_copy_(0, step.blocks, left)
+    slope *= torch.sign(step.weight, out=ratio)  # behind the stop there is nothing
+    slope *= step.alpha.lt_(MAX_ALPHA / RANGE)  # and log2 alpha has no say where alpha is clamped
+    with torch.enable_grad():
+        rows = step.rows[..., :8].permute(2, 1, 0).contiguous().requires_grad_()
+        coefficients = polynomial(rows, step.centre)
+    grad = math.log(2) * (basis @ slope.flatten(0, 1).T).view(coefficients.shape)
+    return torch.autograd.grad(coefficients, rows, grad)[0].permute(2, 1, 0)
 
 
 def rasterize(
@@ -286,13 +424,13 @@ def rasterize(
     height: int,
     width: int,
     background: Tensor | None = None,  # (C,)
-    max_elements: int = 2**20,
+    max_elements: int | None = None,  # by default 2^20, on a GPU 2^24
 ) -> Render:
     """Renders the Gaussians, any C at once, in the convention of 3DGS and gsplat; differentiable in every tensor.
 
     Each step, forward or backward, works on a handful of tensors that hold about max_elements numbers together with their
-    copies of the features; tile lists are built for as many (Gaussian, tile) pairs at a time, or one row of tiles. A smaller
-    value is slower and changes nothing else. What comes on top is a few dozen numbers per Gaussian and the view itself.
+    copies of the features; lists are built for four times as many (Gaussian, block) pairs at a time, or one row of blocks. A
+    smaller value is slower and changes nothing else. What comes on top is a few dozen numbers per Gaussian and the view itself.
     """
     G, C = len(means), features.shape[-1]
     shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
@@ -300,14 +438,26 @@ def rasterize(
     assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {features.dtype}"
     assert w2c.shape == (4, 4) and K.shape == (3, 3), f"w2c must be (4, 4) and K (3, 3), not {tuple(w2c.shape)}, {tuple(K.shape)}"
     assert background is None or background.shape == (C,), f"background must be ({C},), one value per channel of the features"
+    max_elements = max_elements or (2**24 if features.is_cuda else 2**20)
     assert height > 0 and width > 0 and max_elements > 0, "height, width and max_elements must be at least 1"
-    table, order, boxes = project(means, covariances, opacities, w2c, K, height, width)
-    grid = -(-height // TILE), -(-width // TILE)
-    batch = max(1, max_elements // (CHUNK * TILE * TILE + (CHUNK + TILE * TILE) * (C + 2)))
     with torch.autocast(features.device.type, enabled=False):  # in bfloat16 log2 alpha would be off by whole units
-        out = Composite.apply(table, features, order, boxes, grid, batch, max_elements)  # (tiles, C + 2, 64)
-    image = out.view(*grid, C + 2, TILE, TILE).permute(0, 3, 1, 4, 2)  # (rows, 8, columns, 8, C + 2)
-    rendered, alpha, depth = (part.flatten(2, 3).flatten(0, 1)[:height, :width] for part in image.split([C, 1, 1], -1))
+        gaussians = means, covariances, opacities
+        table, z, box = Project.apply(max_elements // 32, height, width, features.dtype, w2c, K, *gaussians)
+        lattice = whole_view(height, width, means.device)
+        boxes = reached_blocks(box, lattice, height, width)
+        order = z.detach().view(torch.int64).argsort(stable=True)  # positive floats sort like their bits, and integers faster
+        rows, columns, max_blocks = len(lattice.y), len(lattice.x), 8 * max_elements // (math.prod(BLOCK) * (C + 2))
+        cuts = row_bands(boxes, rows, columns, 4 * max_elements, max_blocks)
+        lists = partial(block_lists, boxes, order, lattice)
+        if len(cuts) == 1:  # short enough to keep for the backward pass
+            band = lists(*cuts[0])
+            lists = lambda top, bottom: band
+        extra = torch.stack([torch.ones_like(z), z], 1).to(features)
+        if C <= FEW_CHANNELS:
+            extra, features = torch.cat([features, extra], 1), features[:, :0]
+        few, many = Composite.apply((cuts, lists, lattice, max_elements), table, extra, features)
+    few, alpha, depth = few[:height, :width].split([few.shape[2] - 2, 1, 1], -1)
+    rendered = many[:height, :width] if C > FEW_CHANNELS else few
     depth = depth / alpha.where(alpha > 0, 1.0)  # a division by 0, even in the branch not taken, would make NaN gradients
     if background is not None:
         rendered = rendered + (1 - alpha) * background.to(rendered)

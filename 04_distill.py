@@ -332,7 +332,7 @@ def parse(argv):
     parser.add_argument("--scene_dir", default="data", help="a scene or a folder of scenes; built-in rooms if data/ is missing")
     parser.add_argument("--out", default="out/04_distill")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="sets the defaults of all flags marked [preset]")
-    parser.add_argument("--model", help="ViT to start from: 'tiny' or a Hugging Face DINOv2 folder [preset]")
+    parser.add_argument("--model", help="ViT to start from: 'tiny', a published name such as dinov2_vits14, a file or folder [preset]")
     parser.add_argument("--pixels", type=positive, help="pixels a view, its aspect kept; lower it when memory runs out [preset]")
     parser.add_argument("--geometry", choices=("sweep", "depth"), default="sweep", help="from the images, or measured depth")
     parser.add_argument("--near", type=float, help="nearest depth; default: from depth maps, sparse points or cameras")

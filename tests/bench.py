@@ -1,13 +1,21 @@
 """What a training step of the main job costs, part by part, and how fast rooms are made. Medians; shares of the same run.
 
 Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/bench.py
+        ... python tests/bench.py --section mvsplat            MVSplat, time and memory; 4 minutes
+        ... python tests/bench.py --section splat              rasterize against reference_raster.py, and how it scales; 5 minutes
+        ... python tests/bench.py --section splat --large      the same with 1.02M Gaussians; 15 minutes, 9 GB
 """
 import argparse
+import ctypes
 import importlib
+import json
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -30,11 +38,107 @@ def median_ms(function, rounds, device):
     return statistics.median(times[1:])
 
 
+def resident_mb():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure_splat(method, backward, height, width, C, copies, rounds):
+    """Median seconds and the growth of resident memory in MB of one way to rasterise, in this process."""
+    reference = importlib.import_module("reference_raster")
+    *gaussians, w2c, K = reference.pixel_aligned(height, width, C)
+    if copies < 1:  # fewer Gaussians for the same view, or more
+        gaussians = [x[:: round(1 / copies)].contiguous() for x in gaussians]
+    elif copies > 1:
+        gaussians = [x.repeat(copies, *[1] * (x.dim() - 1)) for x in gaussians]
+        gaussians[2] = gaussians[2] / copies
+    function = splat.rasterize if method == "rasterize" else getattr(reference, method)
+    ctypes.CDLL(None).malloc_trim(0)  # or what making the scene has freed would hide what is allocated next; Linux
+    peak, times, done, base = [0.0], [], threading.Event(), resident_mb()
+
+    def watch():
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], resident_mb() - base)
+
+    threading.Thread(target=watch, daemon=True).start()
+    for _ in range(rounds + (rounds > 1)):  # of several, the first warms caches up and is left out
+        inputs = [x.detach().requires_grad_(backward) for x in gaussians]
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            image = function(*inputs, w2c, K, height, width)
+            image = image.features if method == "rasterize" else image
+            if backward:
+                image.square().sum().backward()
+        times.append(time.perf_counter() - begin)
+        del image, inputs
+    done.set()
+    return statistics.median(times[rounds > 1 :]), peak[0]
+
+
+def apart(function, *case):
+    """The function of this name, called in a process of its own, so that one's memory is not another's."""
+    code = f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; print(json.dumps(bench.{function}(*{case!r})))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def measure_mvsplat(tiny, height, width, rounds):
+    """Median seconds of a forward pass over two views, and the peak of the whole process in MB."""
+    K = torch.tensor([[0.9 * width, 0, width / 2], [0, 0.9 * width, height / 2], [0, 0, 1]]).expand(2, 3, 3)
+    c2w = torch.eye(4).repeat(2, 1, 1)
+    c2w[1, 0, 3] = 0.3
+    model, images = lift.MVSplat(lift.MVSplatConfig.tiny if tiny else lift.MVSplatConfig()).eval(), torch.rand(2, 3, height, width)
+    with torch.inference_mode():
+        ms = median_ms(lambda: model(images, K, c2w, 1.0, 100.0), rounds, torch.device("cpu"))
+    return ms / 1000, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def mvsplat_section(rounds):
+    print(f"MVSplat forward, two views, {torch.get_num_threads()} CPU threads\n\n| network | view | s | peak MB of the process |\n|---|---|---|---|")
+    for name, *case in (("published", False, 256, 256, rounds), ("published", False, 576, 880, 1), ("tiny", True, 96, 128, rounds)):
+        seconds, mb = apart("measure_mvsplat", *case)
+        print(f"| {name} | {case[1]}x{case[2]} | {seconds:.2f} | {mb:.0f} |", flush=True)
+
+
+def splat_section(rounds, large):
+    sizes = [(146, 219), (292, 438)] + [(584, 876)] * large
+    print("pixel-aligned Gaussians of two views, one CPU thread; seconds (times ours) and MB\n")
+    print("| what | view | Gaussians | rasterize | textbook, 8x8 chunks | standard (gsplat's) |\n|---|---|---|---|---|---|")
+    for backward, C in ((False, 3), (True, 3), (False, 384)):
+        for height, width in sizes:
+            seconds, mb = apart("measure_splat", "rasterize", backward, height, width, C, 1, rounds)
+            row = [f"{seconds:.2f} s, {mb:.0f} MB"]
+            for method in ("textbook", "standard"):
+                # All 384 channels at once take 15 GB at 256k Gaussians: 32 are timed, and counted twelve times, as gsplat splits them.
+                chunk = 12 if C == 384 and method == "standard" else 1
+                if (C == 384 and height > 292) or (backward and height > 292) or (method == "textbook" and height > 292):
+                    row.append("-")
+                    continue
+                other, other_mb = apart("measure_splat", method, backward, height, width, C // chunk, 1, 1 if height > 146 else rounds)
+                row.append(f"{other * chunk / seconds:.1f}x, {other_mb:.0f} MB" + " (12 x 32 channels)" * (chunk > 1))
+            what = f"C = {C} forward" + " + backward" * backward
+            print(f"| {what} | {height}x{width} | {2 * height * width} | " + " | ".join(row) + " |", flush=True)
+    print("\n| cost, forward | from | to | times the work | times the seconds |\n|---|---|---|---|---|")
+    scaling = [
+        ("Gaussians, same view", (146, 219, 3, 1 / 4), (146, 219, 3, 4), 16),
+        ("pixels and Gaussians", (73, 110, 3, 1), (292, 438, 3, 1), 16),
+        ("channels", (146, 219, 24, 1), (146, 219, 384, 1), 16),
+    ]
+    for name, *ends, work in scaling:
+        (few, _), (many, _) = (apart("measure_splat", "rasterize", False, *end, rounds) for end in ends)
+        print(f"| {name} | {few:.3f} s | {many:.3f} s | {work} | {many / few:.1f} |", flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Medians of the parts of a training step.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--section", choices=["step", "mvsplat", "splat"], default="step")
+    parser.add_argument("--large", action="store_true", help="splat: also 1.02M Gaussians in 584x876")
     args = parser.parse_args(argv)
+    if args.section == "mvsplat":
+        return mvsplat_section(min(args.rounds, 5))
+    if args.section == "splat":
+        return splat_section(min(args.rounds, 5), args.large)
     device = torch.device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()

@@ -1,127 +1,12 @@
-"""02_lift.py: the ViT against Meta's numbers, Eq. 2-3 against per-pixel loops, geometry against planes and rooms."""
+"""02_lift.py: Eq. 2-3 against per-pixel loops, geometry against planes and rooms. The ViT has a file of its own, test_02_vit.py."""
 import importlib
-import json
 import math
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 lift = importlib.import_module("02_lift")
-FIXTURE = Path(__file__).parent / "fixtures" / "networks" / "dinov2.safetensors"
-
-# ------------------------------------------------------------------------------------------------ vision transformer
-
-
-def recipe(key, shape):  # the weights that the fixtures were made with
-    r = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
-    last = key.rsplit(".", 1)[-1]
-    if last in ("pos_embed", "cls_token", "register_tokens", "mask_token"):
-        return 0.2 * r
-    if len(shape) >= 2:
-        return r / torch.Size(shape[1:]).numel() ** 0.5
-    return {"gamma": 0.5 + 0.1 * r, "weight": 1 + 0.1 * r}.get(last, 0.1 * r)
-
-
-def recipe_image(name, height, width):  # in [-1, 1], already in the network's units
-    g = torch.Generator().manual_seed(zlib.crc32(("input/" + name).encode()))
-    low = torch.nn.functional.interpolate(torch.rand((1, 3, 8, 8), generator=g), size=(height, width), mode="bilinear", align_corners=True)
-    return (0.8 * low + 0.2 * torch.rand((1, 3, height, width), generator=g)) * 2 - 1
-
-
-@pytest.mark.parametrize("name,registers", [("s14", 0), ("s14_reg4", 4)])
-@pytest.mark.parametrize("size", ["224x224", "126x182", "518x518"])
-def test_vit_matches_meta(name, registers, size):
-    truth = load_file(FIXTURE)
-    model = lift.VisionTransformer(registers=registers).eval()
-    model.load_state_dict({k: recipe(k, v.shape) for k, v in model.state_dict().items()})
-    height, width = map(int, size.split("x"))
-    images = recipe_image(f"dinov2/{size}", height, width)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (lift.IMAGENET_MEAN, lift.IMAGENET_STD))
-    with torch.no_grad():
-        tokens = model(images * std + mean)
-    pick = lambda n, k: torch.arange(n) if n <= k else torch.linspace(0, n - 1, k).round().long()
-    for ours, key in ((tokens.cls, "cls"), (tokens.patches[:, pick(tokens.patches.shape[1], 10)], "patch"),
-                      (tokens.patches.mean(1), "patch_mean"), (tokens.registers, "reg")):
-        theirs = truth.get(f"meta/{name}/{size}/{key}")
-        if theirs is not None:
-            assert (ours - theirs).abs().max() / theirs.abs().mean() < 3e-5, key
-    assert tokens.registers.shape == (1, registers, 384)
-
-
-def small_vit(registers=0):
-    torch.manual_seed(0)
-    model = lift.VisionTransformer(patch=8, dim=128, depth=2, heads=2, registers=registers, grid=4, mlp_ratio=2)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return model.eval()
-
-
-@pytest.mark.parametrize("registers", [0, 4])
-def test_save_and_load_give_the_same_network(tmp_path, registers):
-    model, images = small_vit(registers), torch.rand(2, 3, 24, 40)
-    lift.save_vit(model, tmp_path)
-    again = lift.load_vit(tmp_path)
-    for a, b in zip(model(images), again(images)):
-        assert torch.equal(a, b)
-    config, keys = json.loads((tmp_path / "config.json").read_text()), set(load_file(tmp_path / "model.safetensors"))
-    assert config["hidden_size"] == 128 and config["num_attention_heads"] == 2 and config["mlp_ratio"] == 2
-    assert config["model_type"] == ("dinov2_with_registers" if registers else "dinov2")
-    assert {"embeddings.cls_token", "embeddings.position_embeddings", "encoder.layer.1.attention.attention.query.weight",
-            "encoder.layer.0.attention.output.dense.bias", "encoder.layer.1.layer_scale2.lambda1", "layernorm.weight"} <= keys
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-
-
-@pytest.mark.parametrize("harm,says", [
-    (lambda s: s.pop("layernorm.bias"), "lacks layernorm.bias"),
-    (lambda s: s.update(extra=torch.zeros(1)), "extra"),
-    (lambda s: s.update({"layernorm.bias": torch.zeros(5)}), "norm.bias is (5,)"),
-    (lambda s: s.pop("embeddings.patch_embeddings.projection.weight"), "not in the Hugging Face DINOv2 layout")])
-def test_a_key_too_many_or_too_few_is_named(tmp_path, harm, says):
-    lift.save_vit(small_vit(), tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    harm(state)
-    save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError) as error:
-        lift.load_vit(tmp_path)
-    assert says in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_heads_come_from_the_config(tmp_path):
-    torch.manual_seed(0)
-    model = lift.VisionTransformer(patch=8, dim=48, depth=1, heads=4, grid=4).eval()
-    lift.save_vit(model, tmp_path)
-    images = torch.rand(1, 3, 16, 16)
-    assert torch.equal(lift.load_vit(tmp_path)(images).cls, model(images).cls)
-
-
-def test_a_damaged_config_is_named(tmp_path):
-    lift.save_vit(small_vit(), tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: not JSON"):
-        lift.load_vit(tmp_path)
-
-
-def test_missing_and_truncated_weights(tmp_path):
-    with pytest.raises(ValueError, match="no such weights"):
-        lift.load_vit(tmp_path / "nothing")
-    lift.save_vit(small_vit(), tmp_path)
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        lift.load_vit(tmp_path)
-
-
-def test_tiny_weights_are_small_and_see():
-    file = lift.WEIGHTS / "tiny_vit.safetensors"
-    assert file.stat().st_size < 4e6
-    model = lift.load_vit("tiny")
-    tokens = model(torch.rand(1, 3, 96, 128)).patches
-    assert tokens.shape == (1, 192, 192) and tokens.isfinite().all() and tokens.std(1).mean() > 0.05
-
 
 # ------------------------------------------------------------------------------------------------ upscaling, Eq. 2-3
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 splat = importlib.import_module("03_splat")
+reference = importlib.import_module("reference_raster")
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
@@ -210,21 +211,95 @@ def test_autocast_changes_nothing():
     assert error(r, s) == 0 and error(grads, cast) == 0
 
 
+def geometry(gaussians, w2c, K, height, width, lattice):
+    table, z, box = splat.Project.apply(1000, height, width, torch.float64, w2c, K, *gaussians[:3])
+    return table, splat.reached_blocks(box, lattice, height, width), z.view(torch.int64).argsort(stable=True)
+
+
 def test_memory_bound_bounds_the_steps():
     *gaussians, w2c, K = scene(3000, 1, seed=2, height=64, width=64)
-    table, _, boxes = splat.project(*gaussians[:3], w2c, K, 64, 64)
-    steps = [s.weight.numel() for s in splat.walk(table, boxes, (8, 8), torch.float32, 3, 5000)]
-    assert len(steps) > 20 and max(steps) == 3 * splat.CHUNK * 64
-    bands = splat.tile_rows(boxes, 8, 5000)
-    assert len(bands) > 2 and [b[0] for b in bands] == [0, *(b[1] for b in bands[:-1])] and bands[-1][1] == 8
-    for top, bottom in bands:
-        assert len(splat.tile_lists(boxes, top, bottom - 1, 8)[0]) <= 5000
+    lattice = splat.whole_view(64, 64, "cpu")
+    table, boxes, order = geometry(gaussians, w2c, K, 64, 64, lattice)
+    cuts = splat.row_bands(boxes, 8, 8, 5000, 10**9)
+    assert len(cuts) > 2 and [c[0] for c in cuts] == [0, *(c[1] for c in cuts[:-1])] and cuts[-1][1] == 8
+    assert splat.row_bands(boxes, 8, 8, 10**9, 16) == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    for top, bottom in cuts:
+        band = splat.block_lists(boxes, order, lattice, top, bottom)
+        steps = [s.weight.numel() for s in splat.walk(table, band, lattice, 3 * splat.CHUNK * 64)]
+        assert len(steps) > 4 and max(steps) == 3 * splat.CHUNK * 64
+        assert len(splat.block_lists(boxes, order, lattice, top, bottom - 1).gaussian) <= 5000
 
 
-def test_transmittance_is_the_cumulative_product_used_on_gpus():
-    alpha, light = torch.rand(3, 7, 64).clamp(max=0.99), torch.rand(3, 64)
-    expected = torch.cat([light[:, None], 1 - alpha], 1).cumprod(1)
-    assert error([splat.transmittance(alpha, light)], [expected]) < 1e-6
+def test_any_lattice_of_pixels_has_the_weights_of_the_whole_view():
+    height, width = 37, 52
+    *gaussians, w2c, K = scene(400, 1, seed=4, height=height, width=width)
+    def weights(lattice):  # {(y, x, Gaussian): weight}
+        table, boxes, order = geometry(gaussians, w2c, K, height, width, lattice)
+        band, found = splat.block_lists(boxes, order, lattice, 0, len(lattice.y)), {}
+        for step in splat.walk(table, band, lattice, 2**16):
+            for b, k, p in (step.weight > 0).permute(1, 0, 2).nonzero().tolist():
+                row, column = divmod(int(step.blocks[b]), len(lattice.x))
+                y, x = int(lattice.y[row]) + p // lattice.shape[1], int(lattice.x[column]) + p % lattice.shape[1]
+                if y < height and x < width:
+                    found[y, x, int(step.ids[b, k])] = float(step.weight[k, b, p])
+        return found
+    whole = weights(splat.whole_view(height, width, "cpu"))
+    y, x = torch.tensor([2, 9, 10, 30, 36]), torch.tensor([0, 13, 26, 26, 40, 51])  # apart, overlapping, beyond the border
+    some = weights(splat.Lattice(y, x, (2, 2)))
+    read = {(int(j) + a, int(i) + b) for j in y for i in x for a in (0, 1) for b in (0, 1)}
+    expected = {key: w for key, w in whole.items() if key[:2] in read}
+    assert len(expected) > 500 and some.keys() == expected.keys()
+    assert max(abs(some[key] - expected[key]) for key in some) < 1e-13
+
+
+def test_end_of_a_list_next_to_a_far_one():
+    # What pads the list of the last block of a row comes from the other end of the view, where its polynomial is huge.
+    K = torch.tensor([[100.0, 0, 1500], [0, 100, 8], [0, 0, 1]])
+    means = torch.tensor([[14.9, -0.04, 1], [-14.9, 0.04, 1]])
+    gaussians = means, torch.zeros(2, 3, 3), torch.tensor([0.5, 0.9]), torch.eye(2)
+    assert error(splat.rasterize(*gaussians, torch.eye(4), K, 16, 3000), brute_force(*gaussians, torch.eye(4), K, 16, 3000)) < 1e-5
+
+
+def test_composite_is_a_cumulative_product():
+    alpha, light = torch.rand(40, 3, 64).clamp(max=0.99) ** 2, torch.rand(3, 64)
+    T = torch.cat([light[None], 1 - alpha]).cumprod(0)
+    expected, after = (T[:-1] * alpha).where(T[1:] > 1e-4, 0), T[-1].where(T[-1] > 1e-4, 0)
+    scaled, out = light * splat.RANGE, torch.empty_like(alpha)
+    splat.composite(alpha / splat.RANGE, scaled, out)
+    assert 0 < (expected == 0).float().mean() < 0.9
+    assert error([out, scaled / splat.RANGE], [expected, after]) < 2e-6
+
+
+@pytest.mark.parametrize("max_elements", [1, 20_000, None])
+def test_many_channels_are_the_same_as_few(max_elements):
+    *gaussians, features, w2c, K = scene(300, splat.FEW_CHANNELS + 36, seed=6, height=29, width=43)
+    def run(features):
+        inputs = [x.detach().clone().requires_grad_() for x in (*gaussians, features)]
+        r = splat.rasterize(*inputs, w2c, K, 29, 43, max_elements=max_elements)
+        (r.features.square().sum() + r.depth.sum() + r.alpha.sum()).backward()
+        return r, [x.grad for x in inputs]
+    (r, grads), (s, few), (t, rest) = run(features), run(features[:, :40]), run(features[:, 40:])
+    q, nothing = run(features[:, :0])
+    assert error([r.features, r.alpha, r.depth], [torch.cat([s.features, t.features], 2), s.alpha, t.depth]) < 1e-12
+    assert error([grads[3]], [torch.cat([few[3], rest[3]], 1)]) < 1e-11
+    assert error(grads[:3], [a + b - c for a, b, c in zip(few, rest, nothing[:3])]) < 1e-8
+
+
+# -------------------------------------------------------------------------------------------- pixel-aligned, as SnD makes them
+
+
+def test_pixel_aligned_scene_against_float64():
+    *inputs, w2c, K = reference.pixel_aligned(73, 110, 3)
+    truth = splat.rasterize(*[x.double() for x in (*inputs, w2c, K)], 73, 110)
+    assert error(splat.rasterize(*inputs, w2c, K, 73, 110), truth) < 1e-5
+    assert truth.alpha.min() > 0.5
+    torch.set_default_dtype(torch.float64)
+    try:
+        doubles = [x.double() for x in (*inputs, w2c, K)]
+        assert error([truth.features], [reference.textbook(*doubles, 73, 110)]) < 1e-12
+        assert error([truth.features], [reference.standard(*doubles, 73, 110)]) < 1e-5  # its weights are float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # --------------------------------------------------------------------------------------------------------------- edge cases

@@ -1,15 +1,17 @@
-"""The recipe of weights/tiny_vit.safetensors: a small ViT pretrained by 2D self-supervision alone, the stand-in for DINOv2.
+"""The recipes of weights/tiny_vit.safetensors and weights/tiny_mvsplat.safetensors, stand-ins for DINOv2 and MVSplat.
 
-Paper   He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners": 75 % of the patches hidden, their normalised
-        pixels predicted from the rest.
+Paper   He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", for the ViT: 75 % of the patches hidden, their
+        normalised pixels predicted from the rest. Chen et al. 2024, "MVSplat", for MVSplat: a third view splatted.
 In      the training rooms (split "train" of --rooms built-in rooms, written to --scene_dir). Validation rooms are not seen.
-Out     weights/tiny_vit.safetensors (Hugging Face DINOv2 layout, fp16), and the probe table of weights/README.md.
-Run     python weights/make_tiny.py            makes the weights
-        python weights/make_tiny.py --probe    only measures the weights that are here: 2 minutes
-Not     3D: no pose, depth, mask or label is used to train; the probes alone read them.
+Out     weights/tiny_*.safetensors (fp16), and the tables of weights/README.md.
+Run     python weights/make_tiny.py vit                 makes the ViT
+        python weights/make_tiny.py mvsplat             makes MVSplat; a killed run goes on where it was
+        python weights/make_tiny.py mvsplat --probe     only measures the weights that are here
+Not     3D in the ViT: it is trained without pose, depth, mask or label; the probes alone read them.
 """
 import argparse
 import importlib
+import io
 import math
 import sys
 from pathlib import Path
@@ -21,7 +23,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-data, lift = importlib.import_module("01_data"), importlib.import_module("02_lift")
+data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat"))
+
+# ------------------------------------------------------------------------------------------------ ViT
 
 TINY = dict(patch=8, dim=192, depth=6, heads=3, grid=16, mlp_ratio=2)  # 1.9 M parameters, 3.7 MB in fp16
 GRID = (12, 16)  # patches of a 96 x 128 room view
@@ -82,7 +86,7 @@ def random_crop(images, generator):  # (B, 3, H, W): one window of 50 to 100 % o
     return crop
 
 
-def train(scenes, steps, batch, lr, seed):
+def train_vit(scenes, steps, batch, lr, seed):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images = torch.stack([(s.view(i).image * 255).byte() for s in tqdm(scenes, desc="rooms") for i in range(len(s))])
@@ -175,31 +179,176 @@ def matching(vit, scenes):
     return right / total
 
 
+# ------------------------------------------------------------------------------------------------ MVSplat
+
+
+def rooms_in_memory(scenes):
+    """-> images (S, V, 3, H, W) uint8, depth (S, V, H, W), K (S, V, 3, 3), c2w (S, V, 4, 4) of all views."""
+    views = [[s.view(i) for i in range(len(s))] for s in tqdm(scenes, desc="rooms")]
+    stack = lambda key: torch.stack([torch.stack([key(v) for v in row]) for row in views])
+    return stack(lambda v: (v.image * 255).round().byte()), stack(lambda v: v.depth), stack(lambda v: v.K), stack(lambda v: v.c2w)
+
+
+def covisible(depth, K, c2w, target=2):  # (V, H, W) ... -> (H, W) bool: pixels of view `target` that view 0 or 1 sees too
+    w2c = torch.linalg.inv(c2w)
+    checks = [lift.cross_check(depth[target], depth[v], K[target], K[v], w2c[v] @ c2w[target]) for v in (0, 1) if v != target]
+    return torch.stack(checks).amax(0) > 0.5
+
+
+def candidate_loss(probability, depth, near, far):
+    """Cross-entropy (V, h, w) between the candidates' probability (V, D, h, w) and the two around the true depth (V, h, w)."""
+    D = probability.shape[1]
+    place = ((1 / depth.clamp_min(1e-3) - 1 / far) / (1 / near - 1 / far) * (D - 1)).clamp(0, D - 1.001)
+    low = place.floor().long()[:, None]
+    share = place[:, None] - low
+    log = probability.clamp_min(1e-6).log()
+    return -((1 - share) * log.gather(1, low) + share * log.gather(1, low + 1))[:, 0]
+
+
+def matching_loss(net, images, depth, K, c2w, near, far):
+    """Stage 1, the quarter-resolution half alone: the true depth should stand out in the raw cost volume where both views
+    see it, and in the refined one everywhere."""
+    D = net.config.num_depth_candidates
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, volume, probability = net.match(images, K, c2w, torch.linspace(1 / far, 1 / near, D).expand(2, D))
+    low = F.interpolate(depth[:, None], scale_factor=0.25, mode="nearest")[:, 0]
+    seen = torch.stack([covisible(low, K / K.new_tensor([4, 4, 1])[:, None], c2w, v) for v in (0, 1)])
+    raw = candidate_loss(volume.softmax(1), low, near, far)[seen].mean() if seen.any() else volume.sum() * 0
+    return 0.3 * raw + candidate_loss(probability.float(), low, near, far).mean()
+
+
+def dissimilarity(a, b):  # (3, H, W) twice -> 1 - SSIM over 7x7 windows, (3, H, W)
+    mean_a, mean_b, square_a, square_b, product = (lift.box_mean(x, 7) for x in (a, b, a * a, b * b, a * b))
+    variance_a, variance_b, covariance = square_a - mean_a**2, square_b - mean_b**2, product - mean_a * mean_b
+    return 1 - ((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
+                / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))
+
+
+def gaussian_loss(net, images, depth, K, c2w, near, far, photometric):
+    """Stage 2: log depth of the two contexts. Stage 3: mostly the third view, splatted once with the contexts' pixel colours
+    (as features are lifted) and once with the network's own, where a context sees it."""
+    with torch.autocast("cpu", torch.bfloat16):
+        g = net(images[:2], K[:2], c2w[:2], near, far, harmonics=True)
+    H, W = images.shape[-2:]
+    z = lift.view_depth(g, c2w[:2], H, W)
+    loss = (z.clamp_min(1e-3).log() - depth[:2].clamp_min(1e-3).log()).abs()[depth[:2] > 0].mean()
+    if not photometric:
+        return loss
+    colours = torch.cat([images[:2].permute(0, 2, 3, 1).reshape(-1, 3), 0.5 + 0.28209479 * g.features], 1)  # degree 0: no direction
+    render = splat.rasterize(g.means, g.covariances, g.opacities, colours, torch.linalg.inv(c2w[2]), K[2], H, W)
+    seen, truth, loss = covisible(depth, K, c2w), images[2], 0.1 * loss
+    for image in render.features.permute(2, 0, 1).split(3):
+        loss = loss + 5 * (image - truth).square().mean(0)[seen].mean() + 0.1 * dissimilarity(image, truth).mean(0)[seen].mean()
+    return loss
+
+
+def train_mvsplat(scenes, steps, batch, lr, seed, aside):
+    """Stage 1 for 40 of 75 parts of the steps, stage 2 for 13, stage 3 for 22. Saved in `aside` every 500 steps; a killed run goes
+    on from there."""
+    torch.manual_seed(seed)
+    net = lift.MVSplat(lift.MVSplatConfig.tiny)
+    images, depth, K, c2w = rooms_in_memory(scenes)
+    optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / 200, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1, step / steps)))))
+    parts, begin = {"net": net, "optimiser": optimiser, "schedule": schedule}, 0
+    if aside.exists():
+        saved = torch.load(aside, weights_only=True)
+        begin = saved.pop("step")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    bar = tqdm(range(begin, steps), desc="mvsplat", initial=begin, total=steps, mininterval=5)
+    for step in bar:
+        generator = torch.Generator().manual_seed(10**6 * seed + step)
+        stage = 1 + (step >= steps * 40 / 75) + (step >= steps * 53 / 75)
+        optimiser.zero_grad(set_to_none=True)
+        for _ in range(batch):
+            s = int(torch.randint(len(scenes), (1,), generator=generator))
+            pick = list(data.sample_triplet(scenes[s], generator))
+            shrink, stretch = torch.rand(2, generator=generator).tolist()  # other depth ranges than the exact ones, too
+            near, far = scenes[s].depth_range
+            near, far = near * (0.7 + 0.3 * shrink), far * (1 + 0.5 * stretch)
+            poses = c2w[s, pick].clone()
+            poses[:, :3, 3] /= near  # the unit is the nearest depth, as in `mvsplat_gaussians`
+            sample = images[s, pick].float() / 255, depth[s, pick] / near, K[s, pick], poses
+            loss = (matching_loss(net, *(x[:2] for x in sample), 1.0, far / near) if stage == 1
+                    else gaussian_loss(net, *sample, 1.0, far / near, stage == 3))
+            (loss / batch).backward()
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        if norm.isfinite():
+            optimiser.step()
+        schedule.step()
+        bar.set_postfix(stage=stage, loss=f"{loss.item():.3f}")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            buffer = io.BytesIO()
+            torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}, buffer)
+            lift.write_whole(aside, buffer.getvalue())
+    return net.eval()
+
+
+@torch.no_grad()
+def compare_geometries(net, scenes):
+    """-> {geometry: means over one triplet a scene}: depth AbsRel and share of pixels within 10 % (context views, all pixels);
+    PSNR of the target where a context sees it, with the contexts' pixel colours (uncovered black), share covered, PSNR there."""
+    rows = {"mvsplat": [], "sweep": [], "depth": []}
+    for n, scene in enumerate(scenes):
+        views = [scene.view(i) for i in data.sample_triplet(scene, torch.Generator().manual_seed(n))]
+        images, depth, K, c2w = (torch.stack([getattr(v, key) for v in views]) for key in ("image", "depth", "K", "c2w"))
+        context, size, truth = (images[:2], K[:2], c2w[:2], *scene.depth_range), depth.shape[1:], images[2].permute(1, 2, 0)
+        seen = covisible(depth, K, c2w)
+        for name, g in (("mvsplat", lift.mvsplat_gaussians(net, *context)), ("sweep", lift.sweep_gaussians(*context)),
+                        ("depth", lift.depth_gaussians(depth[:2], K[:2], c2w[:2]))):
+            error = (lift.view_depth(g, c2w[:2], *size) - depth[:2]).abs() / depth[:2]
+            colours = images[:2].permute(0, 2, 3, 1).reshape(-1, 3)
+            render = splat.rasterize(g.means, g.covariances, g.opacities, colours, torch.linalg.inv(c2w[2]), K[2], *size)
+            covered = render.alpha >= 0.5
+            image = render.features / render.alpha.clamp_min(1e-6)[..., None] * covered[..., None]
+            psnr = lambda where: -10 * (image - truth)[where].square().mean().log10().item()
+            rows[name].append((error.mean().item(), 100 * (error < 0.1).float().mean().item(), psnr(seen),
+                               100 * (covered & seen).sum().item() / seen.sum().item(), psnr(seen & covered)))
+    return {name: [sum(column) / len(column) for column in zip(*values)] for name, values in rows.items()}
+
+
+def make_mvsplat(args, train_scenes, val_scenes):
+    out = ROOT / "weights" / "tiny_mvsplat.safetensors"
+    if not args.probe:
+        net = train_mvsplat(train_scenes, args.steps or 7500, 2, 1e-3, args.seed, Path(args.scene_dir).parent / "tiny_mvsplat.ckpt")
+        lift.save_tensors(out, {key: value.half() for key, value in net.state_dict().items()})
+    print("| geometry | AbsRel | within 10 % | PSNR | covered % | PSNR where covered |\n|---|---|---|---|---|---|")
+    for name, values in compare_geometries(lift.load_mvsplat(out), val_scenes).items():
+        print("| {} | {:.3f} | {:.1f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *values))
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def make_vit(args, train_scenes, val_scenes):
+    out = ROOT / "weights" / "tiny_vit.safetensors"
+    torch.manual_seed(args.seed)
+    untrained = initialise(lift.VisionTransformer(**TINY)).eval()
+    if not args.probe:
+        vit = standardise(train_vit(train_scenes, args.steps or 8000, 32, 1e-3, args.seed).eval(), train_scenes)
+        aside = Path(args.scene_dir).parent / "tiny_vit"
+        lift.save_vit(vit, aside)
+        lift.save_tensors(out, {key: value.half() for key, value in lift.load_file(aside / "model.safetensors").items()})
+    print("| weights | depth RMSE m | AbsRel | normal RMSE deg | mIoU % | correspondence % |\n|---|---|---|---|---|---|")
+    for name, vit in (("random", untrained), ("tiny_vit", lift.load_vit(out))):
+        print("| {} | {:.2f} | {:.3f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *probe(vit, train_scenes[:120], val_scenes)))
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Pretrain the tiny ViT on the training rooms, and probe it.")
+    parser = argparse.ArgumentParser(description="Train the tiny ViT or the tiny MVSplat on the training rooms, and measure it.")
+    parser.add_argument("what", choices=("vit", "mvsplat"))
     parser.add_argument("--scene_dir", default="out/make_tiny/rooms", help="where the rooms are, or are written")
     parser.add_argument("--rooms", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, help="default: 8000 for vit, 7500 for mvsplat")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=str(ROOT / "weights" / "tiny_vit.safetensors"))
     parser.add_argument("--probe", action="store_true", help="measure the existing weights instead of making new ones")
     args = parser.parse_args(argv)
     data.make_rooms(args.scene_dir, args.rooms)
     scenes = data.load_scenes(args.scene_dir)
-    train_scenes, val_scenes = data.split(scenes, "train"), data.split(scenes, "val")
-    torch.manual_seed(args.seed)
-    untrained = initialise(lift.VisionTransformer(**TINY)).eval()
-    if not args.probe:
-        vit = standardise(train(train_scenes, args.steps, args.batch, args.lr, args.seed).eval(), train_scenes)
-        aside = Path(args.scene_dir).parent / "tiny_vit"
-        lift.save_vit(vit, aside)
-        half = {k: v.half() for k, v in lift.load_file(aside / "model.safetensors").items()}
-        lift.save_tensors(args.out, half)
-    print("| weights | depth RMSE m | AbsRel | normal RMSE deg | mIoU % | correspondence % |\n|---|---|---|---|---|---|")
-    for name, vit in (("random", untrained), ("tiny_vit", lift.load_vit(args.out))):
-        print("| {} | {:.2f} | {:.3f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *probe(vit, train_scenes[:120], val_scenes)))
+    make = make_vit if args.what == "vit" else make_mvsplat
+    make(args, data.split(scenes, "train"), data.split(scenes, "val"))
 
 
 if __name__ == "__main__":
