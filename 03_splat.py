@@ -2,9 +2,12 @@
 
 Paper  Splat and Distill Sec. 3.4 (Eq. 4, semantic blending), 3D Gaussian Splatting (tiles, alpha compositing), EWA splatting.
 In     Gaussians in the world frame (means, covariances, opacities, one feature row each) and a camera (w2c, K).
-Out    features (H, W, C), alpha (H, W), depth (H, W); after the blend, tokens (N, C) that a student can be taught with.
-Run    python 03_splat.py    novel views of held-out rooms, colours and features, as a picture; 8 s on a 2-core CPU
-Copy   this file alone; PyTorch and, for the .ply functions, numpy.
+Out    features (H, W, C), alpha (H, W), depth (H, W); after the blend, tokens (N, C) that a student can be taught with. Or all
+       of it as one sparse matrix on tokens, the splat operator, made without touching a channel.
+Run    python 03_splat.py                       novel views of held-out rooms as a picture; 8 s on a 2-core CPU
+       python 03_splat.py --geometry mvsplat    fine-tunes MVSplat by splatting (SnD A.3) and measures it; 3 minutes
+       python 03_splat.py --flight              an animated flight between two views; --ply file.ply flies around a file
+Copy   this file alone for everything up to the .ply files; the commands need 01_data.py 02_lift.py, --mvsplat tiny its weights.
 Not    no spherical harmonics (one feature row per Gaussian, seen alike from all sides), no second derivatives.
 Words  alpha_k = opacity * exp(-d' Sigma^-1 d / 2), Sigma the 2-D covariance; T_k = prod_{j<k} (1 - alpha_j), the light left;
        w_k = alpha_k T_k, the weight of Gaussian k at a pixel. A view is cut into blocks of 8x8 = 64 pixels; each block has a
@@ -19,9 +22,12 @@ view: it walks the same lists again, so memory follows `max_elements` and not th
 
 import argparse
 import importlib
+import io
+import json
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -29,7 +35,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
 
 BLOCK = 8, 8  # pixels; larger blocks evaluate more pixels that a small Gaussian never reaches, smaller ones lengthen the lists
 CHUNK = 32  # Gaussians per step of a block's list
@@ -38,6 +48,7 @@ RANGE = 128.0  # a power of 2 above MAX_ALPHA / (1 - MAX_ALPHA); see `composite`
 NEAR = 0.01  # world units
 DILATION = 0.3  # px^2, added to the 2-D covariance: no Gaussian is thinner than about a pixel
 MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # skipped below, clamped above
+COVERED = 0.5  # a target pixel is valid from this alpha on
 MIN_LIGHT = 1e-4  # a pixel stops BEFORE the Gaussian that would bring T this low
 SH_C0 = 0.28209479177387814  # the constant spherical harmonic, in which .ply files store colours
 
@@ -214,6 +225,22 @@ def block_lists(
     y, x = (start + size / 2 for start, size in zip(lattice[:2], lattice.shape))
     centre = torch.stack([x.repeat(bottom - top), y[top:bottom].repeat_interleave(columns)])
     return Band(slice(top, bottom), centre, start, nearest.int().index_select(0, which.index_select(0, by_block)))
+
+
+def plan_lists(
+    z: Tensor,  # (G,) depth
+    box: Tensor,  # (4, G) pixels
+    lattice: Lattice,
+    height: int,
+    width: int,
+    max_pairs: int,
+    max_blocks: int,
+) -> tuple[list[tuple[int, int]], Callable[[int, int], Band]]:
+    """The bands [top, bottom) that the lattice is cut into, and the function that makes the lists of one."""
+    boxes = reached_blocks(box, lattice, height, width)
+    order = z.detach().view(torch.int64).argsort(stable=True)  # positive floats sort like their bits, and integers faster
+    cuts = row_bands(boxes, len(lattice.y), len(lattice.x), max_pairs, max_blocks)
+    return cuts, partial(block_lists, boxes, order, lattice)
 
 
 # --------------------------------------------------------------------------------------------------------------- compositing
@@ -444,11 +471,8 @@ def rasterize(
         gaussians = means, covariances, opacities
         table, z, box = Project.apply(max_elements // 32, height, width, features.dtype, w2c, K, *gaussians)
         lattice = whole_view(height, width, means.device)
-        boxes = reached_blocks(box, lattice, height, width)
-        order = z.detach().view(torch.int64).argsort(stable=True)  # positive floats sort like their bits, and integers faster
-        rows, columns, max_blocks = len(lattice.y), len(lattice.x), 8 * max_elements // (math.prod(BLOCK) * (C + 2))
-        cuts = row_bands(boxes, rows, columns, 4 * max_elements, max_blocks)
-        lists = partial(block_lists, boxes, order, lattice)
+        max_blocks = 8 * max_elements // (math.prod(BLOCK) * (C + 2))
+        cuts, lists = plan_lists(z, box, lattice, height, width, 4 * max_elements, max_blocks)
         if len(cuts) == 1:  # short enough to keep for the backward pass
             band = lists(*cuts[0])
             lists = lambda top, bottom: band
@@ -498,6 +522,17 @@ def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
     return index, torch.stack([first + 1 - centre, centre - first], 1)
 
 
+def rescale(
+    weight: Tensor,  # (N, 4) of the taps
+    hit: Tensor,  # (N, 4) bool, which of them are valid
+) -> tuple[Tensor, Tensor]:
+    """What makes a token's weights that hit sum to 1 again (N,), 0 if the token is not valid; and which tokens are (N,)."""
+    # Differs: the official code drops a token only where the rendered colour is exactly black, and then teaches it as zeros.
+    total = (weight * hit).sum(1)
+    valid = total > 0.5 - 1e-9  # at least half; the weights are rounded
+    return valid / total.clamp(min=0.5), valid
+
+
 def splat_to_tokens(
     features: Tensor,  # (H, W, C)
     valid: Tensor,  # (H, W) bool
@@ -510,12 +545,182 @@ def splat_to_tokens(
     index = (y[:, None, :, None] * W + x[None, :, None, :]).view(-1, 4).to(valid.device)  # (N, 4)
     weight = (wy[:, None, :, None] * wx[None, :, None, :]).view(-1, 4).to(valid.device)
     hit = valid.flatten()[index]
-    weight = weight * hit
-    # Differs: the official code drops a token only where the rendered colour is exactly black, and then teaches it as zeros.
-    token_valid = weight.sum(1) > 0.5 - 1e-9  # at least half; the weights are rounded
-    weight = (weight / weight.sum(1, keepdim=True).clamp(min=0.5)).to(features.dtype) * token_valid[:, None]
+    scale, token_valid = rescale(weight, hit)
+    weight = (weight * hit * scale[:, None]).to(features.dtype)
     taps = features.reshape(-1, C)[index].where(hit[..., None], 0.0)  # holes may hold anything, NaN too
     return torch.einsum("nk,nkc->nc", weight, taps), token_valid
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Written under another name, flushed, and renamed: a killed run leaves the old file or the new, nothing between."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+# --------------------------------------------------------------------------------------------------------- the splat operator
+# While geometry and masks stand still, everything from the context tokens x (V*N, C) to the target's is linear. A Gaussian has
+# f_g = sum_t u_gt x_t with four weights u (SnD Eq. 2-3), a pixel F(p) = sum_g w_pg f_g / alpha(p) = sum_t A_pt x_t with
+#     A_pt = sum_g w_pg u_gt / alpha(p),
+# and a token is sum_p b_np F(p) over its valid taps p: only these 2x2 pixels are rasterised, and their weights pushed on to x.
+# Blending (Eq. 4, a_p = alpha, but 1 where p is unlabelled) needs means over whole masks m. They stay factored out, L (M x):
+#     y = S x + L (M x),    S_nt = sum_p b_np a_p A_pt,    L_nm = sum_{p in m} b_np (1 - a_p),    M_mt = mean_{valid p in m} A_pt.
+
+OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
+
+
+class SplatOperator(NamedTuple):
+    """y = operator(x) takes context tokens (V*N, C) to target tokens (N, C), for any C; 0 where not valid."""
+
+    S: Tensor  # (N, V*N) sparse, like the next two
+    L: Tensor  # (N, masks)
+    M: Tensor  # (masks, V*N)
+    valid: Tensor  # (N,) bool
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, enabled=False):
+            x = tokens.to(self.S.dtype)
+            return self.S @ x + self.L @ (self.M @ x)
+
+    def to(self, device) -> "SplatOperator":
+        return SplatOperator(*(x.to(device) for x in self))
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length, bfloat16 training by 2e-3."""
+        stored = {"valid": self.valid}
+        for name, matrix in zip("SLM", self):
+            row, column = matrix.indices()
+            stored[name + ".count"] = row.bincount(minlength=matrix.shape[0]).int()  # weights in each row
+            stored[name + ".column"] = column.to(torch.uint16 if matrix.shape[1] <= 2**16 else torch.int32)
+            stored[name + ".weight"] = matrix.values().to(dtype)
+        content = save({name: x.cpu().contiguous() for name, x in stored.items()},
+                       {"format": OPERATOR_FORMAT, "tokens": str(self.S.shape[1])})  # fmt: skip
+        write_whole(path, content)
+
+    @staticmethod
+    def load(path: str | Path) -> "SplatOperator":
+        """On the CPU, in float32 (or float64 if stored so). ValueError where it is damaged or not of this format."""
+        try:
+            with safe_open(path, "pt") as file:
+                about, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error}); remove it, it can be computed again") from None
+        if about.get("format") != OPERATOR_FORMAT:
+            raise ValueError(f"{path}: {about.get('format')!r} where {OPERATOR_FORMAT!r} is read; remove it, it can be computed again")
+        tokens, masks, matrices = int(about["tokens"]), len(stored["M.count"]), []
+        for name, columns in zip("SLM", (tokens, masks, tokens)):
+            count, column, weight = (stored[f"{name}.{part}"] for part in ("count", "column", "weight"))
+            weight = weight if weight.dtype == torch.float64 else weight.float()
+            matrices.append(sparse(torch.repeat_interleave(count.long()), column.long(), weight, (len(count), columns)))
+        return SplatOperator(*matrices, stored["valid"])
+
+
+def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape, check_invariants=False).coalesce()
+
+
+def at_lattice(image: Tensor, lattice: Lattice) -> Tensor:
+    """An image (H, W) at the pixels of each block (blocks, P), 0 beyond the view."""
+    y, x = (start[:, None] + torch.arange(n, device=image.device) for start, n in zip(lattice[:2], lattice.shape))
+    image = torch.nn.functional.pad(image, (0, lattice.shape[1], 0, lattice.shape[0]))
+    return image[y[:, None, :, None], x[None, :, None, :]].flatten(0, 1).flatten(1)
+
+
+def sums_by_row(
+    share: Tensor,  # (blocks, P)
+    row: Tensor,  # (blocks, P) int64
+) -> tuple[Tensor, Tensor]:
+    """Which rows the pixels of each block add to (blocks, R), and the matrices (blocks, R, P) that sum share_p over each."""
+    ordered, place = row.sort(1)
+    nth = torch.empty_like(row).scatter_(1, place, (ordered.diff(dim=1, prepend=ordered[:, :1]) != 0).cumsum(1))
+    each = torch.arange(int(nth.max()) + 1, device=row.device)
+    rows = row[:, :1].repeat(1, len(each)).scatter_(1, nth, row)  # a block with fewer has its first again, with sums of nothing
+    return rows, share[:, None] * (nth[:, None] == each[:, None])
+
+
+def push_to_tokens(
+    projected: tuple[Tensor, Tensor, Tensor],  # table, z, box
+    view: tuple[int, int],  # height, width
+    lift: tuple[Tensor, Tensor, int],  # index, weight, tokens
+    max_elements: int,
+    lattice: Lattice,
+    share: Tensor,  # (blocks, P)
+    row: Tensor,  # (blocks, P) int64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each row the sums of share_p A_pt over its valid pixels p, as row, column, value; and which are valid (blocks, P)."""
+    (table, z, box), (index, weight, tokens), (blocks, P) = projected, lift, share.shape
+    cuts, lists = plan_lists(z, box, lattice, *view, 32 * max_elements // P, 16 * max_elements // max(1, tokens))
+    covered, found = torch.empty_like(share, dtype=torch.bool), []
+    for top, bottom in cuts:
+        band, of_band = lists(top, bottom), slice(top * len(lattice.x), bottom * len(lattice.x))
+        alpha, steps = torch.zeros_like(share[of_band]), []
+        for step in walk(table, band, lattice, max_elements):
+            alpha.index_add_(0, step.blocks, step.weight.sum(0))
+            steps.append((step.blocks, step.ids, step.weight.clone()))  # alpha is known only at the end, hence kept
+        covered[of_band] = alpha >= COVERED
+        rows, sums = sums_by_row(torch.where(covered[of_band], share[of_band] / alpha, 0.0), row[of_band])
+        rows, local = rows.unique(return_inverse=True)
+        total = table.new_zeros(len(rows), tokens)
+        for at, ids, w in steps:
+            c = sums.index_select(0, at) @ w.permute(1, 2, 0)  # (B, R, S)
+            b, r, k = c.nonzero().T
+            g = ids[b, k]
+            cell = local[at[b], r, None] * tokens + index.index_select(0, g)  # (pairs, 4)
+            total.view(-1).index_add_(0, cell.flatten(), (c[b, r, k, None] * weight.index_select(0, g)).flatten())
+        at, column = total.nonzero().T
+        found.append((rows[at], column, total[at, column]))
+    return *(torch.cat(x) for x in zip(*found)), covered
+
+
+@torch.no_grad()
+def splat_operator(
+    means: Tensor,  # (G, 3) world
+    covariances: Tensor,  # (G, 3, 3) world
+    opacities: Tensor,  # (G,) in [0, 1]
+    index: Tensor,  # (G, 4) int64, the context tokens that each Gaussian's feature is made of
+    weight: Tensor,  # (G, 4) their weights u; its type, float32 or float64, is that of the compositing and of the operator
+    tokens: int,  # V*N, how many context tokens there are
+    w2c: Tensor,  # (4, 4)
+    K: Tensor,  # (3, 3) pixels
+    height: int,
+    width: int,
+    grid: tuple[int, int],  # (h, w) of the target
+    mask: Tensor | None = None,  # (H, W) int64 instance ids of the target, 0 = unlabelled; None: no blending
+    alpha: float = 0.5,
+    max_elements: int | None = None,  # by default 2^20, on a GPU 2^24; 32 times as many weights are kept at a time
+) -> SplatOperator:
+    """What `rasterize`, division by alpha, `semantic_blend` with valid = alpha >= COVERED and `splat_to_tokens` make of the tokens."""
+    G, N, max_elements = len(means), math.prod(grid), max_elements or (2**24 if weight.is_cuda else 2**20)
+    assert index.shape == weight.shape == (G, 4), f"index and weight must be ({G}, 4), not {tuple(index.shape)}, {tuple(weight.shape)}"
+    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
+    assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
+    mask = index.new_zeros(height, width) if mask is None or alpha == 1 else mask
+    ids, mask = mask.unique(return_inverse=True)  # numbered 0, 1, ...
+    labelled, device = (ids != 0).to(weight), weight.device
+    (y, wy), (x, wx) = ([part.to(device) for part in bilinear_taps(*side)] for side in zip((height, width), grid))
+    tap, quads = (wy[:, None, :, None] * wx[None, :, None, :]).view(N, 4), Lattice(*(i[:, 0].contiguous() for i in (y, x)), (2, 2))
+    token, number = torch.arange(N, device=device)[:, None].expand(N, 4), at_lattice(mask, quads)
+    mixed = (1 - alpha) * labelled[number]  # 1 - a_p
+    with torch.autocast(device.type, enabled=False):  # in bfloat16 log2 alpha would be off by whole units
+        projected = Project.apply(max_elements // 32, height, width, weight.dtype, w2c, K, means, covariances, opacities)
+        push = partial(push_to_tokens, projected, (height, width), (index, weight, tokens), max_elements)
+        row, column, value, covered = push(quads, (tap * (1 - mixed)).to(weight), token)
+        scale, valid = rescale(tap, covered)
+        S = row, column, value * scale[row].to(weight)
+        L = (mixed * scale[:, None] * covered * tap).to(weight)
+        L, M = [x[L != 0] for x in (token, number, L)], (row[:0], row[:0], value[:0])
+        if len(L[0]):
+            whole = whole_view(height, width, device)
+            share, of = at_lattice(labelled[mask], whole), at_lattice(mask, whole)
+            row, column, value, covered = push(whole, share, of)
+            M = row, column, value / of.flatten().bincount((share * covered).flatten(), len(ids))[row]
+    sizes = (N, tokens), (N, len(ids)), (len(ids), tokens)
+    return SplatOperator(*(sparse(*matrix, size) for matrix, size in zip((S, L, M), sizes)), valid)
 
 
 # ----------------------------------------------------------------------------------------------------------------- .ply files
@@ -579,18 +784,13 @@ def save_ply(
     ], 1)  # fmt: skip
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(means)}"]
     header += [*(f"property float {name}" for name in PLY_FIELDS), "end_header", ""]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write("\n".join(header).encode() + table.astype("<f4").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_whole(path, "\n".join(header).encode() + table.astype("<f4").tobytes())
 
 
 def read_vertices(path: Path) -> np.ndarray:
     """The vertex element of a binary .ply file as a structured array; ValueError where it is none of ours."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     head, end, body = path.read_bytes().partition(b"end_header\n")
     lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
     if not end or lines[:1] != [["ply"]]:
@@ -626,71 +826,468 @@ def load_ply(path: str | Path) -> PlyGaussians:
     return PlyGaussians(means.float(), covariances.float(), logit.sigmoid().float(), colours.float())
 
 
+# ------------------------------------------------------------------------------------- two views, their geometry, a third view
+
+
+def companions():
+    """01_data and 02_lift, imported late: all above can be copied without them."""
+    return importlib.import_module("01_data"), importlib.import_module("02_lift")
+
+
+class Sample(NamedTuple):
+    """Context, context, target, stacked in this order, in units of the nearest depth: the near plane suits any scene then."""
+
+    name: str
+    images: Tensor  # (3, 3, H, W) in [0, 1]
+    depth: Tensor | None  # (3, H, W) measured z-depth, 0 = unknown; None unless all three views have it
+    K: Tensor  # (3, 3, 3) pixels
+    c2w: Tensor  # (3, 4, 4)
+    far: float  # the nearest depth is 1
+
+
+def load_sample(scene, indices, size: tuple[int, int], device) -> Sample:
+    """Views (context_a, context_b, target) of a 01_data scene at `size` (H, W)."""
+    views, (near, far) = [scene.view(i, size) for i in indices], scene.depth_range
+    images, K, c2w = (torch.stack([getattr(v, key) for v in views]).to(device) for key in ("image", "K", "c2w"))
+    c2w[:, :3, 3] /= near
+    depth = None if any(v.depth is None for v in views) else torch.stack([v.depth for v in views]).to(device) / near
+    a, b, target = (v.name for v in views)
+    return Sample(f"{scene.name}: {a} + {b} -> {target}", images, depth, K, c2w, far / near)
+
+
+def reconstruct(geometry: str, s: Sample, net=None):
+    """Two views -> one Gaussian a pixel (SnD Eq. 1) and their colours (G, 3). `mvsplat` is learned, the MVSplat `net`, and has colours
+    of its own, as the target's camera sees them; `sweep` is stereo by hand, `depth` as measured, both with the pixels' colours."""
+    _, lift = companions()
+    context = s.images[:2], s.K[:2], s.c2w[:2]
+    if geometry == "mvsplat":
+        gaussians = lift.mvsplat_gaussians(net, *context, 1.0, s.far, harmonics=True)
+        return gaussians, lift.view_colours(gaussians, s.c2w[2, :3, 3])
+    colours = s.images[:2].permute(0, 2, 3, 1).reshape(-1, 3)
+    if geometry == "sweep":
+        return lift.sweep_gaussians(*context, 1.0, s.far), colours
+    return lift.depth_gaussians(s.depth[:2], *context[1:]), colours
+
+
+def render_target(gaussians, features: Tensor, s: Sample) -> Render:  # features (G, C)
+    camera = torch.linalg.inv(s.c2w[2]), s.K[2], *s.images.shape[-2:]
+    return rasterize(gaussians.means, gaussians.covariances, gaussians.opacities, features, *camera)
+
+
+# ---------------------------------------------------------------------------------------- fine-tuning MVSplat (SnD Appendix A.3)
+
+
+def covisible(depth: Tensor, K: Tensor, c2w: Tensor, target=2) -> Tensor:
+    """(H, W) bool: the pixels of view `target` that view 0 or 1 sees too, from depth (V, H, W), K (V, 3, 3), c2w (V, 4, 4)."""
+    _, lift = companions()
+    w2c = torch.linalg.inv(c2w)
+    checks = [lift.cross_check(depth[target], depth[v], K[target], K[v], w2c[v] @ c2w[target]) for v in (0, 1) if v != target]
+    return (torch.stack(checks).amax(0) > 0.5) & (depth[target] > 0)
+
+
+def dissimilarity(a: Tensor, b: Tensor) -> Tensor:  # (3, H, W) twice -> 1 - SSIM over 7x7 windows, (3, H, W)
+    _, lift = companions()
+    mean_a, mean_b, square_a, square_b, product = (lift.box_mean(x, 7) for x in (a, b, a * a, b * b, a * b))
+    variance_a, variance_b, covariance = square_a - mean_a**2, square_b - mean_b**2, product - mean_a * mean_b
+    return 1 - ((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
+                / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))  # fmt: skip
+
+
+def photometric(image: Tensor, truth: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared error and 1 - SSIM of (3, H, W) pictures over the pixels `where` (H, W) bool."""
+    return (image - truth).square().mean(0)[where].mean(), dissimilarity(image, truth).mean(0)[where].mean()
+
+
+def log_depth_error(gaussians, depth: Tensor, c2w: Tensor) -> Tensor:
+    """Mean |log z - log depth| of one-a-pixel Gaussians in their own views, where depth (V, H, W) is known; c2w (V, 4, 4)."""
+    z = companions()[1].view_depth(gaussians, c2w, *depth.shape[1:])
+    return (z.clamp_min(1e-3).log() - depth.clamp_min(1e-3).log()).abs()[depth > 0].mean()
+
+
+def judged_pixels(s: Sample) -> Tensor:
+    """(H, W) bool, where a novel view is compared with the truth: what a context sees too, as far as depth can tell. Without
+    depth it is the whole view on black, as MVSplat is trained: leaving out what no Gaussian covers would reward holes."""
+    everywhere = torch.ones_like(s.images[2, 0], dtype=torch.bool)
+    seen = everywhere if s.depth is None else covisible(s.depth, s.K, s.c2w)
+    return seen if seen.any() else everywhere
+
+
+def geometry_loss(net, s: Sample, depth_weight: float) -> tuple[Tensor, dict]:
+    """MVSplat's loss of the splatted target view, and its parts by name."""
+    with torch.autocast(s.images.device.type, torch.bfloat16):  # the network; its cameras and the rasteriser stay in fp32
+        gaussians, colours = reconstruct("mvsplat", s, net)
+    image = render_target(gaussians, colours, s).features.permute(2, 0, 1)  # not divided by alpha, or transparency were free
+    mse, structure = photometric(image, s.images[2], judged_pixels(s))
+    parts, loss = dict(mse=mse, structure=structure), mse + 0.05 * structure  # Differs: 1 - SSIM in the place of LPIPS
+    if depth_weight and s.depth is not None and (s.depth[:2] > 0).any():
+        parts["depth"] = log_depth_error(gaussians, s.depth[:2], s.c2w[:2])  # Differs: MVSplat never sees depth
+        loss = loss + depth_weight * parts["depth"]
+    return loss, {name: part.item() for name, part in parts.items()}
+
+
+@torch.no_grad()
+def judge(geometry: str, s: Sample, net=None):
+    """-> novel view (3, H, W), its depth (H, W), {"PSNR", "SSIM", "covered": where judged, "AbsRel": of the contexts' depth}."""
+    gaussians, colours = reconstruct(geometry, s, net)
+    render = render_target(gaussians, colours, s)
+    covered, where = render.alpha >= 0.5, judged_pixels(s)
+    image = (render.features / render.alpha.clamp(min=1e-6)[..., None]).permute(2, 0, 1) * covered
+    mse, structure = photometric(image, s.images[2], where)
+    scores = {"PSNR": -10 * mse.clamp(min=1e-10).log10().item(), "SSIM": 1 - structure.item()}
+    scores["covered"] = covered[where].float().mean().item()
+    if s.depth is not None and (known := s.depth[:2] > 0).any():
+        z = companions()[1].view_depth(gaussians, s.c2w[:2], *covered.shape)
+        scores["AbsRel"] = ((z - s.depth[:2]).abs() / s.depth[:2])[known].mean().item()
+    return image, render.depth * covered, scores
+
+
+def mean_scores(scores: list[dict]) -> dict:  # of each name over those that have it
+    columns = {name: [s[name] for s in scores if name in s] for name in ("PSNR", "SSIM", "covered", "AbsRel")}
+    return {name: sum(values) / len(values) for name, values in columns.items() if values}
+
+
+def has_triplet(scene, target=None) -> bool:
+    data, _ = companions()
+    try:
+        return bool(data.sample_triplet(scene, torch.Generator().manual_seed(0), None if target is None else [target]))
+    except data.DataError:
+        return False
+
+
+def hold_out(scenes, count: int, seed: int):
+    """-> training scenes, [(scene, triplet)] held out: `val` scenes, or of a single scene every eighth view, as a target."""
+    data, _ = companions()
+    usable = [scene for scene in scenes if has_triplet(scene)]
+    for scene in scenes:
+        if scene not in usable:
+            print(f"{scene.name}: left out, no three views overlap with a usable baseline")
+    if not usable:
+        raise data.DataError(f"{scenes[0].name}: no three views overlap with a usable baseline; add views in between")
+    train, places = data.split(usable, "train"), [(scene, None) for scene in data.split(usable, "val")]
+    if len(usable) == 1:
+        (scene,) = usable
+        able = [i for i in range(len(scene)) if has_triplet(scene, i)]
+        hidden = able[min(2, len(able) // 2) :: 8]
+        train, places = [scene.subset([i for i in range(len(scene)) if i not in hidden])], [(scene, hidden)]
+        if len(train[0]) < 3 or not has_triplet(train[0]):
+            print(f"{scene.name}: too few views to hold one out, so what is measured below are training views")
+            train, places = [scene], [(scene, None)]
+    generator, found = torch.Generator().manual_seed(1000 + seed), []
+    for n in range(4 * count):  # distinct triplets, fewer than `count` where the scenes have no more
+        scene, targets = places[n % len(places)]
+        triplet = data.sample_triplet(scene, generator, targets)
+        if (scene, triplet) not in found and len(found) < count:
+            found.append((scene, triplet))
+    return train, found
+
+
+def save_checkpoint(path, step, settings, networks, optimiser, generator):
+    """All that a run needs to go on exactly; networks is {name: (module, names of its trained parameters)}."""
+    tensors = {f"{who}.{name}": p for who, (network, names) in networks.items()
+               for name, p in network.named_parameters() if name in names}  # fmt: skip
+    for i, state in optimiser.state_dict()["state"].items():
+        tensors.update({f"optimiser.{i}.{key}": value for key, value in state.items()})
+    tensors["generator"] = generator.get_state()
+    companions()[1].save_tensors(path, tensors, {"step": str(step), "settings": json.dumps(settings)})
+
+
+def read_checkpoint(path):  # -> step, settings, tensors
+    try:
+        with safe_open(path, "pt") as file:
+            meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        return int(meta["step"]), json.loads(meta["settings"]), tensors
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a whole checkpoint of this stage; remove it to start again") from None
+
+
+@torch.no_grad()
+def restore(tensors, networks, optimiser, generator):
+    for who, (network, names) in networks.items():
+        for name, p in network.named_parameters():
+            if name in names:
+                p.copy_(tensors[f"{who}.{name}"])
+    state = {}
+    for key, value in tensors.items():
+        if key.startswith("optimiser."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    generator.set_state(tensors["generator"])
+
+
+def run_settings(args):  # what must not change between a run and its continuation
+    return {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "save_every", "heldout")}
+
+
+def find_checkpoint(args):
+    """-> (step, tensors) to go on from, or (0, None). Refuses, in one line, to lose a run that is not finished."""
+    path = Path(args.out) / "checkpoint.safetensors"
+    if not path.exists():
+        return 0, None
+    step, old, tensors = read_checkpoint(path)
+    if not args.resume and step < old["max_steps"]:
+        raise ValueError(f"{path}: a run stopped here at step {step} of {old['max_steps']}; --resume goes on, "
+                         "another --out starts afresh, or remove the file")  # fmt: skip
+    changed = [f"{k} {old.get(k)} -> {v}" for k, v in run_settings(args).items() if old.get(k) != v]
+    if args.resume and changed:
+        raise ValueError(f"{path}: was made with other settings ({', '.join(changed)}); use the old ones or another --out")
+    return (step, tensors) if args.resume else (0, None)
+
+
+def open_log(out, args, start):
+    """The run's log.jsonl, with the lines before step `start` kept; the settings are written beside it."""
+    _, lift = companions()
+    lines, path = [], out / "log.jsonl"
+    for line in path.read_text().splitlines() if start and path.exists() else []:
+        try:
+            lines += [line] if json.loads(line)["step"] < start else []
+        except ValueError:
+            pass  # the line that was being written when the power went
+    write_whole(path, "".join(line + "\n" for line in lines).encode())
+    write_whole(out / "settings.json", json.dumps(vars(args), indent=1).encode())
+    return open(path, "a")
+
+
+def finetune(args):
+    """Adapts MVSplat to the scenes by splatting third views, no depth needed (SnD A.3: 40,000 steps on ScanNet++)."""
+    data, lift = companions()
+    out, net = Path(args.out), lift.load_mvsplat(args.mvsplat).to(args.device)
+    generator = torch.Generator().manual_seed(args.seed)
+    begin, stored = find_checkpoint(args)
+    scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
+    if args.depth_weight and not any(frame.depth for scene in scenes for frame in scene.frames):
+        raise data.DataError(f"{args.scene_dir}: no measured depth for --depth_weight; leave it at 0")
+    sizes = {scene.name: data.fit_size(scene, args.pixels, 16) for scene in scenes}  # a subset keeps its scene's name
+    load = lambda scene, triplet: load_sample(scene, triplet, sizes[scene.name], args.device)
+    scenes, heldout = hold_out(scenes, args.heldout, args.seed)
+    heldout = [load(*place) for place in tqdm(heldout, desc="held-out triplets", leave=False)]
+    start = [judge("mvsplat", s, net)[2] for s in tqdm(heldout, desc="before", leave=False)]
+    optimiser = torch.optim.Adam(net.parameters(), args.lr)
+    networks, checkpoint = {"mvsplat": (net, dict(net.named_parameters()))}, out / "checkpoint.safetensors"
+    if stored:
+        restore(stored, networks, optimiser, generator)
+        print(f"resumed at step {begin} of {args.max_steps}")
+    else:
+        checkpoint.unlink(missing_ok=True)  # of a finished run, which this one replaces
+    bar = tqdm(range(begin, args.max_steps), initial=begin, total=args.max_steps, desc="fine-tune", unit="step")
+    clock = time.perf_counter()
+    with open_log(out, args, begin) as log:
+        for step in bar:
+            optimiser.zero_grad(set_to_none=True)
+            for _ in range(args.batch):
+                scene = scenes[int(torch.randint(len(scenes), (1,), generator=generator))]
+                s = load(scene, data.sample_triplet(scene, generator))
+                loss, parts = geometry_loss(net, s, args.depth_weight)
+                (loss / args.batch).backward()
+            # As MVSplat is trained: Adam, the norm cut at 0.5, warm-up and cosine. SnD says the number of steps and no more.
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            if not norm.isfinite():
+                raise ValueError(f"step {step}: the gradient is {norm.item()} for {s.name}; "
+                                 "start again with a lower --lr and another --out")  # fmt: skip
+            decay = 0.5 * (1 + math.cos(math.pi * step / args.max_steps))
+            optimiser.param_groups[0]["lr"] = args.lr * min(decay, 20 * (step + 1) / args.max_steps)
+            optimiser.step()
+            parts = {"loss": loss.item(), **parts}
+            bar.set_postfix({name: f"{value:.4f}" for name, value in parts.items()})
+            line = dict(step=step, triplet=s.name, **parts, lr=optimiser.param_groups[0]["lr"])
+            log.write(json.dumps({**line, "seconds": round(time.perf_counter() - clock, 2)}) + "\n")
+            if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps:
+                log.flush()
+                save_checkpoint(checkpoint, step + 1, run_settings(args), networks, optimiser, generator)
+    report(net, start, heldout, args)
+
+
+def report(net, start: list[dict], heldout: list[Sample], args):
+    """Saves the network; prints the answer beside its baselines, and where everything is."""
+    data, lift = companions()
+    out, judged = Path(args.out), {"start": start}
+    lift.save_tensors(out / "mvsplat.safetensors", net.state_dict())
+    ours = [judge("mvsplat", s, net) for s in tqdm(heldout, desc="after", leave=False)]
+    judged["fine-tuned"] = [scores for *_, scores in ours]
+    judged["sweep"] = [judge("sweep", s)[2] for s in heldout]
+    judged["depth"] = [judge("depth", s)[2] for s in heldout if s.depth is not None]
+    table = {name: mean_scores(scores) for name, scores in judged.items() if scores}
+    coloured = lambda z, s: data.colour_depth(z.cpu(), (z if s.depth is None else s.depth[2]).cpu())
+    rows = [[*s.images, image, 2 * (image - s.images[2]).abs(), coloured(z, s)] for s, (image, z, _) in zip(heldout[:6], ours)]
+    headings = ["context", "context", "target", "render", "error x 2", "depth"]
+    picture = data.picture_grid(out / "finetune.png", headings, rows)
+    write_whole(out / "result.json", json.dumps({**table, "heldout": [s.name for s in heldout]}, indent=1).encode())
+    where = "whole views" if all(s.depth is None for s in heldout) else "where a context sees it too"
+    print(f"{len(heldout)} held-out triplets, {where}")
+    for name, scores in table.items():
+        print(f"  {name:<10} " + ", ".join(f"{key} {value:.{2 if key == 'PSNR' else 3}f}" for key, value in scores.items()))
+    print(f"  ->  {picture}, {out / 'mvsplat.safetensors'} (for --mvsplat)")
+
+
+# ------------------------------------------------------------------------------------------------------------ a flight, animated
+
+
+def between(a: Tensor, b: Tensor, count: int) -> Tensor:
+    """Camera poses (count, 4, 4) from c2w `a` to `b` (4, 4) and back, slow at both ends, so that the film can loop."""
+    t = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(count) / count)[:, None]
+    q, p = rotation_to_quaternion(torch.stack([a, b])[:, :3, :3].double().cpu().numpy())
+    q = (1 - t.double().numpy()) * q + t.double().numpy() * (p if q @ p > 0 else -p)  # p and -p are one rotation
+    poses = torch.eye(4).repeat(count, 1, 1)
+    poses[:, :3, :3] = torch.from_numpy(quaternion_to_rotation(q))
+    poses[:, :3, 3] = (1 - t) * a[:3, 3].cpu() + t * b[:3, 3].cpu()
+    return poses
+
+
+def orbit(means: Tensor, count: int) -> Tensor:
+    """Camera poses (count, 4, 4) once around the median of `means` (G, 3). Files of Gaussians do not say what is up: -y (as from
+    COLMAP) or z is taken, along whichever they spread less."""
+    centre = means.median(0).values
+    offset = (means - centre).abs()  # medians: far floaters do not matter
+    up = means.new_tensor([0, -1, 0] if offset[:, 1].median() < offset[:, 2].median() else [0, 0, 1])
+    x = means.new_tensor([1, 0, 0])
+    angle = 2 * math.pi * torch.arange(count).to(means)[:, None] / count
+    forward = -normalize(angle.cos() * x + angle.sin() * torch.linalg.cross(up, x) + 0.4 * up)
+    right = normalize(torch.linalg.cross(forward, up.expand_as(forward)))
+    poses = torch.eye(4).to(means).repeat(count, 1, 1)
+    poses[:, :3, :3] = torch.stack([right, torch.linalg.cross(forward, right), forward], 2)
+    poses[:, :3, 3] = centre - 2.5 * (means - centre).norm(dim=1).median() * forward
+    return poses
+
+
+@torch.no_grad()
+def film(path: Path, gaussians, colours: Tensor, poses: Tensor, K: Tensor, height: int, width: int) -> Path:
+    """Colours beside depth along `poses` (n, 4, 4), K (3, 3), as an animated picture: WebP or GIF, as `path` ends."""
+    from PIL import Image
+
+    data, lift = companions()
+    arguments = gaussians.means, gaussians.covariances, gaussians.opacities, colours
+    renders = [rasterize(*arguments, torch.linalg.inv(pose), K, height, width) for pose in tqdm(poses, desc="flight", leave=False)]
+    depths = torch.stack([(r.depth * (r.alpha >= 0.5)).cpu() for r in renders])
+    frames, zoom = [], max(1, round(320 / width))  # enlarged only now: closer up, one Gaussian a pixel is a grid of dots
+    for render, depth in zip(renders, depths):
+        pair = [render.features.permute(2, 0, 1).cpu(), data.colour_depth(depth, depths[:: 1 + len(depths) // 8, ::4, ::4])]
+        pixels = (torch.cat(pair, 2).clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()
+        frames.append(Image.fromarray(pixels).resize((2 * zoom * width, zoom * height), Image.BICUBIC))
+    buffer = io.BytesIO()
+    frames[0].save(buffer, path.suffix[1:], save_all=True, append_images=frames[1:], duration=80, loop=0, quality=80)
+    write_whole(path, buffer.getvalue())
+    return path
+
+
+def fly(args):
+    """Between the two contexts of a held-out triplet, or around the Gaussians of a .ply file."""
+    data, lift = companions()
+    path = Path(args.out) / "flight.webp"
+    if args.ply:
+        g, (height, width) = PlyGaussians(*(x.to(args.device) for x in load_ply(args.ply))), (240, 320)
+        if not len(g.means):
+            raise ValueError(f"{args.ply}: holds no Gaussians")
+        K = g.means.new_tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1]])
+        return film(path, g, g.colours, orbit(g.means, 48), K, height, width)
+    scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
+    scene = (data.split(scenes, "val") or scenes)[0]
+    triplet = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed))
+    s = load_sample(scene, triplet, data.fit_size(scene, args.pixels, 16), args.device)
+    if args.geometry == "depth" and s.depth is None:
+        raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use mvsplat or sweep")
+    gaussians, colours = reconstruct(args.geometry or "mvsplat", s, lift.load_mvsplat(args.mvsplat).to(args.device))
+    return film(path, gaussians, colours, between(*s.c2w[:2], 48).to(args.device), s.K[2], *s.images.shape[-2:])
+
+
 # ----------------------------------------------------------------------------------------------------------------------- main
 
 
 @torch.no_grad()
-def novel_view(scene, triplet, vit, pixels: int, device: str):
-    """One row of the picture, and the PSNR of the target view by name, on the pixels that the swept geometry covers."""
-    data, lift = importlib.import_module("01_data"), importlib.import_module("02_lift")
-    a, b, target = (scene.view(i, data.fit_size(scene, pixels, vit.patch)) for i in triplet)
-    images, K, c2w = (torch.stack([getattr(a, key), getattr(b, key)]).to(device) for key in ("image", "K", "c2w"))
-    truth, grid = target.image.permute(1, 2, 0).to(device), tuple(side // vit.patch for side in images.shape[-2:])
-    tokens, masks = vit(images).patches, [data.regions(v).to(device) for v in (a, b)]
+def novel_view(scene, triplet, vit, net, pixels: int, device: str):
+    """One row of the picture, and the PSNR of the target view by geometry, on the pixels that all of them cover."""
+    data, lift = companions()
+    size = data.fit_size(scene, pixels, vit.patch)
+    s, (a, b, target) = load_sample(scene, triplet, size, device), (scene.view(i, size) for i in triplet)
+    truth, grid = s.images[2].permute(1, 2, 0), tuple(side // vit.patch for side in size)
+    tokens, masks = vit(s.images[:2]).patches, [data.regions(v).to(device) for v in (a, b)]
     features = torch.cat([lift.mask_aware_upscale(t, m, grid).flatten(0, 1) for t, m in zip(tokens, masks)])
-    payload = torch.cat([images.permute(0, 2, 3, 1).reshape(-1, 3), features], 1)  # colours and features in one pass
-    geometries = {"swept depth": lift.sweep_gaussians(images, K, c2w, *scene.depth_range)}
-    if a.depth is not None and b.depth is not None:
-        geometries["measured depth"] = lift.depth_gaussians(torch.stack([a.depth, b.depth]).to(device), K, c2w)
+    payload = torch.cat([s.images[:2].permute(0, 2, 3, 1).reshape(-1, 3), features], 1)  # colours and features in one pass
     views, alphas = {}, {}
-    for name, g in geometries.items():
-        camera = torch.linalg.inv(target.c2w).to(device), target.K.to(device), *truth.shape[:2]
-        render = rasterize(g.means, g.covariances, g.opacities, payload, *camera)
-        views[name], alphas[name] = render.features / render.alpha.clamp(min=1e-6)[..., None], render.alpha
-    seen = alphas["swept depth"] >= 0.5
-    if not seen.any():
+    for name in ("mvsplat", "sweep", "depth")[: 3 if s.depth is not None else 2]:
+        render = render_target(reconstruct(name, s, net)[0], payload, s)
+        views[name], alphas[name] = render.features / render.alpha.clamp(min=1e-6)[..., None], render.alpha >= 0.5
+    seen = alphas["mvsplat"]
+    covered = torch.stack(list(alphas.values())).all(0)
+    if not covered.any():
         raise ValueError(f"{scene.name}: the splatted views cover nothing of the target; depth range taken: {scene.depth_range}")
-    psnr = lambda guess, where: -10 * (guess - truth)[where].square().mean().log10().item()
-    both = seen & (alphas.get("measured depth", alphas["swept depth"]) >= 0.5)
-    scores = {name: psnr(view[..., :3], both) for name, view in views.items()}
-    scores["mean colour"] = psnr(truth[both].mean(0), both)
-    rendered = views["swept depth"][..., 3:]
+    psnr = lambda guess: -10 * (guess - truth)[covered].square().mean().log10().item()
+    scores = {name: psnr(view[..., :3]) for name, view in views.items()} | {"mean colour": psnr(truth[covered].mean(0))}
+    rendered = views["mvsplat"][..., 3:]
     blended = semantic_blend(rendered, data.regions(target).to(device), valid=seen)  # SnD Eq. 4
     basis = lift.pca_basis(rendered[seen])
-    colours = [views[name][..., :3].permute(2, 0, 1) * (alphas[name] >= 0.5) if name in views else None
-               for name in ("swept depth", "measured depth")]
-    return [a.image, b.image, target.image, *colours, *(lift.pca_colours(f, basis) * seen for f in (rendered, blended))], scores
+    colours = [views[name][..., :3].permute(2, 0, 1) * alphas[name] for name in views] + [None] * (3 - len(views))
+    return [*s.images, *colours, *(lift.pca_colours(f, basis) * seen for f in (rendered, blended))], scores
+
+
+def show(args):
+    """Four held-out triplets splatted with every geometry, as a picture."""
+    data, lift = companions()
+    vit, net = lift.load_vit(args.model).to(args.device), lift.load_mvsplat(args.mvsplat).to(args.device)
+    scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
+    scenes, rows, scores = (data.split(scenes, "val") or scenes)[:4], [], []
+    for n in range(4):
+        scene = scenes[n % len(scenes)]
+        triplet = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed + n))
+        row, score = novel_view(scene, triplet, vit, net, args.pixels, args.device)
+        rows, scores = rows + [row], scores + [score]
+    headings = ["context", "context", "target view", "by mvsplat", "by sweep", "by measured depth", "features (PCA)", "blended"]
+    path = data.picture_grid(Path(args.out) / "novel_view.png", headings, rows)
+    mean = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0] if all(name in s for s in scores)}
+    baseline = mean.pop("mean colour")
+    answer = ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
+    print(f"psnr where all cover the target: {answer} (mean colour {baseline:.1f})  ->  {path}")
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="Splat two views into a third: a picture of held-out triplets. With --geometry "
+                                     "mvsplat: fine-tune the geometry. With --flight or --ply: an animated picture.")  # fmt: skip
+    parser.add_argument("--scene_dir", default="data", help="a scene or a folder of scenes; built-in rooms if data/ is missing")
+    parser.add_argument("--out", default="out/03_splat")
+    parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny', a published name, a file or folder")
+    parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights, or what to start from: 'tiny', re10k.ckpt, own")
+    parser.add_argument("--geometry", choices=("mvsplat", "sweep", "depth"), help="fine-tune it; with --flight, whose Gaussians")
+    parser.add_argument("--flight", action="store_true", help="fly between two views of a held-out scene, as an animated picture")
+    parser.add_argument("--ply", help="a .ply file of Gaussians to fly around")
+    parser.add_argument("--pixels", type=positive, default=96 * 128, help="pixels a view; lower it when memory runs out")
+    parser.add_argument("--max_steps", type=positive, default=300, help="of fine-tuning; 40000 in the paper")
+    parser.add_argument("--batch", type=positive, default=1, help="triplets a step")
+    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate, cosine to 0; halve it when the loss jumps")
+    parser.add_argument("--depth_weight", type=float, default=0.0, help="of the log depth error, where depth is measured; try 0.05")
+    parser.add_argument("--heldout", type=positive, default=24, help="held-out triplets that are measured before and after")
+    parser.add_argument("--save_every", type=positive, default=50, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--skip_bad_frames", action="store_true", help="leave out frames without an image or a valid pose")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.geometry in ("sweep", "depth") and not args.flight:
+        parser.error(f"--geometry {args.geometry} has nothing to fine-tune; it goes with --flight")
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Splat two views into a third: colours and features of held-out triplets.")
-    parser.add_argument("--scene_dir", default="data", help="a scene or a folder of scenes; built-in rooms if data/ is missing")
-    parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny' or a Hugging Face DINOv2 folder")
-    parser.add_argument("--pixels", type=int, default=96 * 128, help="pixels a view; cost grows in proportion")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the held-out triplets")
-    parser.add_argument("--out", default="out/03_splat")
-    parser.add_argument("--skip_bad_frames", action="store_true", help="leave out frames without an image or a valid pose")
-    args = parser.parse_args(argv)
-    data, lift = importlib.import_module("01_data"), importlib.import_module("02_lift")
+    args = parse(argv)
+    data, _ = companions()
     try:
-        vit = lift.load_vit(args.model).to(args.device)
-        scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
-        scenes = (data.split(scenes, "val") or scenes)[:4]
-        rows, scores = [], []
-        for n in range(4):
-            scene = scenes[n % len(scenes)]
-            triplet = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed + n))
-            row, score = novel_view(scene, triplet, vit, args.pixels, args.device)
-            rows, scores = rows + [row], scores + [score]
-        headings = ["context", "context", "target view", "splatted (swept)", "splatted (measured)", "features (PCA)", "blended"]
-        path = data.picture_grid(Path(args.out) / "novel_view.png", headings, rows)
-        mean = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0] if all(name in s for s in scores)}
-        baseline = mean.pop("mean colour")
-        answer = ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
-        print(f"psnr where covered: {answer} (mean colour {baseline:.1f})  ->  {path}")
+        torch.zeros(1, device=args.device)
+        if args.flight or args.ply:
+            print(f"a flight  ->  {fly(args)}")
+        else:
+            finetune(args) if args.geometry else show(args)
     except (data.DataError, ValueError) as error:
         raise SystemExit(str(error))
+    except (AssertionError, RuntimeError) as error:
+        if "CUDA" not in str(error) and "device" not in str(error):
+            raise
+        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; `--resume --out {args.out}` goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

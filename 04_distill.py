@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,7 +34,6 @@ data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_l
 PRESETS = {
     "tiny": dict(model="tiny", pixels=96 * 128, max_steps=300, lr=3e-3, head_lr=1e-4, rank=8, hidden=512, bottleneck=128,
                  prototypes=2048, momentum=0.99, ema_every=10, tau_student=0.05, tau_teacher=0.02)}
-COVERED = 0.5  # a pixel or token is valid where the splatted Gaussians cover at least half of it
 
 # ------------------------------------------------------------------------------------------------ LoRA, head, loss
 
@@ -173,7 +171,7 @@ def splat_features(
     # Differs: the true covariances; the official render passes variances on as scales and draws reflected frames as spheres.
     render = splat.rasterize(gaussians.means, gaussians.covariances, opacities, features,
                              t.target_w2c, t.target_K, *t.mask.shape)
-    valid = render.alpha >= COVERED
+    valid = render.alpha >= splat.COVERED
     rendered = render.features / render.alpha.clamp_min(1e-6)[..., None]  # Differs: not divided by alpha in the official code
     blended = splat.semantic_blend(rendered, t.mask, blend, valid)  # SnD Eq. 4
     return splat.splat_to_tokens(blended, valid, grid)
@@ -245,86 +243,7 @@ def heldout_picture(path, before, teacher, after, triplets, args):
     return data.picture_grid(path, ["target view", "student before (PCA)", "teacher target", "student after"], rows)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def trained(module):  # the parameters that training changes, by name
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def save_checkpoint(path, step, settings, networks, optimiser, generator):
-    tensors = {f"{who}.{name}": p for who, (network, names) in networks.items()
-               for name, p in network.named_parameters() if name in names}
-    for i, state in optimiser.state_dict()["state"].items():
-        tensors.update({f"optimiser.{i}.{key}": value for key, value in state.items()})
-    tensors["generator"] = generator.get_state()
-    lift.save_tensors(path, tensors, {"step": str(step), "settings": json.dumps(settings)})
-
-
-def read_checkpoint(path):  # -> step, settings, tensors
-    try:
-        with safe_open(path, "pt") as file:
-            meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-        return int(meta["step"]), json.loads(meta["settings"]), tensors
-    except (lift.SafetensorError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: not a whole checkpoint of this stage; remove it to start again") from None
-
-
-@torch.no_grad()
-def restore(tensors, networks, optimiser, generator):
-    for who, (network, names) in networks.items():
-        for name, p in network.named_parameters():
-            if name in names:
-                p.copy_(tensors[f"{who}.{name}"])
-    state = {}
-    for key, value in tensors.items():
-        if key.startswith("optimiser."):
-            _, i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    generator.set_state(tensors["generator"])
-
-
 # ------------------------------------------------------------------------------------------------ main
-
-
-def has_triplet(scene, target=None):
-    try:
-        return bool(data.sample_triplet(scene, torch.Generator().manual_seed(0), None if target is None else [target]))
-    except data.DataError:
-        return False
-
-
-def hold_out(scenes, count, seed):
-    """-> training scenes, [(scene, triplet)] held out: `val` scenes, or of a single scene every eighth view, as a target."""
-    usable = [scene for scene in scenes if has_triplet(scene)]
-    for scene in scenes:
-        if scene not in usable:
-            print(f"{scene.name}: left out, no three views overlap with a usable baseline")
-    if not usable:
-        raise data.DataError(f"{scenes[0].name}: no three views overlap with a usable baseline; add views in between")
-    train, places = data.split(usable, "train"), [(scene, None) for scene in data.split(usable, "val")]
-    if len(usable) == 1:
-        scene, = usable
-        able = [i for i in range(len(scene)) if has_triplet(scene, i)]
-        hidden = able[min(2, len(able) // 2)::8]
-        train, places = [scene.subset([i for i in range(len(scene)) if i not in hidden])], [(scene, hidden)]
-        if len(train[0]) < 3 or not has_triplet(train[0]):
-            print(f"{scene.name}: too few views to hold one out, so the agreement below is that of training views")
-            train, places = [scene], [(scene, None)]
-    generator, found = torch.Generator().manual_seed(1000 + seed), []
-    for n in range(4 * count):  # distinct triplets, fewer than `count` where the scenes have no more
-        scene, targets = places[n % len(places)]
-        triplet = data.sample_triplet(scene, generator, targets)
-        if (scene, triplet) not in found and len(found) < count:
-            found.append((scene, triplet))
-    return train, found
-
-
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
 
 
 def parse(argv):
@@ -333,25 +252,25 @@ def parse(argv):
     parser.add_argument("--out", default="out/04_distill")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="sets the defaults of all flags marked [preset]")
     parser.add_argument("--model", help="ViT to start from: 'tiny', a published name such as dinov2_vits14, a file or folder [preset]")
-    parser.add_argument("--pixels", type=positive, help="pixels a view, its aspect kept; lower it when memory runs out [preset]")
+    parser.add_argument("--pixels", type=splat.positive, help="pixels a view, its aspect kept; lower it when memory runs out [preset]")
     parser.add_argument("--geometry", choices=("sweep", "depth"), default="sweep", help="from the images, or measured depth")
     parser.add_argument("--near", type=float, help="nearest depth; default: from depth maps, sparse points or cameras")
     parser.add_argument("--far", type=float, help="farthest depth of the sweep")
-    parser.add_argument("--max_steps", type=positive, help="training steps [preset]")
+    parser.add_argument("--max_steps", type=splat.positive, help="training steps [preset]")
     parser.add_argument("--lr", type=float, help="learning rate of the adapters, cosine to 0; halve it when the loss jumps [preset]")
     parser.add_argument("--head_lr", type=float, help="the head's; if large, the head learns the task in the ViT's place [preset]")
-    parser.add_argument("--rank", type=positive, help="rank of the LoRA adapters [preset]")
-    parser.add_argument("--hidden", type=positive, help="width of the head's MLP [preset]")
-    parser.add_argument("--bottleneck", type=positive, help="width of the head's bottleneck [preset]")
-    parser.add_argument("--prototypes", type=positive, help="number of prototypes; lower it when memory runs out [preset]")
+    parser.add_argument("--rank", type=splat.positive, help="rank of the LoRA adapters [preset]")
+    parser.add_argument("--hidden", type=splat.positive, help="width of the head's MLP [preset]")
+    parser.add_argument("--bottleneck", type=splat.positive, help="width of the head's bottleneck [preset]")
+    parser.add_argument("--prototypes", type=splat.positive, help="number of prototypes; lower it when memory runs out [preset]")
     parser.add_argument("--momentum", type=float, help="EMA momentum of the teacher [preset]")
-    parser.add_argument("--ema_every", type=positive, help="steps between teacher updates [preset]")
+    parser.add_argument("--ema_every", type=splat.positive, help="steps between teacher updates [preset]")
     parser.add_argument("--tau_student", type=float, help="temperature of the student's softmax [preset]")
     parser.add_argument("--tau_teacher", type=float, help="of the teacher's; lower is sharper, and may collapse [preset]")
     parser.add_argument("--blend", type=float, default=0.5, help="alpha of SnD Eq. 4; 1 switches semantic blending off")
     parser.add_argument("--drop_unmatched", action="store_true", help="do not lift pixels where Eq. 3 is 0/0")
-    parser.add_argument("--heldout", type=positive, default=24, help="held-out triplets that are measured before and after")
-    parser.add_argument("--save_every", type=positive, default=50, help="steps between checkpoints")
+    parser.add_argument("--heldout", type=splat.positive, default=24, help="held-out triplets that are measured before and after")
+    parser.add_argument("--save_every", type=splat.positive, default=50, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--skip_bad_frames", action="store_true", help="leave out frames without an image or a valid pose")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -379,8 +298,12 @@ def prepare(args):  # -> training scenes, held-out triplets, a function that loa
             raise ValueError(f"--pixels {args.pixels} leaves {scene.name} fewer than 2x2 patches of {patch} pixels; raise it")
     by_name = {scene.name: size for scene, size in sizes.items()}  # a subset keeps its scene's name
     load = lambda scene, indices: load_triplet(scene, indices, by_name[scene.name], args.device, args.near, args.far)
-    scenes, heldout = hold_out(scenes, args.heldout, args.seed)
+    scenes, heldout = splat.hold_out(scenes, args.heldout, args.seed)
     return scenes, [load(*place) for place in tqdm(heldout, desc="held-out triplets", leave=False)], load
+
+
+def trained(module):  # the parameters that training changes, by name
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def networks_of(args):  # -> the ViT to start from, student, teacher, the student's optimiser
@@ -395,58 +318,26 @@ def networks_of(args):  # -> the ViT to start from, student, teacher, the studen
     return before, student, teacher, optimiser
 
 
-def run_settings(args):  # what must not change between a run and its continuation
-    return {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "save_every", "heldout")}
-
-
-def find_checkpoint(args):
-    """-> (step, tensors) to go on from, or (0, None). Refuses, in one line, to lose a run that is not finished."""
-    path = Path(args.out) / "checkpoint.safetensors"
-    if not path.exists():
-        return 0, None
-    step, old, tensors = read_checkpoint(path)
-    if not args.resume and step < old["max_steps"]:
-        raise ValueError(f"{path}: a run stopped here at step {step} of {old['max_steps']}; --resume goes on, "
-                         "another --out starts afresh, or remove the file")
-    changed = [f"{k} {old.get(k)} -> {v}" for k, v in run_settings(args).items() if old.get(k) != v]
-    if args.resume and changed:
-        raise ValueError(f"{path}: was made with other settings ({', '.join(changed)}); use the old ones or another --out")
-    return (step, tensors) if args.resume else (0, None)
-
-
-def open_log(out, args, start):
-    """The run's log.jsonl, with the lines before step `start` kept; the settings are written beside it."""
-    lines, path = [], out / "log.jsonl"
-    for line in path.read_text().splitlines() if start and path.exists() else []:
-        try:
-            lines += [line] if json.loads(line)["step"] < start else []
-        except ValueError:
-            pass  # the line that was being written when the power went
-    lift.write_whole(path, "".join(line + "\n" for line in lines).encode())
-    lift.write_whole(out / "settings.json", json.dumps(vars(args), indent=1).encode())
-    return open(path, "a")
-
-
 def run(args):
     out = Path(args.out)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     print(f"preset {args.preset}: {args.model} ViT at about {args.pixels} pixels, {args.max_steps} steps, "
           f"{args.geometry} geometry, on {args.device}")
-    start, stored = find_checkpoint(args)
+    start, stored = splat.find_checkpoint(args)
     scenes, heldout, load = prepare(args)
     before, student, teacher, optimiser = networks_of(args)
     names = set(trained(student))
     networks, checkpoint = {"student": (student, names), "teacher": (teacher, names)}, out / "checkpoint.safetensors"
     if stored:
-        restore(stored, networks, optimiser, generator)
+        splat.restore(stored, networks, optimiser, generator)
         print(f"resumed at step {start} of {args.max_steps}")
     else:
         checkpoint.unlink(missing_ok=True)  # of a finished run, which this one replaces
     agreed_before = agreement(before, heldout, args.geometry)
     bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="distil", unit="step")
     clock = time.perf_counter()
-    with open_log(out, args, start) as log:
+    with splat.open_log(out, args, start) as log:
         for step in bar:
             # Sec. 3.1: a scene, two contexts, a distinct target.
             scene = scenes[int(torch.randint(len(scenes), (1,), generator=generator))]
@@ -481,7 +372,7 @@ def run(args):
                 ema_update(teacher, student, args.momentum)  # Differs: after the optimiser's step, in the official code before
             if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps:
                 log.flush()
-                save_checkpoint(checkpoint, step + 1, run_settings(args), networks, optimiser, generator)
+                splat.save_checkpoint(checkpoint, step + 1, splat.run_settings(args), networks, optimiser, generator)
 
     report(out, before, merge_lora(student["vit"]).eval(), teacher["vit"], agreed_before, heldout, args)
 

@@ -4,6 +4,7 @@ Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/bench.py
         ... python tests/bench.py --section mvsplat            MVSplat, time and memory; 4 minutes
         ... python tests/bench.py --section splat              rasterize against reference_raster.py, and how it scales; 5 minutes
         ... python tests/bench.py --section splat --large      the same with 1.02M Gaussians; 15 minutes, 9 GB
+        ... python tests/bench.py --section operator           the splat operator at the paper's size, against the dense path; 2 minutes
 """
 import argparse
 import ctypes
@@ -128,11 +129,62 @@ def splat_section(rounds, large):
         print(f"| {name} | {few:.3f} s | {many:.3f} s | {work} | {many / few:.1f} |", flush=True)
 
 
+def cells(height, width, count, seed):
+    """Ids (H, W) of `count` Voronoi cells."""
+    seeds = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)) * torch.tensor([height, width])
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return 1 + ((y[..., None] - seeds[:, 0]) ** 2 + (x[..., None] - seeds[:, 1]) ** 2).argmin(-1)
+
+
+@torch.no_grad()
+def operator_section(rounds, device, height=574, width=868, patch=14):
+    reference, grid = importlib.import_module("reference_raster"), (height // patch, width // patch)
+    *gaussians, _, w2c, K = (x.to(device) for x in reference.pixel_aligned(height, width, 1))
+    pairs, N = [lift.upscale_weights(cells(height, width, 25, seed).to(device), grid) for seed in (1, 2)], grid[0] * grid[1]
+    index, weight = torch.cat([pairs[0][0], pairs[1][0] + N]), torch.cat([weight for _, weight in pairs])
+    masks = {f"{count} masks": cells(height, width, count, 3).to(device) for count in (25, 400)}
+    build = lambda mask=None: splat.splat_operator(*gaussians, index, weight, 2 * N, w2c, K, height, width, grid, mask)
+
+    def dense(x, mask):
+        features = sum(weight[:, k, None] * x[index[:, k]] for k in range(4))
+        render = splat.rasterize(*gaussians, features, w2c, K, height, width)
+        valid = render.alpha >= splat.COVERED
+        rendered = render.features / render.alpha.clamp_min(1e-6)[..., None]
+        return splat.splat_to_tokens(rendered if mask is None else splat.semantic_blend(rendered, mask, 0.5, valid), valid, grid)
+
+    x = torch.randn(2 * N, 384, generator=torch.Generator().manual_seed(0)).to(device)
+    dense_times, build_times, lines = [], {}, []
+    for turn in range(rounds):  # in turns: the load of a shared machine changes
+        for name, mask in {"no masks": None, **masks}.items():
+            build_times.setdefault(name, []).append(median_ms(lambda: build(mask), 1, device))
+        if turn < 2:
+            dense_times.append(median_ms(lambda: dense(x, masks["25 masks"]), 1, device))
+    for name, mask in {"no masks": None, **masks}.items():
+        operator = build(mask)
+        wanted, valid = dense(x, mask)
+        off = ((operator(x) - wanted).norm() / wanted.norm()).item()
+        with tempfile.TemporaryDirectory() as folder:
+            operator.save(file := Path(folder) / "operator")
+            half, size = splat.SplatOperator.load(file).to(device), file.stat().st_size
+        rounded = ((half(x) - operator(x)).norm() / wanted.norm()).item()
+        apply = [median_ms(lambda: operator(x[:, :1].repeat(1, C)), rounds, device) for C in (384, 768)]
+        weights = " + ".join(f"{len(matrix.values())}" for matrix in operator[:3])
+        same = "same" if torch.equal(valid, operator.valid) else f"{(valid != operator.valid).sum()} differ"
+        lines.append(f"| {name} | {statistics.median(build_times[name]) / 1000:.2f} ({min(build_times[name]) / 1000:.2f}) | {apply[0]:.0f} | {apply[1]:.0f} "
+                     f"| {weights} | {size / 1000:.0f} | {off:.1e}, {same} | {rounded:.1e} |")
+    bf16 = ((wanted.bfloat16().float() - wanted).norm() / wanted.norm()).item()
+    print(f"{2 * height * width} Gaussians, {height}x{width} -> {grid[0]}x{grid[1]} tokens; dense path with blending, 384 channels: "
+          f"{statistics.median(dense_times) / 1000:.2f} s ({min(dense_times) / 1000:.2f}); medians (minima) of {rounds}\n")
+    print("| | build, s | apply to 384, ms | to 768, ms | weights S + L + M | file, kB | to the dense path, and valid | float16 file |")
+    print("|---|---|---|---|---|---|---|---|", *lines, sep="\n")
+    print(f"\nrelative L2 errors of the tokens; rounding them to bfloat16 costs {bf16:.1e}; load average {os.getloadavg()[0]:.1f}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Medians of the parts of a training step.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--section", choices=["step", "mvsplat", "splat"], default="step")
+    parser.add_argument("--section", choices=["step", "mvsplat", "splat", "operator"], default="step")
     parser.add_argument("--large", action="store_true", help="splat: also 1.02M Gaussians in 584x876")
     args = parser.parse_args(argv)
     if args.section == "mvsplat":
@@ -140,6 +192,8 @@ def main(argv=None):
     if args.section == "splat":
         return splat_section(min(args.rounds, 5), args.large)
     device = torch.device(args.device)
+    if args.section == "operator":
+        return operator_section(min(args.rounds, 5), device)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         data.make_rooms(Path(folder) / "data", scenes=4, views=16)

@@ -270,11 +270,11 @@ def cut(scene, count):  # a scene with its first views alone
 @pytest.mark.parametrize("count", [3, 4, 5, 8, 12])
 def test_small_single_scenes_can_be_held_out_or_say_so(rooms, count, capsys):
     scene = cut(rooms[1], count)
-    train, heldout = distill.hold_out([scene], 6, 0)
+    train, heldout = splat.hold_out([scene], 6, 0)
     targets = {scene.frames[t[2]].name for _, t in heldout}
     assert heldout and len(set(t for _, t in heldout)) == len(heldout) <= 6
     held_out = not targets & {frame.name for frame in train[0].frames}
-    assert held_out or "agreement below is that of training views" in capsys.readouterr().out
+    assert held_out or "what is measured below are training views" in capsys.readouterr().out
     assert held_out or count < 6
 
 
@@ -285,10 +285,10 @@ def test_a_scene_without_overlap_is_left_out(rooms, capsys):
         frame.c2w = frame.c2w.copy()
         frame.c2w[:3, 3] += 1e4 * n
     turned.name = "far_apart"
-    train, heldout = distill.hold_out([turned, *rooms[1:]], 4, 0)
+    train, heldout = splat.hold_out([turned, *rooms[1:]], 4, 0)
     assert "far_apart: left out" in capsys.readouterr().out and turned not in train
     with pytest.raises(data.DataError, match="no three views overlap"):
-        distill.hold_out([turned], 4, 0)
+        splat.hold_out([turned], 4, 0)
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])

@@ -189,12 +189,6 @@ def rooms_in_memory(scenes):
     return stack(lambda v: (v.image * 255).round().byte()), stack(lambda v: v.depth), stack(lambda v: v.K), stack(lambda v: v.c2w)
 
 
-def covisible(depth, K, c2w, target=2):  # (V, H, W) ... -> (H, W) bool: pixels of view `target` that view 0 or 1 sees too
-    w2c = torch.linalg.inv(c2w)
-    checks = [lift.cross_check(depth[target], depth[v], K[target], K[v], w2c[v] @ c2w[target]) for v in (0, 1) if v != target]
-    return torch.stack(checks).amax(0) > 0.5
-
-
 def candidate_loss(probability, depth, near, far):
     """Cross-entropy (V, h, w) between the candidates' probability (V, D, h, w) and the two around the true depth (V, h, w)."""
     D = probability.shape[1]
@@ -212,16 +206,9 @@ def matching_loss(net, images, depth, K, c2w, near, far):
     with torch.autocast("cpu", torch.bfloat16):
         _, _, volume, probability = net.match(images, K, c2w, torch.linspace(1 / far, 1 / near, D).expand(2, D))
     low = F.interpolate(depth[:, None], scale_factor=0.25, mode="nearest")[:, 0]
-    seen = torch.stack([covisible(low, K / K.new_tensor([4, 4, 1])[:, None], c2w, v) for v in (0, 1)])
+    seen = torch.stack([splat.covisible(low, K / K.new_tensor([4, 4, 1])[:, None], c2w, v) for v in (0, 1)])
     raw = candidate_loss(volume.softmax(1), low, near, far)[seen].mean() if seen.any() else volume.sum() * 0
     return 0.3 * raw + candidate_loss(probability.float(), low, near, far).mean()
-
-
-def dissimilarity(a, b):  # (3, H, W) twice -> 1 - SSIM over 7x7 windows, (3, H, W)
-    mean_a, mean_b, square_a, square_b, product = (lift.box_mean(x, 7) for x in (a, b, a * a, b * b, a * b))
-    variance_a, variance_b, covariance = square_a - mean_a**2, square_b - mean_b**2, product - mean_a * mean_b
-    return 1 - ((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
-                / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))
 
 
 def gaussian_loss(net, images, depth, K, c2w, near, far, photometric):
@@ -230,15 +217,15 @@ def gaussian_loss(net, images, depth, K, c2w, near, far, photometric):
     with torch.autocast("cpu", torch.bfloat16):
         g = net(images[:2], K[:2], c2w[:2], near, far, harmonics=True)
     H, W = images.shape[-2:]
-    z = lift.view_depth(g, c2w[:2], H, W)
-    loss = (z.clamp_min(1e-3).log() - depth[:2].clamp_min(1e-3).log()).abs()[depth[:2] > 0].mean()
+    loss = splat.log_depth_error(g, depth[:2], c2w[:2])
     if not photometric:
         return loss
     colours = torch.cat([images[:2].permute(0, 2, 3, 1).reshape(-1, 3), 0.5 + 0.28209479 * g.features], 1)  # degree 0: no direction
     render = splat.rasterize(g.means, g.covariances, g.opacities, colours, torch.linalg.inv(c2w[2]), K[2], H, W)
-    seen, truth, loss = covisible(depth, K, c2w), images[2], 0.1 * loss
+    seen, truth, loss = splat.covisible(depth, K, c2w), images[2], 0.1 * loss
     for image in render.features.permute(2, 0, 1).split(3):
-        loss = loss + 5 * (image - truth).square().mean(0)[seen].mean() + 0.1 * dissimilarity(image, truth).mean(0)[seen].mean()
+        mse, structure = splat.photometric(image, truth, seen)
+        loss = loss + 5 * mse + 0.1 * structure
     return loss
 
 
@@ -295,7 +282,7 @@ def compare_geometries(net, scenes):
         views = [scene.view(i) for i in data.sample_triplet(scene, torch.Generator().manual_seed(n))]
         images, depth, K, c2w = (torch.stack([getattr(v, key) for v in views]) for key in ("image", "depth", "K", "c2w"))
         context, size, truth = (images[:2], K[:2], c2w[:2], *scene.depth_range), depth.shape[1:], images[2].permute(1, 2, 0)
-        seen = covisible(depth, K, c2w)
+        seen = splat.covisible(depth, K, c2w)
         for name, g in (("mvsplat", lift.mvsplat_gaussians(net, *context)), ("sweep", lift.sweep_gaussians(*context)),
                         ("depth", lift.depth_gaussians(depth[:2], K[:2], c2w[:2]))):
             error = (lift.view_depth(g, c2w[:2], *size) - depth[:2]).abs() / depth[:2]
