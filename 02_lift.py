@@ -4,7 +4,7 @@ Paper   Splat and Distill (SnD) Sec. 3.2 (Eq. 1, geometry) and 3.3 (Eq. 2-3, lif
         ViT; MVSplat (Chen et al. 2024) for learned geometry.
 In      two posed context images; for `depth` also their measured depth; instance masks or superpixels.
 Out     tokens (B, N, C), Gaussians (G = V*H*W, one a pixel), per-pixel features (H, W, C).
-Run     python 02_lift.py                      held-out rooms: depth and features as pictures, Gaussians as .ply; 10 s on a CPU
+Run     python 02_lift.py                      held-out rooms: depth and features as pictures, Gaussians as .ply; 5 s on a CPU
         python 02_lift.py --scene_dir photos/ --model dinov2_vits14 --mvsplat re10k.ckpt      your scene, published weights
 Copy    02_lift.py alone (the `tiny` weights are weights/tiny_*.safetensors).
 Not     training of MVSplat: weights/make_tiny.py trains the tiny one.
@@ -241,7 +241,8 @@ def find_weights(name: str) -> Path:
             if not path.exists():
                 torch.hub.download_url_to_file(address, str(path))
         except (OSError, HTTPException) as error:
-            raise ValueError(f"{name}: cannot be fetched ({error}); put {address} at {path}, or use --preset tiny") from None
+            raise ValueError(f"{name}: cannot be fetched ({error}); put {address} at {path}, or use the built-in weights with "
+                             "--preset tiny (02 and 03: --model tiny)") from None
     if not path.exists():
         raise ValueError(f"{path}: no such weights; give 'tiny', a .pth or .safetensors file, a folder with model.safetensors, or a name "
                          "like dinov2_vits14_reg, dune_vitsmall14_448, dinov2_small_snd, facebook/dinov2-small, "

@@ -4,7 +4,7 @@ Paper  Splat and Distill Sec. 3.4 (Eq. 4, semantic blending), 3D Gaussian Splatt
 In     Gaussians in the world frame (means, covariances, opacities, one feature row each) and a camera (w2c, K).
 Out    features (H, W, C), alpha (H, W), depth (H, W); after the blend, tokens (N, C) that a student can be taught with. Or all
        of it as one sparse matrix on tokens, the splat operator, made without touching a channel.
-Run    python 03_splat.py                       novel views of held-out rooms as a picture; 8 s on a 2-core CPU
+Run    python 03_splat.py                       novel views of held-out rooms as a picture; 6 s on a 2-core CPU
        python 03_splat.py --geometry mvsplat    fine-tunes MVSplat by splatting (SnD A.3) and measures it; 3 minutes
        python 03_splat.py --flight              an animated flight between two views; --ply file.ply flies around a file
 Copy   this file alone for everything up to the .ply files; the commands need 01_data.py 02_lift.py, --mvsplat tiny its weights.
