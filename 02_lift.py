@@ -316,7 +316,7 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
     """`model` with the tensors of `stored`, in evaluation mode; ValueError names one that is missing, left over or misshapen.
 
     names(our key) lists the stored tensors that, one after the other, make it up."""
-    for key, value in model.state_dict().items():
+    for key, value in model.state_dict().items():  # Differs: strict=False in SnD's README, which hides errors
         for name, part in zip(names(key), value.chunk(len(names(key)))):
             found = tuple(stored[name].shape) if name in stored else "missing"
             if found != part.shape:
@@ -359,6 +359,7 @@ def load_vit(name_or_path) -> VisionTransformer:
         raise ValueError(f"{path}: not in any layout of DINOv2 or DUNE ({type(error).__name__}: {error})") from None
     stored.setdefault(names("mask_token")[0], torch.zeros(1, C))  # takes no part in a forward pass; timm has none
     meta = chunked or path.name == "tiny_vit.safetensors"  # DUNE interpolates as Meta does without registers; `tiny` has no config.json
+    # Differs: SnD trained with Meta's positions and opens its weights in timm, which has others.
     own = "scale" if meta else "antialiased" if registers or layout is TIMM else "size" if layout is HUGGING_FACE else "scale"
     model = VisionTransformer(patch, C, depth, heads, registers, grid, ratio, swiglu=swiglu, positions=positions or own)
     return load_strictly(model, stored, path, names)
@@ -556,9 +557,9 @@ def sweep_gaussians(
 ) -> Gaussians:
     """Two-view geometry by hand, no weights: what a cost volume knows before anything is learned (MVSplat Sec. 3.1).
 
-    Differs: SnD uses MVSplat here, with near and far fixed at 1 and 100; these bounds come from the scene.
     Opacity is the confidence: how well the depth found from the other view agrees. Pixels that only one view sees get 0.
     """
+    # Differs: SnD's geometry is MVSplat, below.
     depth, confidence = sweep_depth(images, K, c2w, near, far, candidates)
     return pixel_gaussians(depth, K, c2w, 0.95 * confidence)
 
@@ -830,13 +831,12 @@ class MVSplat(nn.Module):
         coarse = (probability * disparities[:, :, None, None]).sum(1, keepdim=True)  # the expected disparity (V, 1, h, w)
         certainty = probability.amax(1, keepdim=True)
         upsampled = self.depth_predictor["upsampler"](torch.cat([features, cnn], 1))
-        refined = self.refine(images, upsampled, coarse, certainty)
+        refined, disparity = self.refine(images, upsampled, coarse, certainty)
         delta, logit = self.depth_predictor["to_disparity"](refined).chunk(2, 1)
-        disparity = F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True) + delta
         bounds = (1 / far).view(V, 1, 1, 1), (1 / near).view(V, 1, 1, 1)
         seen = zip(refined.split(1), images.split(1), upsampled.split(1))  # one view at a time: nothing else is as wide
         raw = torch.cat([self.raw_gaussians(torch.cat(maps, 1), harmonics) for maps in seen])
-        maps = torch.cat([1 / disparity.clamp(*bounds), logit.sigmoid(), raw], 1)[:, :, :height, :width].permute(0, 2, 3, 1)
+        maps = torch.cat([1 / (disparity + delta).clamp(*bounds), logit.sigmoid(), raw], 1)[:, :, :height, :width].permute(0, 2, 3, 1)
         depth, opacity, raw = maps.split([1, 1, raw.shape[1]], -1)
         with full_precision(images):
             means, scales, quaternions = gaussian_adapter(depth, raw.to(images), K, c2w)
@@ -855,11 +855,12 @@ class MVSplat(nn.Module):
         refined = net["corr_refine_net"](x) + net["regressor_residual"](x)
         return cnn, features, volume, net["depth_head_lowres"](refined).softmax(1)
 
-    def refine(self, images, upsampled, coarse, certainty):  # depth refinement at full resolution -> (V, m2, H, W)
+    def refine(self, images, upsampled, coarse, certainty):
+        """Depth refinement at full resolution -> what it saw (V, m2, H, W), and the coarse disparity there (V, 1, H, W)."""
         coarse = F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)
         certainty = F.interpolate(certainty, scale_factor=4, mode="nearest")
         x = torch.cat([images, self.depth_predictor["proj_feature"](upsampled), coarse, certainty], 1)
-        return self.depth_predictor["refine_unet"](x)
+        return self.depth_predictor["refine_unet"](x), coarse
 
     def raw_gaussians(self, x, harmonics):
         first, gelu, last = self.depth_predictor["to_gaussians"]
@@ -968,8 +969,8 @@ def mvsplat_gaussians(model: MVSplat, images: Tensor, K: Tensor, c2w: Tensor, ne
     """Learned two-view geometry; arguments as in `sweep_gaussians`.
 
     The networks were trained on scenes whose nearest depth is 1, so the scene is scaled to that, and the Gaussians back.
-    Differs: SnD gives the network 1 and 100 in the data set's unit; these bounds come from the scene.
     """
+    # Differs: SnD gives the network near = 1 and far = 100 in the data set's unit.
     poses = c2w.clone()
     poses[:, :3, 3] /= near
     g = model(images, K, poses, 1.0, far / near, harmonics)

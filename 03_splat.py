@@ -991,7 +991,7 @@ def save_checkpoint(path, step, settings, networks, optimiser, generator):
     companions()[1].save_tensors(path, tensors, {"step": str(step), "settings": json.dumps(settings)})
 
 
-def read_checkpoint(path):  # -> step, settings, tensors
+def read_run(path):  # -> step, settings, tensors
     try:
         with safe_open(path, "pt") as file:
             meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
@@ -1024,7 +1024,7 @@ def find_checkpoint(args):
     path = Path(args.out) / "checkpoint.safetensors"
     if not path.exists():
         return 0, None
-    step, old, tensors = read_checkpoint(path)
+    step, old, tensors = read_run(path)
     if not args.resume and step < old["max_steps"]:
         raise ValueError(f"{path}: a run stopped here at step {step} of {old['max_steps']}; --resume goes on, "
                          "another --out starts afresh, or remove the file")  # fmt: skip
@@ -1036,7 +1036,6 @@ def find_checkpoint(args):
 
 def open_log(out, args, start):
     """The run's log.jsonl, with the lines before step `start` kept; the settings are written beside it."""
-    _, lift = companions()
     lines, path = [], out / "log.jsonl"
     for line in path.read_text().splitlines() if start and path.exists() else []:
         try:
@@ -1079,7 +1078,7 @@ def finetune(args):
                 s = load(scene, data.sample_triplet(scene, generator))
                 loss, parts = geometry_loss(net, s, args.depth_weight)
                 (loss / args.batch).backward()
-            # As MVSplat is trained: Adam, the norm cut at 0.5, warm-up and cosine. SnD says the number of steps and no more.
+            # Of the optimiser SnD says the number of steps and no more: Adam, short warm-up and cosine below, gradients cut in length.
             norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
             if not norm.isfinite():
                 raise ValueError(f"step {step}: the gradient is {norm.item()} for {s.name}; "

@@ -47,7 +47,7 @@ def record(model, monkeypatch, images, K, c2w, near, far, index):
                                                                       "regressor_residual", "to_disparity")]
     match, refine, adapter = model.match, model.refine, lift.gaussian_adapter
     monkeypatch.setattr(model, "match", lambda *a: kept.setdefault("match", match(*a)))
-    monkeypatch.setattr(model, "refine", lambda *a: refine(*kept.setdefault("refine", a)))
+    monkeypatch.setattr(model, "refine", lambda *a: kept.setdefault("refined", refine(*kept.setdefault("refine", a))))
 
     def kept_adapter(depth, raw, *rest):
         kept.update(depth=depth, raw=raw)
@@ -66,7 +66,7 @@ def record(model, monkeypatch, images, K, c2w, near, far, index):
         "mid.cnn_features": kept["match"][0], "mid.trans_features": kept["match"][1], "mid.cost_volume_raw": kept["match"][2],
         "mid.cost_volume_refined": kept["corr_refine_net"] + kept["regressor_residual"],
         "mid.disp_coarse_low": coarse[:, 0], "mid.pdf_max_low": certainty[:, 0],
-        "mid.disp_coarse_full": F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)[:, 0],
+        "mid.disp_coarse_full": kept["refined"][1][:, 0],
         "mid.upsampled_features_sub": full(kept["upsampler"]), "mid.refine_out_sub": full(kept["refine_unet"]),
         "mid.delta_disparity": kept["to_disparity"][:, 0], "mid.raw_gaussians_sub": kept["raw"].flatten(0, 2)[index],
         "out.depths": kept["depth"][..., 0], "out.opacities": g.opacities, "out.means": g.means,

@@ -220,7 +220,7 @@ def gaussian_loss(net, images, depth, K, c2w, near, far, photometric):
     loss = splat.log_depth_error(g, depth[:2], c2w[:2])
     if not photometric:
         return loss
-    colours = torch.cat([images[:2].permute(0, 2, 3, 1).reshape(-1, 3), 0.5 + 0.28209479 * g.features], 1)  # degree 0: no direction
+    colours = torch.cat([images[:2].permute(0, 2, 3, 1).reshape(-1, 3), 0.5 + splat.SH_C0 * g.features], 1)  # degree 0: no direction
     render = splat.rasterize(g.means, g.covariances, g.opacities, colours, torch.linalg.inv(c2w[2]), K[2], H, W)
     seen, truth, loss = splat.covisible(depth, K, c2w), images[2], 0.1 * loss
     for image in render.features.permute(2, 0, 1).split(3):
