@@ -100,11 +100,11 @@ class Scene:
         part.depth_range = self.depth_range
         return part
 
-    def view(self, i, size=None) -> View:
+    def view(self, i, size=None, maps=True) -> View:
         """View i, undistorted; with `size` (H, W) scaled to cover it, centre-cropped (never stretched), K to match.
 
-        Maps are sampled at the nearest stored pixel, images with an antialiased bicubic filter. Raises DataError naming a
-        file that cannot be decoded.
+        Maps are sampled at the nearest stored pixel, images with an antialiased bicubic filter; without `maps` they are not
+        read. Raises DataError naming a file that cannot be decoded.
         """
         frame = self.frames[i]
         full_h, full_w = frame.size
@@ -122,18 +122,18 @@ class Scene:
         K = np.array([[scale, 0, -scale * left], [0, scale, -scale * top], [0, 0, 1]]) @ K
         look_up = lambda stored: torch.from_numpy(nearest(stored, x / full_w, y / full_h))
         mask = depth = normal = label = None
-        if frame.mask:
+        if maps and frame.mask:
             ids = decode_ids(frame.mask)
             mask = look_up(1 + (ids > ids.max() / 2) if frame.two_regions else ids).long()  # stored as 0/1 or as 0/255
-        if frame.depth:
+        if maps and frame.depth:
             depth = look_up(self._depth(frame)).float()
-        if frame.normal:
+        if maps and frame.normal:
             is_array = frame.normal.suffix == ".npy"  # of floats; pictures hold -1 ... 1 as 0 ... 255
             normal = look_up(decode_map(frame.normal) if is_array else decode(frame.normal, colour=True)).float()
             normal = normal if is_array else normal / 127.5 - 1
             length = normal.norm(dim=-1, keepdim=True)
             normal = torch.where((length > 0.5) & (length < 1.5), normal / length, 0.0)  # black and grey mean "unknown"
-        if frame.label:
+        if maps and frame.label:
             label = look_up(decode_ids(frame.label)).long()
         pixels = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 255
         return View(frame.name, pixels, torch.from_numpy(K).float(), self.c2w[i], mask, depth, normal, label)
@@ -1098,6 +1098,31 @@ def picture_grid(path, headings, rows, scale=None, below=None):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path
+
+
+def line_chart(title, curves, width=480, height=260) -> Tensor:
+    """Curves {name: [(x, y), ...]} as a picture (3, height, width): axes from the least to the largest value, points joined."""
+    picture, colours = Image.new("RGB", (width, height), "white"), [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)]
+    draw, points = ImageDraw.Draw(picture), np.array([p for curve in curves.values() for p in curve], float)
+    (x0, y0), (x1, y1) = points.min(0), points.max(0)
+    left, right, top, bottom = 64, width - 16, 44, height - 28
+    place = lambda x, y: (left + (right - left) * (x - x0) / max(x1 - x0, 1e-12), bottom - (bottom - top) * (y - y0) / max(y1 - y0, 1e-12))
+    draw.text((left, 6), title, fill="black")
+    draw.line([(left, top), (left, bottom), (right, bottom)], fill=(150, 150, 150))
+    for value in np.linspace(y0, y1, 5):
+        draw.text((6, place(x0, value)[1] - 6), f"{value:.4g}", fill=(90, 90, 90))
+        draw.line([(left, place(x0, value)[1]), (right, place(x0, value)[1])], fill=(230, 230, 230))
+    for value in np.linspace(x0, x1, 5):
+        draw.text((place(value, y0)[0] - 12, bottom + 8), f"{value:.4g}", fill=(90, 90, 90))
+    start = left
+    for colour, (name, curve) in zip(colours, curves.items()):
+        corners = [place(*p) for p in curve]
+        draw.line(corners, fill=colour, width=2)
+        for x, y in corners if len(corners) < 40 else []:
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
+        draw.text((start, 24), name, fill=colour)
+        start += draw.textlength(name) + 16
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 def camera_plan(scene, triplets, height, width):

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WEIGHTS = Path(__file__).parent / "weights"
@@ -122,6 +123,7 @@ class VisionTransformer(nn.Module):
         self.patch, self.dim, self.heads, self.grid, self.mlp_ratio, self.swiglu = patch, dim, heads, grid, mlp_ratio, swiglu
         self.positions = positions or ("antialiased" if registers else "scale")  # Meta's
         assert self.positions in ("scale", "size", "antialiased"), f"positions cannot be interpolated by {self.positions!r}"
+        self.checkpointing = False  # True: a backward pass computes each block again, which saves most of its memory
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, dim))  # for pretraining alone; part of every published layout
@@ -156,7 +158,7 @@ class VisionTransformer(nn.Module):
             count = self.register_tokens.shape[1]
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x)
         x = self.norm(x)
         return Tokens(x[:, 0], x[:, 1:1 + count], x[:, 1 + count:])
 
@@ -211,11 +213,14 @@ def write_whole(path, content: bytes):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # still there where the disk was full
 
 
 # Names of published weights and their official addresses. None of these projects publishes a checksum.

@@ -26,6 +26,7 @@ import io
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -556,11 +557,14 @@ def write_whole(path: str | Path, content: bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # still there where the disk was full
 
 
 # --------------------------------------------------------------------------------------------------------- the splat operator
@@ -834,28 +838,46 @@ def companions():
     return importlib.import_module("01_data"), importlib.import_module("02_lift")
 
 
-class Sample(NamedTuple):
+class Triplet(NamedTuple):
     """Context, context, target, stacked in this order, in units of the nearest depth: the near plane suits any scene then."""
 
     name: str
     images: Tensor  # (3, 3, H, W) in [0, 1]
+    masks: Tensor | None  # (3, H, W) int64, where asked for
     depth: Tensor | None  # (3, H, W) measured z-depth, 0 = unknown; None unless all three views have it
     K: Tensor  # (3, 3, 3) pixels
     c2w: Tensor  # (3, 4, 4)
     far: float  # the nearest depth is 1
 
 
-def load_sample(scene, indices, size: tuple[int, int], device) -> Sample:
-    """Views (context_a, context_b, target) of a 01_data scene at `size` (H, W)."""
-    views, (near, far) = [scene.view(i, size) for i in indices], scene.depth_range
-    images, K, c2w = (torch.stack([getattr(v, key) for v in views]).to(device) for key in ("image", "K", "c2w"))
+def name_of(scene, indices) -> str:
+    a, b, target = (scene.frames[i].name for i in indices)
+    return f"{scene.name}: {a} + {b} -> {target}"
+
+
+def load_triplet(
+    scene,  # of 01_data
+    indices,  # (context_a, context_b, target)
+    size: tuple[int, int],  # (H, W)
+    device,
+    masks: str | None = None,  # "files", with superpixels where there are none, or "superpixels"; None: without
+    near: float | None = None,  # in the scene's unit; None: as the scene has them
+    far: float | None = None,
+) -> Triplet:
+    data, _ = companions()
+    views = [scene.view(i, size) for i in indices]
+    near, far = (taken if given is None else given for given, taken in zip((near, far), scene.depth_range))
+    if not 0 < near < far:
+        raise ValueError(f"{scene.name}: depths from {near:g} to {far:g} make no range; give --near and --far in the scene's unit")
+    stack = lambda tensors: torch.stack(tensors).to(device)
+    images, K, c2w = (stack([getattr(v, key) for v in views]) for key in ("image", "K", "c2w"))
     c2w[:, :3, 3] /= near
-    depth = None if any(v.depth is None for v in views) else torch.stack([v.depth for v in views]).to(device) / near
-    a, b, target = (v.name for v in views)
-    return Sample(f"{scene.name}: {a} + {b} -> {target}", images, depth, K, c2w, far / near)
+    depth = None if any(v.depth is None for v in views) else stack([v.depth for v in views]) / near
+    views = [v._replace(mask=None) for v in views] if masks == "superpixels" else views
+    return Triplet(name_of(scene, indices), images, stack([data.regions(v) for v in views]) if masks else None, depth, K, c2w, far / near)
 
 
-def reconstruct(geometry: str, s: Sample, net=None):
+def reconstruct(geometry: str, s: Triplet, net=None):
     """Two views -> one Gaussian a pixel (SnD Eq. 1) and their colours (G, 3). `mvsplat` is learned, the MVSplat `net`, and has colours
     of its own, as the target's camera sees them; `sweep` is stereo by hand, `depth` as measured, both with the pixels' colours."""
     _, lift = companions()
@@ -869,7 +891,7 @@ def reconstruct(geometry: str, s: Sample, net=None):
     return lift.depth_gaussians(s.depth[:2], *context[1:]), colours
 
 
-def render_target(gaussians, features: Tensor, s: Sample) -> Render:  # features (G, C)
+def render_target(gaussians, features: Tensor, s: Triplet) -> Render:  # features (G, C)
     camera = torch.linalg.inv(s.c2w[2]), s.K[2], *s.images.shape[-2:]
     return rasterize(gaussians.means, gaussians.covariances, gaussians.opacities, features, *camera)
 
@@ -904,7 +926,7 @@ def log_depth_error(gaussians, depth: Tensor, c2w: Tensor) -> Tensor:
     return (z.clamp_min(1e-3).log() - depth.clamp_min(1e-3).log()).abs()[depth > 0].mean()
 
 
-def judged_pixels(s: Sample) -> Tensor:
+def judged_pixels(s: Triplet) -> Tensor:
     """(H, W) bool, where a novel view is compared with the truth: what a context sees too, as far as depth can tell. Without
     depth it is the whole view on black, as MVSplat is trained: leaving out what no Gaussian covers would reward holes."""
     everywhere = torch.ones_like(s.images[2, 0], dtype=torch.bool)
@@ -912,7 +934,7 @@ def judged_pixels(s: Sample) -> Tensor:
     return seen if seen.any() else everywhere
 
 
-def geometry_loss(net, s: Sample, depth_weight: float) -> tuple[Tensor, dict]:
+def geometry_loss(net, s: Triplet, depth_weight: float) -> tuple[Tensor, dict]:
     """MVSplat's loss of the splatted target view, and its parts by name."""
     with torch.autocast(s.images.device.type, torch.bfloat16):  # the network; its cameras and the rasteriser stay in fp32
         gaussians, colours = reconstruct("mvsplat", s, net)
@@ -926,7 +948,7 @@ def geometry_loss(net, s: Sample, depth_weight: float) -> tuple[Tensor, dict]:
 
 
 @torch.no_grad()
-def judge(geometry: str, s: Sample, net=None):
+def judge(geometry: str, s: Triplet, net=None):
     """-> novel view (3, H, W), its depth (H, W), {"PSNR", "SSIM", "covered": where judged, "AbsRel": of the contexts' depth}."""
     gaussians, colours = reconstruct(geometry, s, net)
     render = render_target(gaussians, colours, s)
@@ -981,14 +1003,24 @@ def hold_out(scenes, count: int, seed: int):
     return train, found
 
 
-def save_checkpoint(path, step, settings, networks, optimiser, generator):
-    """All that a run needs to go on exactly; networks is {name: (module, names of its trained parameters)}."""
+def save_checkpoint(folder, step, settings, networks, optimiser, generator=None):
+    """All that a run needs to go on exactly; networks is {name: (module, names of its trained parameters)}. The one before is kept."""
     tensors = {f"{who}.{name}": p for who, (network, names) in networks.items()
                for name, p in network.named_parameters() if name in names}  # fmt: skip
     for i, state in optimiser.state_dict()["state"].items():
         tensors.update({f"optimiser.{i}.{key}": value for key, value in state.items()})
-    tensors["generator"] = generator.get_state()
-    companions()[1].save_tensors(path, tensors, {"step": str(step), "settings": json.dumps(settings)})
+    if generator:
+        tensors["generator"] = generator.get_state()
+    path, previous = checkpoint_paths(folder)
+    aside = path.with_name("checkpoint.new.safetensors")
+    companions()[1].save_tensors(aside, tensors, {"step": str(step), "settings": json.dumps(settings)})
+    if path.exists():
+        os.replace(path, previous)
+    os.replace(aside, path)  # killed before this line, the run goes on from the previous one
+
+
+def checkpoint_paths(folder) -> tuple[Path, Path]:
+    return Path(folder) / "checkpoint.safetensors", Path(folder) / "checkpoint.previous.safetensors"
 
 
 def read_run(path):  # -> step, settings, tensors
@@ -1001,7 +1033,7 @@ def read_run(path):  # -> step, settings, tensors
 
 
 @torch.no_grad()
-def restore(tensors, networks, optimiser, generator):
+def restore(tensors, networks, optimiser, generator=None):
     for who, (network, names) in networks.items():
         for name, p in network.named_parameters():
             if name in names:
@@ -1012,19 +1044,27 @@ def restore(tensors, networks, optimiser, generator):
             _, i, name = key.split(".")
             state.setdefault(int(i), {})[name] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    generator.set_state(tensors["generator"])
+    if generator:
+        generator.set_state(tensors["generator"])
 
 
 def run_settings(args):  # what must not change between a run and its continuation
-    return {k: v for k, v in vars(args).items() if k not in ("out", "device", "resume", "save_every", "heldout")}
+    free = ("out", "device", "resume", "save_minutes", "heldout", "eval_every", "operators", "grad_checkpoint")
+    return {k: v for k, v in vars(args).items() if k not in free}
 
 
 def find_checkpoint(args):
     """-> (step, tensors) to go on from, or (0, None). Refuses, in one line, to lose a run that is not finished."""
-    path = Path(args.out) / "checkpoint.safetensors"
-    if not path.exists():
+    found = [path for path in checkpoint_paths(args.out) if path.exists()]
+    if not found:
         return 0, None
-    step, old, tensors = read_run(path)
+    try:
+        (step, old, tensors), path = read_run(found[0]), found[0]
+    except ValueError as error:
+        if len(found) == 1 or not args.resume:
+            raise
+        (step, old, tensors), path = read_run(found[1]), found[1]
+        print(f"{error}; going on from {path}")
     if not args.resume and step < old["max_steps"]:
         raise ValueError(f"{path}: a run stopped here at step {step} of {old['max_steps']}; --resume goes on, "
                          "another --out starts afresh, or remove the file")  # fmt: skip
@@ -1042,9 +1082,29 @@ def open_log(out, args, start):
             lines += [line] if json.loads(line)["step"] < start else []
         except ValueError:
             pass  # the line that was being written when the power went
+    replaced = [] if start else checkpoint_paths(out)  # those of a finished run
+    for file in (*replaced, *out.glob(".checkpoint.*")):  # and what a kill has left half written
+        file.unlink(missing_ok=True)
     write_whole(path, "".join(line + "\n" for line in lines).encode())
     write_whole(out / "settings.json", json.dumps(vars(args), indent=1).encode())
     return open(path, "a")
+
+
+class Stop:
+    """`with Stop() as stop:` SIGINT and SIGTERM set stop.asked, so that a step can end and be saved; a second SIGINT does not wait."""
+
+    def __enter__(self):
+        self.asked, self.before = False, {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def finetune(args):
@@ -1057,20 +1117,18 @@ def finetune(args):
     if args.depth_weight and not any(frame.depth for scene in scenes for frame in scene.frames):
         raise data.DataError(f"{args.scene_dir}: no measured depth for --depth_weight; leave it at 0")
     sizes = {scene.name: data.fit_size(scene, args.pixels, 16) for scene in scenes}  # a subset keeps its scene's name
-    load = lambda scene, triplet: load_sample(scene, triplet, sizes[scene.name], args.device)
+    load = lambda scene, triplet: load_triplet(scene, triplet, sizes[scene.name], args.device)
     scenes, heldout = hold_out(scenes, args.heldout, args.seed)
     heldout = [load(*place) for place in tqdm(heldout, desc="held-out triplets", leave=False)]
     start = [judge("mvsplat", s, net)[2] for s in tqdm(heldout, desc="before", leave=False)]
     optimiser = torch.optim.Adam(net.parameters(), args.lr)
-    networks, checkpoint = {"mvsplat": (net, dict(net.named_parameters()))}, out / "checkpoint.safetensors"
+    networks = {"mvsplat": (net, dict(net.named_parameters()))}
     if stored:
         restore(stored, networks, optimiser, generator)
         print(f"resumed at step {begin} of {args.max_steps}")
-    else:
-        checkpoint.unlink(missing_ok=True)  # of a finished run, which this one replaces
     bar = tqdm(range(begin, args.max_steps), initial=begin, total=args.max_steps, desc="fine-tune", unit="step")
-    clock = time.perf_counter()
-    with open_log(out, args, begin) as log:
+    clock = saved = time.monotonic()
+    with open_log(out, args, begin) as log, Stop() as stop:
         for step in bar:
             optimiser.zero_grad(set_to_none=True)
             for _ in range(args.batch):
@@ -1089,14 +1147,17 @@ def finetune(args):
             parts = {"loss": loss.item(), **parts}
             bar.set_postfix({name: f"{value:.4f}" for name, value in parts.items()})
             line = dict(step=step, triplet=s.name, **parts, lr=optimiser.param_groups[0]["lr"])
-            log.write(json.dumps({**line, "seconds": round(time.perf_counter() - clock, 2)}) + "\n")
-            if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps:
+            log.write(json.dumps({**line, "seconds": round(time.monotonic() - clock, 2)}) + "\n")
+            if stop.asked or step + 1 == args.max_steps or time.monotonic() - saved >= 60 * args.save_minutes:
                 log.flush()
-                save_checkpoint(checkpoint, step + 1, run_settings(args), networks, optimiser, generator)
+                save_checkpoint(out, step + 1, run_settings(args), networks, optimiser, generator)
+                saved = time.monotonic()
+            if stop.asked and step + 1 < args.max_steps:
+                raise KeyboardInterrupt
     report(net, start, heldout, args)
 
 
-def report(net, start: list[dict], heldout: list[Sample], args):
+def report(net, start: list[dict], heldout: list[Triplet], args):
     """Saves the network; prints the answer beside its baselines, and where everything is."""
     data, lift = companions()
     out, judged = Path(args.out), {"start": start}
@@ -1181,7 +1242,7 @@ def fly(args):
     scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
     scene = (data.split(scenes, "val") or scenes)[0]
     triplet = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed))
-    s = load_sample(scene, triplet, data.fit_size(scene, args.pixels, 16), args.device)
+    s = load_triplet(scene, triplet, data.fit_size(scene, args.pixels, 16), args.device)
     if args.geometry == "depth" and s.depth is None:
         raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use mvsplat or sweep")
     gaussians, colours = reconstruct(args.geometry or "mvsplat", s, lift.load_mvsplat(args.mvsplat).to(args.device))
@@ -1196,7 +1257,7 @@ def novel_view(scene, triplet, vit, net, pixels: int, device: str):
     """One row of the picture, and the PSNR of the target view by geometry, on the pixels that all of them cover."""
     data, lift = companions()
     size = data.fit_size(scene, pixels, vit.patch)
-    s, (a, b, target) = load_sample(scene, triplet, size, device), (scene.view(i, size) for i in triplet)
+    s, (a, b, target) = load_triplet(scene, triplet, size, device), (scene.view(i, size) for i in triplet)
     truth, grid = s.images[2].permute(1, 2, 0), tuple(side // vit.patch for side in size)
     tokens, masks = vit(s.images[:2]).patches, [data.regions(v).to(device) for v in (a, b)]
     features = torch.cat([lift.mask_aware_upscale(t, m, grid).flatten(0, 1) for t, m in zip(tokens, masks)])
@@ -1259,7 +1320,7 @@ def parse(argv):
     parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate, cosine to 0; halve it when the loss jumps")
     parser.add_argument("--depth_weight", type=float, default=0.0, help="of the log depth error, where depth is measured; try 0.05")
     parser.add_argument("--heldout", type=positive, default=24, help="held-out triplets that are measured before and after")
-    parser.add_argument("--save_every", type=positive, default=50, help="steps between checkpoints")
+    parser.add_argument("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--skip_bad_frames", action="store_true", help="leave out frames without an image or a valid pose")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -1281,6 +1342,8 @@ def main(argv=None):
             finetune(args) if args.geometry else show(args)
     except (data.DataError, ValueError) as error:
         raise SystemExit(str(error))
+    except OSError as error:
+        raise SystemExit(f"{error.filename or args.out}: {error.strerror or error}; once there is room, --resume goes on")
     except (AssertionError, RuntimeError) as error:
         if "CUDA" not in str(error) and "device" not in str(error):
             raise

@@ -1,6 +1,7 @@
-"""What a training step of the main job costs, part by part, and how fast rooms are made. Medians; shares of the same run.
+"""What a training step costs, part by part, and how fast rooms are made. Medians; ratios of the same run.
 
 Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/bench.py
+        ... python tests/bench.py --preset vits --rounds 3     the same at the paper's setting; 5 minutes
         ... python tests/bench.py --section mvsplat            MVSplat, time and memory; 4 minutes
         ... python tests/bench.py --section splat              rasterize against reference_raster.py, and how it scales; 5 minutes
         ... python tests/bench.py --section splat --large      the same with 1.02M Gaussians; 15 minutes, 9 GB
@@ -180,11 +181,89 @@ def operator_section(rounds, device, height=574, width=868, patch=14):
     print(f"\nrelative L2 errors of the tokens; rounding them to bfloat16 costs {bf16:.1e}; load average {os.getloadavg()[0]:.1f}")
 
 
+def published_size(preset, folder):
+    """A ViT of the preset's size with random weights, as a folder: what a step costs does not depend on them."""
+    model = lift.VisionTransformer(dim=768 if preset == "vitb" else 384, heads=12 if preset == "vitb" else 6)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    lift.save_vit(model, folder / preset)
+    return str(folder / preset)
+
+
+def step_section(preset, rounds, device, folder):
+    """One step of 04_distill as it runs, part by part; what of it no implementation could leave out; and what was paid before."""
+    tiny = preset == "tiny"
+    begin, views = time.perf_counter(), 16 if tiny else 8
+    data.make_rooms(folder / "data", scenes=1, views=views, size=(96, 128) if tiny else (584, 876))
+    print(f"rooms: {views / (time.perf_counter() - begin):.1f} views/s at {'96x128' if tiny else '584x876'}\n")
+    args = distill.parse(["--preset", preset, "--model", "tiny" if tiny else published_size(preset, folder), "--device", str(device),
+                          "--operators", str(folder / "operators")])
+    before, student, teacher, optimiser = distill.networks_of(args)
+    source = distill.Source(data.load_scenes(folder / "data"), args, before.patch)
+    (scene,) = data.load_scenes(folder / "data")
+    place = scene, data.sample_triplet(scene, torch.Generator().manual_seed(0))
+    t, grid = source.load(*place), source.grid(scene)
+    gaussians = source.reconstruct(t)
+    operator = source.operator(*place)
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+
+    @torch.no_grad()
+    def teach():
+        with autocast():
+            return teacher(t.images[:2]).flatten(0, 1)
+
+    def learn():
+        with autocast():
+            seen = student(t.images[2:])[0]
+        seen.backward(torch.ones_like(seen))
+
+    tokens = teach()
+    goal, valid = operator(tokens), operator.valid
+    seen = student(t.images[2:])[0].detach()
+
+    def head():
+        distill.objective(student, teacher, seen[valid].requires_grad_(), goal[valid], args)[0].backward()
+
+    def step():
+        images, teach = source.teach(teacher, *place, seed=0)
+        optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad(), autocast():
+            goal, valid = teach()
+        with autocast():
+            seen = student(images[2:])[0]
+        distill.objective(student, teacher, seen[valid], goal[valid], args)[0].backward()
+        optimiser.step()
+
+    measure = lambda function, n=rounds: median_ms(function, n, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    whole = measure(step)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    parts = {
+        "teacher, two views forward": measure(teach),
+        "student, forward + backward": measure(learn),
+        "head and loss, forward + backward": measure(head)}
+    needed = sum(parts.values())
+    parts |= {"images and operator from disk": measure(lambda: source.teach(teacher, *place, seed=0)), "operator on tokens": measure(lambda: operator(tokens)),
+              "Adam": measure(optimiser.step)}
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"a step of preset {preset} on {name}: {grid[0]}x{grid[1]} tokens, {args.prototypes} prototypes; median of {rounds}\n\n| part | ms |\n|---|---|")
+    for part, ms in [*parts.items(), ("sum", sum(parts.values())), ("**the step as it runs**", whole), ("the first three, which nothing can leave out", needed)]:
+        print(f"| {part} | {ms:.0f} |")
+    print(f"\nratio {whole / needed:.2f}; {1000 / whole:.2f} steps/s; peak {peak:.0f} MB {'allocated' if device.type == 'cuda' else 'resident'}")
+    once = {"geometry (Eq. 1)": lambda: source.reconstruct(t), "operator (Eq. 2-4)": lambda: distill.triplet_operator(gaussians, t, grid, args.blend),
+            "`--online` instead: lift, splat, blend (Eq. 2-4)": lambda: distill.splat_features(tokens.unflatten(0, (2, -1)), gaussians, t, grid, args.blend)}
+    print("\n| once a triplet | ms |\n|---|---|")
+    for part, function in once.items():
+        print(f"| {part} | {measure(function, rounds if tiny else 1):.0f} |", flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Medians of the parts of a training step.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--section", choices=["step", "mvsplat", "splat", "operator"], default="step")
+    parser.add_argument("--preset", choices=["tiny", "vits", "vitb"], default="tiny", help="step: whose")
     parser.add_argument("--large", action="store_true", help="splat: also 1.02M Gaussians in 584x876")
     args = parser.parse_args(argv)
     if args.section == "mvsplat":
@@ -195,36 +274,7 @@ def main(argv=None):
     if args.section == "operator":
         return operator_section(min(args.rounds, 5), device)
     with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        data.make_rooms(Path(folder) / "data", scenes=4, views=16)
-        rate = 64 / (time.perf_counter() - begin)
-        scene = data.load_scenes(Path(folder) / "data")[0]
-        indices = data.sample_triplet(scene, torch.Generator().manual_seed(0))
-        load = lambda: distill.load_triplet(scene, indices, (96, 128), device)
-        t, grid = load(), (12, 16)
-        preset = distill.PRESETS["tiny"]
-        vit = lift.load_vit("tiny").to(device)
-        student = torch.nn.ModuleDict(dict(vit=distill.add_lora(vit), head=distill.DINOHead(
-            vit.dim, preset["hidden"], preset["bottleneck"], preset["prototypes"]))).to(device)
-        gaussians, tokens = distill.reconstruct(t, "sweep"), vit(t.images).patches.detach()
-        goal = torch.randn(len(tokens[0]), vit.dim, device=device)
-
-        def learn():
-            loss = distill.distill_loss(student["head"](student["vit"](t.image[None]).patches[0]), student["head"](goal))
-            loss.backward()
-
-        parts = {
-            "load three views": load,
-            "plane sweep (Eq. 1)": lambda: distill.reconstruct(t, "sweep"),
-            "teacher, two views": lambda: vit(t.images),
-            "lift, splat, blend (Eq. 2-4)": lambda: distill.splat_features(tokens, gaussians, t, grid),
-            "student forward + backward (Eq. 5)": learn}
-        times = {name: median_ms(function, args.rounds, device) for name, function in parts.items()}
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"rooms: {rate:.0f} views/s at 96x128\n\none step of the tiny preset on {name}, median of {args.rounds}\n\n| part | ms | share |\n|---|---|---|")
-    total = sum(times.values())
-    for part, ms in [*times.items(), ("sum", total)]:
-        print(f"| {part} | {ms:.0f} | {100 * ms / total:.0f} % |")
+        step_section(args.preset, args.rounds, device, Path(folder))
 
 
 if __name__ == "__main__":

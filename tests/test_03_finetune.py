@@ -60,7 +60,7 @@ def test_dissimilarity_is_one_minus_ssim():
 
 @pytest.fixture(scope="module")
 def sample(rooms):
-    return splat.load_sample(rooms[0], data.sample_triplet(rooms[0], torch.Generator().manual_seed(0)), (48, 64), "cpu")
+    return splat.load_triplet(rooms[0], data.sample_triplet(rooms[0], torch.Generator().manual_seed(0)), (48, 64), "cpu")
 
 
 def test_measured_depth_is_the_best_geometry_and_has_no_error(sample):
@@ -116,7 +116,7 @@ def test_photographs_alone_mend_bent_geometry(rooms_dir, tmp_path, capsys):
 
 
 def test_a_killed_run_resumes_bit_identically(rooms_dir, tmp_path):
-    common = ["--scene_dir", rooms_dir, "--geometry", "mvsplat", "--max_steps", 6, "--save_every", 2, "--depth_weight", 0.05, *SMALL]
+    common = ["--scene_dir", rooms_dir, "--geometry", "mvsplat", "--max_steps", 6, "--save_minutes", 0, "--depth_weight", 0.05, *SMALL]
     main("--out", tmp_path / "whole", *common)
     out = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "03_splat.py"), "--out", str(out), *map(str, common)]
