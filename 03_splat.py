@@ -12,7 +12,7 @@ Not    no spherical harmonics (one feature row per Gaussian, seen alike from all
 Words  alpha_k = opacity * exp(-d' Sigma^-1 d / 2), Sigma the 2-D covariance; T_k = prod_{j<k} (1 - alpha_j), the light left;
        w_k = alpha_k T_k, the weight of Gaussian k at a pixel. A view is cut into blocks of 8x8 = 64 pixels; each block has a
        list of the Gaussians that reach it, nearest first, read in chunks. B blocks in a step, S Gaussians in a chunk, P pixels
-       in a block: alpha is (S, B, P). A row of the `table`: mean x, y in whole pixels and the rest, l11, l21, l22, log2 opacity.
+       in a block: alpha is (S, B, P). A row of the `table`: mean x, y in whole pixels, their rest, l11, l21, l22, log2 opacity.
 
 Why it is written this way: log2 alpha is a quadratic polynomial in the pixel position, so one matrix product gives it for all
 pixels of a block, and a second product turns the weights into all channels at once. A step advances as many blocks as memory
@@ -71,15 +71,13 @@ def project(
     K: Tensor,  # (3, 3) pixels
     height: int,
     width: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The EWA projection: table (8, G), depth z (G,), and first x, y, last x, y of the pixels reached (4, G), none if unseen."""
+) -> tuple[Tensor, Tensor]:
+    """The EWA projection: table (8, G) and depth z (G,), float64; where a Gaussian is not seen, log2 opacity is -inf."""
     # float64: in float32 near-equal depths swap places and needles change shape, for errors of 6e-3 instead of 7e-6.
     # Components first: every operation then runs over Gaussians that lie side by side in memory.
-    means, w2c, K = means.double().T.contiguous(), w2c.double(), K.double()
-    covariances, opacities = covariances.double().permute(1, 2, 0).contiguous(), opacities.double()
+    means, covariances, opacities, w2c, K = (x.double() for x in (means, covariances, opacities, w2c, K))
     R, size = w2c[:3, :3], K.new_tensor([[width], [height]])
-    p = R @ means + w2c[:3, 3:]
+    p = R @ means.T + w2c[:3, 3:]
     # Replaced before anything is divided by z or goes through a logarithm: what is not seen cannot send a NaN back.
     seen = (p[2] > NEAR) & (opacities >= MIN_ALPHA)
     p, opacities = torch.where(seen, p, K.new_tensor([[0.0], [0], [1]])), torch.where(seen, opacities, K.new_ones(()))
@@ -88,25 +86,42 @@ def project(
     # Far outside the view the linearisation explodes; gsplat clamps its position to 30 % beyond the border.
     focal, centre = K.diagonal()[:2, None], K[:2, 2:]
     slope = torch.minimum(torch.maximum(ray[:2], -(centre + 0.15 * size) / focal), (1.15 * size - centre) / focal)
-    J = ((K[:2, :2] @ R[:2])[..., None] - (K[:2, :2] @ slope)[:, None] * R[2, :, None]) / z  # (2, 3, G) d pixel / d world
-    (a, b), (b_, c) = ((J[:, :, None] * covariances).sum(1)[:, None] * J).sum(2)  # J Sigma J'
+    # d pixel / d world is J = (K R - s R_z) / z. W = (K R, R_z) is common to all Gaussians, and W Sigma W' linear in Sigma: one
+    # matrix product for all of them. J Sigma J' = ((a, b), (b, c)) is then a few differences.
+    W, (i, j) = torch.cat([K[:2, :2] @ R[:2], R[2:]]), torch.triu_indices(3, 3, device=K.device)
+    W = (W[i, :, None] * W[j, None] + W[j, :, None] * W[i, None]) / 2  # (6, 3, 3)
+    xx, xy, xz, yy, yz, zz = W.flatten(1) @ covariances.flatten(1).T
+    sx, sy = K[:2, :2] @ slope
+    a = (xx - sx * (2 * xz - sx * zz)) / z**2 + DILATION
+    b = (xy - sx * yz - sy * (xz - sx * zz)) / z**2
+    c = (yy - sy * (2 * yz - sy * zz)) / z**2 + DILATION
     # d' Sigma^-1 d as a sum of two squares, so that rounding never makes it negative; the bounds act only on a Sigma that is
     # not positive semi-definite.
-    a, b, c = a + DILATION, (b + b_) / 2, (c + DILATION).clamp(min=DILATION / 2)
+    c = c.clamp(min=DILATION / 2)
     det = (a * c - b * b).clamp(min=DILATION**2 / 4)
     root, scale = c.sqrt(), math.sqrt(0.5 / math.log(2))  # exp(-x / 2) = 2^(-scale^2 x)
     l11 = root * (scale / det.sqrt())
-    l21, l22, lo = -b / c * l11, scale / root, (opacities / RANGE).log2()
+    l21, l22, lo = -b / c * l11, scale / root, (opacities / RANGE).log2().where(seen, -math.inf)
     pixel = mean.detach().round()  # the mean in two parts: a float32 that counts hundreds of pixels is off by 1e-5
-    table = torch.stack([*pixel, *(mean - pixel), l11, l21, l22, lo]).to(dtype)
-    with torch.no_grad():
-        reach = 2 * math.log(2) * (lo + math.log2(RANGE / MIN_ALPHA)) + 1e-4  # squared, in sigmas, with room for rounding
-        radius = (reach * torch.stack([a, c])).sqrt()
-        first = (mean - radius - 0.5).ceil().clamp(min=0)  # pixel i has its centre at i + 0.5
-        last = torch.minimum((mean + radius - 0.5).floor(), size - 1)
-        hit = seen & (first <= last).all(0)  # False for NaN too
-        box = torch.where(hit, torch.cat([first, last]), K.new_tensor([[0.0], [0], [-1], [-1]])).int()
-    return table, z, box
+    return torch.stack([*pixel, *(mean - pixel), l11, l21, l22, lo]), z
+
+
+@torch.no_grad()
+def reached_pixels(
+    table: Tensor,  # (8, G) float64
+    height: int,
+    width: int,
+) -> Tensor:
+    """First x, y and last x, y of the pixels where alpha >= MIN_ALPHA, (4, G); none, last < first, if a Gaussian is unseen."""
+    l11, l21, l22, lo = table[4:]
+    mean, end = table[:2] + table[2:4], table.new_tensor([[width - 1], [height - 1]])
+    # (l11 dx + l21 dy)^2 + (l22 dy)^2 <= reach^2 is an ellipse; where dy is largest, the first square is 0.
+    reach = (lo - math.log2(MIN_ALPHA / RANGE) + 1e-4).sqrt()  # with room for rounding; NaN if unseen
+    radius = reach / torch.stack([l11 / (1 + (l21 / l22) ** 2).sqrt(), l22])
+    first = (mean - radius - 0.5).ceil().clamp(min=0)  # pixel i has its centre at i + 0.5
+    last = torch.minimum((mean + radius - 0.5).floor(), end)
+    hit = (first <= last).all(0)  # False for NaN
+    return torch.where(hit, torch.cat([first, last]), table.new_tensor([[0.0], [0], [-1], [-1]])).int()
 
 
 def pieces(count: int, size: int) -> list[slice]:
@@ -115,28 +130,32 @@ def pieces(count: int, size: int) -> list[slice]:
 
 
 class Project(torch.autograd.Function):
-    """`project` a piece at a time, forward and again backward, so that none of its float64 steps is kept."""
+    """table (G, 8), z (G,) and box (4, G) by `project` and `reached_pixels`, a piece at a time, forward and again backward, so
+    that none of their float64 steps is kept."""
 
     @staticmethod
     def forward(ctx, piece, height, width, dtype, w2c, K, *gaussians):
         ctx.save_for_backward(w2c, K, *gaussians)
-        ctx.rest = piece, height, width, dtype
-        parts = [project(*g, w2c, K, height, width, dtype) for g in zip(*(x.split(max(1, piece)) for x in gaussians))]
-        table, z, box = (torch.cat(part, -1) for part in zip(*parts))
+        ctx.rest = piece, height, width
+        empty, G = partial(torch.empty, device=w2c.device), len(gaussians[0])
+        table, z, box = empty(G, 8, dtype=dtype), empty(G, dtype=torch.float64), empty(4, G, dtype=torch.int32)
+        for part in pieces(G, piece):
+            columns, z[part] = project(*(x[part] for x in gaussians), w2c, K, height, width)
+            table[part], box[:, part] = columns.T, reached_pixels(columns, height, width)
         ctx.mark_non_differentiable(box)
-        return table.T.contiguous(), z, box
+        return table, z, box
 
     @staticmethod
     def backward(ctx, grad_table, grad_z, _):
         w2c, K, *gaussians = (x.detach() for x in ctx.saved_tensors)
-        piece, height, width, dtype = ctx.rest
+        piece, *size = ctx.rest
         grads = [torch.zeros_like(x) if needed else None for x, needed in zip((w2c, K, *gaussians), ctx.needs_input_grad[4:])]
         for part in pieces(len(grad_z), piece):
             inputs = [w2c, K, *(x[part] for x in gaussians)]
             wanted = [x.requires_grad_() for x, g in zip(inputs, grads) if g is not None]
             with torch.enable_grad():
-                table, z, _ = project(*inputs[2:], w2c, K, height, width, dtype)
-            found = torch.autograd.grad((table, z), wanted, (grad_table[part].T, grad_z[part]))
+                outputs = project(*inputs[2:], w2c, K, *size)
+            found = torch.autograd.grad(outputs, wanted, (grad_table[part].T.double(), grad_z[part]))
             for n, g in enumerate(grads):
                 if g is not None:
                     new, *found = found
@@ -157,6 +176,10 @@ class Lattice(NamedTuple):
 
 def whole_view(height: int, width: int, device) -> Lattice:
     return Lattice(*(torch.arange(0, size, block, device=device) for size, block in zip((height, width), BLOCK)), BLOCK)
+
+
+def nearest_first(z: Tensor) -> Tensor:  # (G,) float64
+    return z.detach().view(torch.int64).argsort(stable=True)  # positive floats sort like their bits, and integers faster
 
 
 def reached_blocks(
@@ -229,7 +252,7 @@ def block_lists(
 
 
 def plan_lists(
-    z: Tensor,  # (G,) depth
+    order: Tensor,  # (G,) nearest first
     box: Tensor,  # (4, G) pixels
     lattice: Lattice,
     height: int,
@@ -239,7 +262,6 @@ def plan_lists(
 ) -> tuple[list[tuple[int, int]], Callable[[int, int], Band]]:
     """The bands [top, bottom) that the lattice is cut into, and the function that makes the lists of one."""
     boxes = reached_blocks(box, lattice, height, width)
-    order = z.detach().view(torch.int64).argsort(stable=True)  # positive floats sort like their bits, and integers faster
     cuts = row_bands(boxes, len(lattice.y), len(lattice.x), max_pairs, max_blocks)
     return cuts, partial(block_lists, boxes, order, lattice)
 
@@ -248,15 +270,14 @@ def plan_lists(
 
 
 def polynomial(
-    rows: Tensor,  # (8, S, B) of the table
+    columns: Tensor,  # (8, S, B) of the table
     centre: Tensor,  # (2, B) of the blocks, pixels
 ) -> Tensor:
-    """log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2 as coefficients (6, S, B) of `monomials` around the block's centre."""
-    l11, l21, l22, lo = rows[4:]
-    dx, dy = centre[:, None] - rows[:2] - rows[2:4]
+    """log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2 about a block's centre, (6, S, B): of 1, -2x, -2y, -xx, -2xy, -yy."""
+    l11, l21, l22, lo = columns[4:]
+    dx, dy = centre[:, None] - columns[:2] - columns[2:4]
     u, v = l11 * dx + l21 * dy, l22 * dy
-    linear = [-2 * u * l11, -2 * (u * l21 + v * l22)]
-    return torch.stack([lo - u * u - v * v, *linear, -l11 * l11, -2 * l11 * l21, -l21 * l21 - l22 * l22])
+    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
 
 
 def monomials(lattice: Lattice, like: Tensor) -> Tensor:
@@ -286,8 +307,12 @@ class Step(NamedTuple):
     centre: Tensor  # (2, B)
     ids: Tensor  # (B, S) Gaussians; where a list has ended, any, with weight 0
     rows: Tensor  # (B, S, 8 + E) of the table
-    alpha: Tensor  # (S, B, P) divided by RANGE, after skipping and clamping; overwritten by the weights unless asked for
+    columns: Tensor  # (8, S, B), the first of them again
     weight: Tensor  # (S, B, P) w = alpha T
+    # If asked for:
+    alpha: Tensor  # (S, B, P) divided by RANGE, after skipping and clamping
+    light: Tensor  # (B, P) T times RANGE before the first Gaussian
+    spare: list[Tensor]  # one more (S, B, P), of any content
 
 
 def walk(
@@ -299,12 +324,14 @@ def walk(
 ) -> Iterator[Step]:
     """Yields the weights of every Gaussian at every pixel, front to back; a step's tensors are good until the next one."""
     start, end = band.start[:-1], band.start[1:]
-    basis, centres = monomials(lattice, table), band.centre.to(table)
-    slots = max(1, max_elements // (CHUNK * basis.shape[1]))
+    basis = monomials(lattice, table) * table.new_tensor([[1], [-2], [-2], [-1], [-2], [-1]])
+    centres = band.centre.to(table)
+    # An odd number: by a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
+    slots = (max(1, max_elements // (CHUNK * basis.shape[1])) - 1) | 1
     ahead = torch.arange(CHUNK, device=table.device)
     # Longest first, lest one is left over at the end; alike in powers of 2 only, so that neighbours stay together in the cache.
     queue = (end - start).log2().floor().argsort(descending=True, stable=True)[: int((end > start).sum())]
-    work = [table.new_empty(min(slots, len(queue)) * CHUNK * basis.shape[1]) for _ in range(1 + keep_alpha)]
+    buffers = table.new_empty(3 if keep_alpha else 1, CHUNK * min(slots, len(queue)) * basis.shape[1])
     blocks = at = queue[:0]
     light, taken = table.new_empty(0, basis.shape[1]), 0
     while taken < len(queue) or len(blocks):
@@ -315,13 +342,15 @@ def walk(
         place = at[:, None] + ahead  # (B, S)
         ids = band.gaussian.index_select(0, place.clamp(max=len(band.gaussian) - 1).flatten())
         rows, centre = table.index_select(0, ids).view(*place.shape, -1), centres[:, blocks]
-        coefficients = polynomial(rows[..., :8].permute(2, 1, 0).contiguous(), centre)
-        coefficients[0].masked_fill_((place >= end[blocks, None]).T, -1e30)  # wherever the polynomial leads from there, 2^ it is 0
-        alpha, weight = (w[: place.numel() * basis.shape[1]] for w in (work[0], work[-1]))
-        torch.mm(coefficients.flatten(1).T, basis, out=alpha.view(-1, basis.shape[1])).exp2_()
+        columns = rows[..., :8].permute(2, 1, 0).contiguous()
+        coefficients = polynomial(columns, centre)
+        coefficients[0].masked_fill_((place >= end[blocks, None]).T, -1e30)  # wherever that leads, 2^ it is 0
+        alpha, *spare = buffers[:, : place.numel() * basis.shape[1]].view(len(buffers), CHUNK, len(blocks), -1)
+        weight, before = (spare.pop(), light.clone()) if keep_alpha else (alpha, light)
+        torch.mm(coefficients.flatten(1).T, basis, out=alpha.flatten(0, 1)).exp2_()
         torch.nn.functional.threshold_(alpha, MIN_ALPHA / RANGE, 0.0).clamp_(max=MAX_ALPHA / RANGE)
-        alpha, weight = (x.view(CHUNK, len(blocks), -1) for x in (alpha, weight))
-        yield Step(blocks, centre, ids.view(place.shape), rows, alpha, composite(alpha, light, weight))
+        weight = composite(alpha, light, weight)
+        yield Step(blocks, centre, ids.view(place.shape), rows, columns, weight, alpha, before, spare)
         at = at + CHUNK
         going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
         blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
@@ -345,18 +374,18 @@ def spread(
     max_elements: int,
 ) -> Tensor:
     """The sum over k of w_k f_k, (blocks, C, P): with many channels it pays to write each block once, from its whole list."""
-    block, ids, weight = (torch.cat(x) for x in zip(*pairs))
-    weight = torch.cat([weight, torch.zeros_like(weight[:1])])  # the last row pads the shorter lists
+    block, ids, weight = pairs[0]
+    padding = block.new_full((1,), blocks), ids.new_zeros(1), weight.new_zeros(1, weight.shape[1])  # sorted last
+    block, ids, weight = (torch.cat(x) for x in zip(*pairs, padding))
     block, by_block = block.int().sort(stable=True)
     start = torch.searchsorted(block, torch.arange(blocks + 1, dtype=torch.int32, device=ids.device))
     lengths = start.diff().tolist()
+    ahead = torch.arange(max(lengths), device=ids.device)
     out = features.new_empty(blocks, weight.shape[1], features.shape[1])
-    size = blocks * max_elements // (4 * max(1, len(ids)) * features.shape[1])
-    for part in pieces(blocks, size):
-        place = start[:-1][part, None] + torch.arange(max(lengths[part]), device=ids.device)  # (b, n)
-        row = by_block.index_select(0, place.clamp(max=max(len(ids) - 1, 0)).flatten())
+    for part in pieces(blocks, blocks * max_elements // (4 * len(ids) * features.shape[1])):
+        place = start[:-1][part, None] + ahead[: max(lengths[part])]  # (b, n)
+        row = by_block.index_select(0, place.where(place < start[1:][part, None], len(ids) - 1).flatten())
         f = features.index_select(0, ids.index_select(0, row)).view(*place.shape, features.shape[1])
-        row = row.masked_fill((place >= start[1:][part, None]).flatten(), len(ids))
         torch.bmm(weight.index_select(0, row).view(*place.shape, weight.shape[1]).mT, f, out=out[part])
     return out.mT
 
@@ -370,16 +399,16 @@ class Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, table, extra, features):
         cuts, lists, lattice, max_elements = ctx.plan = plan
-        shape = [n * size for n, size in zip((len(lattice.y), len(lattice.x)), lattice.shape)]
+        C, shape = features.shape[1], [n * size for n, size in zip((len(lattice.y), len(lattice.x)), lattice.shape)]
         images = [x.new_empty(*shape, x.shape[1]) for x in (extra, features)]
         table = torch.cat([table, extra], 1)
         for band in map(lists, *zip(*cuts)):
             few, pairs = extra.new_zeros(band.centre.shape[1], extra.shape[1], math.prod(lattice.shape)), []
             for step in walk(table, band, lattice, max_elements):
                 few.index_add_(0, step.blocks, step.rows[..., 8:].mT @ step.weight.transpose(0, 1))
-                if features.shape[1]:
+                if C:
                     pairs.append(seen_pairs(step))
-            many = spread(pairs, features, len(few), max_elements) if pairs else few.new_zeros(len(few), features.shape[1], few.shape[2])
+            many = spread(pairs, features, len(few), max_elements) if pairs else few.new_zeros(len(few), C, few.shape[2])
             for image, part in zip(images, (few, many)):
                 view = in_blocks(image, lattice.shape)[band.rows]
                 view.copy_(part.view(view.shape))
@@ -393,53 +422,79 @@ class Composite(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, grads):
+        """dL/d table, extra and features. A table that needs none, as where geometry is frozen, saves most of the work."""
         cuts, lists, lattice, max_elements = ctx.plan
         table, features, *images = ctx.saved_tensors
-        basis = monomials(lattice, table)
-        C, grad_table, grad_features = features.shape[1], torch.zeros_like(table), torch.zeros_like(features) if ctx.needs_input_grad[3] else None
+        _, geometry, _, many = ctx.needs_input_grad
+        E, C, basis = table.shape[1] - 8, features.shape[1], monomials(lattice, table)
+        # The moments and dL/de; index_add_ is twice as fast with 16 columns or more, and 20 times slower with int32.
+        sums, grad_features = table.new_zeros(len(table), max(16, 6 + E)), torch.zeros_like(features) if many else None
         for band in map(lists, *zip(*cuts)):
-            cut = lambda image: in_blocks(image, lattice.shape)[band.rows].flatten(0, 1).flatten(2).contiguous()  # (blocks, C, P)
-            grad_few, grad_many = map(cut, grads)
+            cut = lambda image: in_blocks(image, lattice.shape)[band.rows].flatten(0, 1).flatten(2).contiguous()
+            grad_few, grad_many = map(cut, grads)  # (blocks, E or C, P)
             # The sum of w_j h_j over all j not yet passed, where h = dL/dw.
             behind = (grad_few * cut(images[0])).sum(1) + (grad_many * cut(images[1])).sum(1)
-            for step in walk(table, band, lattice, max_elements, keep_alpha=True):
-                g = grad_few.index_select(0, step.blocks)
-                h = step.rows[..., 8:] @ g  # (B, S, P) dL/dw
-                for part in pieces(len(step.blocks) if C else 0, max_elements // (CHUNK * max(1, C))):
-                    g_many, ids = grad_many.index_select(0, step.blocks[part]), step.ids[part].flatten().long()
-                    h[part].baddbmm_(features.index_select(0, ids).view(-1, CHUNK, C), g_many)
-                    if grad_features is not None:
-                        grad_features.index_add_(0, ids, (step.weight[:, part].transpose(0, 1) @ g_many.mT).flatten(0, 1))
-                rows = torch.zeros_like(step.rows)
-                rows[..., 8:] = (g @ step.weight.permute(1, 2, 0)).mT
-                if ctx.needs_input_grad[1]:
-                    rows[..., :8] = geometry_gradient(step, h, behind, basis)
-                grad_table.index_add_(0, step.ids.flatten().long(), rows.flatten(0, 1))  # 20 times slower with int32
-        return *grad_table.split([8, table.shape[1] - 8], 1), grad_features
+            for step in walk(table, band, lattice, max_elements, keep_alpha=geometry):
+                g, ids = grad_few.index_select(0, step.blocks), step.ids.long()
+                rows = sums.new_zeros(*ids.shape, sums.shape[1])
+                rows[..., 6 : 6 + E] = (g @ step.weight.permute(1, 2, 0)).mT
+                h = torch.bmm(step.rows[..., 8:], g, out=step.spare[0].view(*ids.shape, -1)) if geometry else None  # (B, S, P)
+                for part in pieces(len(ids) if C else 0, max_elements // (CHUNK * max(1, C))):
+                    g, gaussian = grad_many.index_select(0, step.blocks[part]), ids[part].flatten()
+                    if geometry:
+                        h[part].baddbmm_(features.index_select(0, gaussian).view(-1, CHUNK, C), g)
+                    if many:
+                        grad_features.index_add_(0, gaussian, (step.weight[:, part].transpose(0, 1) @ g.mT).flatten(0, 1))
+                if geometry:
+                    rows[..., :6] = moments(step, slopes(step, h, behind), basis)
+                sums.index_add_(0, ids.flatten(), rows.flatten(0, 1))
+        return table_gradient(table, sums) if geometry else None, sums[:, 6 : 6 + E], grad_features
 
 
-def geometry_gradient(
+def slopes(
     step: Step,
-    h: Tensor,  # (B, S, P) dL/dw; overwritten
+    h: Tensor,  # (B, S, P) dL/dw
     behind: Tensor,  # (blocks, P) sum of w_j h_j over this step and all behind; the step is taken off
-    basis: Tensor,  # (6, P)
 ) -> Tensor:
-    """dL/d rows of the table (B, S, 8), through alpha_k dL/dalpha_k = w_k h_k - alpha_k / (1 - alpha_k) sum_{j>k} w_j h_j."""
-    slope = step.weight * h.transpose(0, 1)
-    ratio = torch.sub(behind.new_ones(()), step.alpha, alpha=RANGE, out=h.view(slope.shape))
-    ratio = torch.div(step.alpha, ratio, out=ratio)
-    left = behind.index_select(0, step.blocks)
-    for wh, r in zip(slope, ratio):
+    """alpha_k dL/dalpha_k = w_k (h_k - sum_{j>k} w_j h_j / T_{k+1}), 0 where alpha is clamped: (S, B, P), in place of alpha."""
+    left, (wh, mean) = behind.index_select(0, step.blocks), h.new_empty(2, *step.light.shape)
+    light = step.light.clamp_(min=RANGE * MIN_LIGHT)  # where a pixel has stopped, w is 0, and this must only not be 0
+    for w, a, h in zip(step.weight, step.alpha, h.unbind(1)):
+        torch.mul(w, h, out=wh)
         left.sub_(wh)
-        wh.addcmul_(left, r, value=-RANGE)
+        light.sub_(w, alpha=RANGE)
+        torch.div(left, light, out=mean)  # what the light behind k brings, on average
+        wh.addcmul_(w, mean, value=-RANGE)
+        a.lt_(MAX_ALPHA / RANGE).mul_(wh)
     behind.index_copy_(0, step.blocks, left)
-    slope *= torch.sign(step.weight, out=ratio)  # behind the stop there is nothing
-    slope *= step.alpha.lt_(MAX_ALPHA / RANGE)  # and log2 alpha has no say where alpha is clamped
-    with torch.enable_grad():
-        rows = step.rows[..., :8].permute(2, 1, 0).contiguous().requires_grad_()
-        coefficients = polynomial(rows, step.centre)
-    grad = math.log(2) * (basis @ slope.flatten(0, 1).T).view(coefficients.shape)
-    return torch.autograd.grad(coefficients, rows, grad)[0].permute(2, 1, 0)
+    return step.alpha
+
+
+def moments(
+    step: Step,
+    slope: Tensor,  # (S, B, P)
+    basis: Tensor,  # (6, P) monomials
+) -> Tensor:
+    """Sums over a block's pixels of slope times 1, u, v, u dx, u dy, v dy: (B, S, 6). As log2 alpha = lo - u^2 - v^2 with
+    u = l11 dx + l21 dy and v = l22 dy, its derivatives by the table's columns are made of them."""
+    one, x, y, xx, xy, yy = (basis @ slope.flatten(0, 1).T).view(6, *slope.shape[:2])  # as seen from the block's centre
+    dx, dy = step.centre[:, None] - step.columns[:2] - step.columns[2:4]  # of which this is dx, dy
+    l11, l21, l22, _ = step.columns[4:]
+    u, v = l11 * dx + l21 * dy, l22 * dy
+    sum_u, sum_v = u * one + l11 * x + l21 * y, v * one + l22 * y
+    ux, uy, vy = u * x + l11 * xx + l21 * xy, u * y + l11 * xy + l21 * yy, v * y + l22 * yy
+    return torch.stack([one, sum_u, sum_v, ux + dx * sum_u, uy + dy * sum_u, vy + dy * sum_v]).permute(2, 1, 0)
+
+
+def table_gradient(
+    table: Tensor,  # (G, 8 + E)
+    sums: Tensor,  # (G, 6 or more) `moments` over all blocks
+) -> Tensor:
+    """dL/d table (G, 8); the whole pixels of the mean are constants."""
+    l11, l21, l22 = table.T[4:7]
+    one, u, v, ux, uy, vy = math.log(2) * sums.T[:6]
+    columns = [2 * l11 * u, 2 * (l21 * u + l22 * v), -2 * ux, -2 * uy, -2 * vy, one]
+    return torch.nn.functional.pad(torch.stack(columns, 1), (2, 0))
 
 
 def rasterize(
@@ -464,7 +519,8 @@ def rasterize(
     shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
     assert shapes == [(G, 3), (G, 3, 3), (G,), (G, C)], f"need (G, 3), (G, 3, 3), (G,), (G, C) with one G, not {shapes}"
     assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {features.dtype}"
-    assert w2c.shape == (4, 4) and K.shape == (3, 3), f"w2c must be (4, 4) and K (3, 3), not {tuple(w2c.shape)}, {tuple(K.shape)}"
+    sizes = tuple(w2c.shape), tuple(K.shape)
+    assert sizes == ((4, 4), (3, 3)), f"w2c must be (4, 4) and K (3, 3), not {sizes[0]}, {sizes[1]}"
     assert background is None or background.shape == (C,), f"background must be ({C},), one value per channel of the features"
     max_elements = max_elements or (2**24 if features.is_cuda else 2**20)
     assert height > 0 and width > 0 and max_elements > 0, "height, width and max_elements must be at least 1"
@@ -473,7 +529,7 @@ def rasterize(
         table, z, box = Project.apply(max_elements // 32, height, width, features.dtype, w2c, K, *gaussians)
         lattice = whole_view(height, width, means.device)
         max_blocks = 8 * max_elements // (math.prod(BLOCK) * (C + 2))
-        cuts, lists = plan_lists(z, box, lattice, height, width, 4 * max_elements, max_blocks)
+        cuts, lists = plan_lists(nearest_first(z), box, lattice, height, width, 4 * max_elements, max_blocks)
         if len(cuts) == 1:  # short enough to keep for the backward pass
             band = lists(*cuts[0])
             lists = lambda top, bottom: band
@@ -573,7 +629,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
 #     A_pt = sum_g w_pg u_gt / alpha(p),
 # and a token is sum_p b_np F(p) over its valid taps p: only these 2x2 pixels are rasterised, and their weights pushed on to x.
 # Blending (Eq. 4, a_p = alpha, but 1 where p is unlabelled) needs means over whole masks m. They stay factored out, L (M x):
-#     y = S x + L (M x),    S_nt = sum_p b_np a_p A_pt,    L_nm = sum_{p in m} b_np (1 - a_p),    M_mt = mean_{valid p in m} A_pt.
+#     y = S x + L (M x),   S_nt = sum_p b_np a_p A_pt,   L_nm = sum_{p in m} b_np (1 - a_p),   M_mt = mean_{valid p in m} A_pt.
 
 OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
 
@@ -615,7 +671,8 @@ class SplatOperator(NamedTuple):
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); remove it, it can be computed again") from None
         if about.get("format") != OPERATOR_FORMAT:
-            raise ValueError(f"{path}: {about.get('format')!r} where {OPERATOR_FORMAT!r} is read; remove it, it can be computed again")
+            found = f"{about.get('format')!r} where {OPERATOR_FORMAT!r} is read"
+            raise ValueError(f"{path}: {found}; remove it, it can be computed again")
         tokens, masks, matrices = int(about["tokens"]), len(stored["M.count"]), []
         for name, columns in zip("SLM", (tokens, masks, tokens)):
             count, column, weight = (stored[f"{name}.{part}"] for part in ("count", "column", "weight"))
@@ -648,7 +705,7 @@ def sums_by_row(
 
 
 def push_to_tokens(
-    projected: tuple[Tensor, Tensor, Tensor],  # table, z, box
+    projected: tuple[Tensor, Tensor, Tensor],  # table, order, box
     view: tuple[int, int],  # height, width
     lift: tuple[Tensor, Tensor, int],  # index, weight, tokens
     max_elements: int,
@@ -657,8 +714,8 @@ def push_to_tokens(
     row: Tensor,  # (blocks, P) int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each row the sums of share_p A_pt over its valid pixels p, as row, column, value; and which are valid (blocks, P)."""
-    (table, z, box), (index, weight, tokens), (blocks, P) = projected, lift, share.shape
-    cuts, lists = plan_lists(z, box, lattice, *view, 32 * max_elements // P, 16 * max_elements // max(1, tokens))
+    (table, order, box), (index, weight, tokens), P = projected, lift, share.shape[1]
+    cuts, lists = plan_lists(order, box, lattice, *view, 32 * max_elements // P, 16 * max_elements // max(1, tokens))
     covered, found = torch.empty_like(share, dtype=torch.bool), []
     for top, bottom in cuts:
         band, of_band = lists(top, bottom), slice(top * len(lattice.x), bottom * len(lattice.x))
@@ -698,20 +755,23 @@ def splat_operator(
     alpha: float = 0.5,
     max_elements: int | None = None,  # by default 2^20, on a GPU 2^24; 32 times as many weights are kept at a time
 ) -> SplatOperator:
-    """What `rasterize`, division by alpha, `semantic_blend` with valid = alpha >= COVERED and `splat_to_tokens` make of the tokens."""
+    """What `rasterize`, division by alpha, `semantic_blend` where alpha >= COVERED and `splat_to_tokens` make of the tokens."""
     G, N, max_elements = len(means), math.prod(grid), max_elements or (2**24 if weight.is_cuda else 2**20)
-    assert index.shape == weight.shape == (G, 4), f"index and weight must be ({G}, 4), not {tuple(index.shape)}, {tuple(weight.shape)}"
+    shapes = tuple(index.shape), tuple(weight.shape)
+    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
     assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
     assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
     mask = index.new_zeros(height, width) if mask is None or alpha == 1 else mask
     ids, mask = mask.unique(return_inverse=True)  # numbered 0, 1, ...
     labelled, device = (ids != 0).to(weight), weight.device
     (y, wy), (x, wx) = ([part.to(device) for part in bilinear_taps(*side)] for side in zip((height, width), grid))
-    tap, quads = (wy[:, None, :, None] * wx[None, :, None, :]).view(N, 4), Lattice(*(i[:, 0].contiguous() for i in (y, x)), (2, 2))
+    tap = (wy[:, None, :, None] * wx[None, :, None, :]).view(N, 4)
+    quads = Lattice(*(i[:, 0].contiguous() for i in (y, x)), (2, 2))
     token, number = torch.arange(N, device=device)[:, None].expand(N, 4), at_lattice(mask, quads)
     mixed = (1 - alpha) * labelled[number]  # 1 - a_p
     with torch.autocast(device.type, enabled=False):  # in bfloat16 log2 alpha would be off by whole units
-        projected = Project.apply(max_elements // 32, height, width, weight.dtype, w2c, K, means, covariances, opacities)
+        table, z, box = Project.apply(max_elements // 32, height, width, weight.dtype, w2c, K, means, covariances, opacities)
+        projected = table, nearest_first(z), box
         push = partial(push_to_tokens, projected, (height, width), (index, weight, tokens), max_elements)
         row, column, value, covered = push(quads, (tap * (1 - mixed)).to(weight), token)
         scale, valid = rescale(tap, covered)

@@ -48,7 +48,7 @@ data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_l
 PAPER = dict(mvsplat="re10k.ckpt", pixels=574 * 868, triplets=10_000, max_steps=50_000, lr=2e-5, head_lr=2e-5, rank=8, hidden=2048,
              bottleneck=256, prototypes=65_536, momentum=0.999, ema_every=10, tau_student=1.0, tau_teacher=1.0, bf16=True)
 PRESETS = {
-    "tiny": dict(model="tiny", mvsplat="tiny", pixels=96 * 128, triplets=300, max_steps=300, lr=3e-3, head_lr=1e-4, rank=8,
+    "tiny": dict(model="tiny", mvsplat="tiny", pixels=96 * 128, triplets=300, max_steps=600, lr=3e-3, head_lr=1e-4, rank=8,
                  hidden=512, bottleneck=128, prototypes=2048, momentum=0.99, ema_every=10, tau_student=0.05, tau_teacher=0.02,
                  bf16=False),
     "vits": dict(PAPER, model="dinov2_vits14"),

@@ -44,11 +44,13 @@ def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def measure_splat(method, backward, height, width, C, copies, rounds):
-    """Median seconds and the growth of resident memory in MB of one way to rasterise, in this process."""
+def measure_splat(method, backward, height, width, C, copies, zoom, rounds):
+    """Median seconds and the growth of resident memory in MB of one way to rasterise, in this process. There are `copies` times
+    as many Gaussians as two views of this size have pixels, and a view of `zoom` times the height and width is rendered."""
     reference = importlib.import_module("reference_raster")
     *gaussians, w2c, K = reference.pixel_aligned(height, width, C)
-    if copies < 1:  # fewer Gaussians for the same view, or more
+    K[:2] *= zoom
+    if copies < 1:
         gaussians = [x[:: round(1 / copies)].contiguous() for x in gaussians]
     elif copies > 1:
         gaussians = [x.repeat(copies, *[1] * (x.dim() - 1)) for x in gaussians]
@@ -66,7 +68,7 @@ def measure_splat(method, backward, height, width, C, copies, rounds):
         inputs = [x.detach().requires_grad_(backward) for x in gaussians]
         begin = time.perf_counter()
         with torch.set_grad_enabled(backward):
-            image = function(*inputs, w2c, K, height, width)
+            image = function(*inputs, w2c, K, height * zoom, width * zoom)
             image = image.features if method == "rasterize" else image
             if backward:
                 image.square().sum().backward()
@@ -104,26 +106,28 @@ def mvsplat_section(rounds):
 def splat_section(rounds, large):
     sizes = [(146, 219), (292, 438)] + [(584, 876)] * large
     print("pixel-aligned Gaussians of two views, one CPU thread; seconds (times ours) and MB\n")
-    print("| what | view | Gaussians | rasterize | textbook, 8x8 chunks | standard (gsplat's) |\n|---|---|---|---|---|---|")
+    print("| what | view | Gaussians | rasterize | textbook, 8x8 chunks | standard (gsplat's) |", "|---" * 6 + "|", sep="\n")
     for backward, C in ((False, 3), (True, 3), (False, 384)):
         for height, width in sizes:
-            seconds, mb = apart("measure_splat", "rasterize", backward, height, width, C, 1, rounds)
+            seconds, mb = apart("measure_splat", "rasterize", backward, height, width, C, 1, 1, rounds)
             row = [f"{seconds:.2f} s, {mb:.0f} MB"]
             for method in ("textbook", "standard"):
-                # All 384 channels at once take 15 GB at 256k Gaussians: 32 are timed, and counted twelve times, as gsplat splits them.
+                # All 384 channels at once take 15 GB at 256k Gaussians: 32 are timed and counted twelve times, as gsplat does it.
                 chunk = 12 if C == 384 and method == "standard" else 1
                 if (C == 384 and height > 292) or (backward and height > 292) or (method == "textbook" and height > 292):
                     row.append("-")
                     continue
-                other, other_mb = apart("measure_splat", method, backward, height, width, C // chunk, 1, 1 if height > 146 else rounds)
+                case = method, backward, height, width, C // chunk, 1, 1, 1 if height > 146 else rounds
+                other, other_mb = apart("measure_splat", *case)
                 row.append(f"{other * chunk / seconds:.1f}x, {other_mb:.0f} MB" + " (12 x 32 channels)" * (chunk > 1))
             what = f"C = {C} forward" + " + backward" * backward
             print(f"| {what} | {height}x{width} | {2 * height * width} | " + " | ".join(row) + " |", flush=True)
     print("\n| cost, forward | from | to | times the work | times the seconds |\n|---|---|---|---|---|")
     scaling = [
-        ("Gaussians, same view", (146, 219, 3, 1 / 4), (146, 219, 3, 4), 16),
-        ("pixels and Gaussians", (73, 110, 3, 1), (292, 438, 3, 1), 16),
-        ("channels", (146, 219, 24, 1), (146, 219, 384, 1), 16),
+        ("Gaussians, same view", (146, 219, 3, 1 / 4, 1), (146, 219, 3, 4, 1), 16),
+        ("pixels, same Gaussians", (146, 219, 3, 1, 1), (146, 219, 3, 1, 4), 16),
+        ("pixels and Gaussians", (73, 110, 3, 1, 1), (292, 438, 3, 1, 1), 16),
+        ("channels", (146, 219, 24, 1, 1), (146, 219, 384, 1, 1), 16),
     ]
     for name, *ends, work in scaling:
         (few, _), (many, _) = (apart("measure_splat", "rasterize", False, *end, rounds) for end in ends)

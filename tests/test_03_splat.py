@@ -168,6 +168,26 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(render, inputs, eps=1e-7, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scales", [(3.0, 0.004, 0.004), (1.0, 1.0, 0.004)], ids=["needles", "discs"])
+def test_float32_gradients_of_what_crosses_the_view(scales):
+    # Seen from a far block, the squares of the distance to the mean are 10^5 times what is left of their differences.
+    means, _, opacities, features, w2c, K = scene(400, 3, seed=3, height=200, width=240)
+    quats = torch.randn(400, 4, generator=torch.Generator().manual_seed(5)).double()
+    gaussians = means, covariance(quats, torch.tensor(scales).double().expand(400, 3)), 0.3 * opacities
+    (_, truth), (_, single) = (gradients([*gaussians, f], w2c, K, 200, 240) for f in (features, features.float()))
+    for ours, expected in zip(single, truth):
+        assert expected.norm() > 0 and (ours - expected).norm() < 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("C", [3, splat.FEW_CHANNELS + 6])
+def test_features_alone_get_the_same_gradient(C):
+    *geometry, features, w2c, K = scene(150, C, seed=9)
+    expected = gradients([*geometry, features], w2c, K, 24, 30)[1][3]
+    features.requires_grad_()
+    splat.rasterize(*geometry, features, w2c, K, 24, 30).features.sum().backward()
+    assert expected.norm() > 0 and error([features.grad], [expected]) < 1e-12
+
+
 def test_frozen_inputs_get_no_gradient():
     means, cov, opacities, features, w2c, K = scene(50, 3)
     features.requires_grad_()
@@ -228,6 +248,21 @@ def test_memory_bound_bounds_the_steps():
         steps = [s.weight.numel() for s in splat.walk(table, band, lattice, 3 * splat.CHUNK * 64)]
         assert len(steps) > 4 and max(steps) == 3 * splat.CHUNK * 64
         assert len(splat.block_lists(boxes, order, lattice, top, bottom - 1).gaussian) <= 5000
+
+
+def test_reached_pixels_are_the_box_of_the_ellipse():
+    means, cov, opacities, _, w2c, K = scene(500, 1, seed=11)
+    table, _ = splat.project(means, cov, opacities, w2c, K, 24, 30)
+    box, seen = splat.reached_pixels(table, 24, 30), (means @ w2c[2, :3] + w2c[2, 3] > 0.01) & (opacities >= 1 / 255)
+    assert 0 < seen.sum() < 500 and torch.equal(table[7] > -math.inf, seen)
+    x, y, rest_x, rest_y, l11, l21, l22, lo = table[:, seen]
+    L, tau = torch.stack([l11, l21, 0 * l11, l22], 1).view(-1, 2, 2), lo + math.log2(255 * splat.RANGE)
+    radius = (tau * torch.linalg.inv(L.mT @ L).diagonal(0, 1, 2).T).sqrt()  # alpha >= 1 / 255 where |L d|^2 <= tau
+    mean = torch.stack([x + rest_x, y + rest_y])
+    first, last = (mean - radius - 0.5).ceil().clamp(min=0), (mean + radius - 0.5).floor().minimum(torch.tensor([[29.0], [23]]))
+    none = (first > last).any(0)
+    assert 0 < none.sum() < len(none) and torch.equal(box[:, seen][:, ~none], torch.cat([first, last])[:, ~none].int())
+    assert (box[0] > box[2])[~seen].all() and (box[0] > box[2])[seen][none].all()
 
 
 def test_any_lattice_of_pixels_has_the_weights_of_the_whole_view():
