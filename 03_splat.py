@@ -579,9 +579,22 @@ def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
     return index, torch.stack([first + 1 - centre, centre - first], 1)
 
 
+def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """All pixels of each patch along one side, index (count, n) int64, and the shares of the patch that they fill (count, n)."""
+    edge = torch.arange(count + 1, dtype=torch.float64) * size / count
+    low, high = edge[:-1, None], edge[1:, None]
+    index = low.floor() + torch.arange(math.ceil(size / count) + 1)
+    overlap = (torch.minimum(index + 1, high) - torch.maximum(index, low)).clamp(min=0)
+    some = (overlap > 1e-9).any(0)
+    return index[:, some].clamp(max=size - 1).long(), (overlap / overlap.sum(1, keepdim=True))[:, some]
+
+
+TAPS = {"bilinear": bilinear_taps, "area": area_taps}
+
+
 def rescale(
-    weight: Tensor,  # (N, 4) of the taps
-    hit: Tensor,  # (N, 4) bool, which of them are valid
+    weight: Tensor,  # (N, taps)
+    hit: Tensor,  # (N, taps) bool, which of them are valid
 ) -> tuple[Tensor, Tensor]:
     """What makes a token's weights that hit sum to 1 again (N,), 0 if the token is not valid; and which tokens are (N,)."""
     # Differs: the official code drops a token only where the rendered colour is exactly black, and then teaches it as zeros.
@@ -594,13 +607,14 @@ def splat_to_tokens(
     features: Tensor,  # (H, W, C)
     valid: Tensor,  # (H, W) bool
     grid: tuple[int, int],  # (h, w)
+    downscale: str = "bilinear",  # between the 2x2 pixels at a patch's centre, or "area", over the whole patch
 ) -> tuple[Tensor, Tensor]:
     """The features at the patch centres: tokens (N, C), 0 where invalid, and which are valid (N,)."""
     H, W, C = features.shape
     assert valid.shape == (H, W), f"valid must be ({H}, {W}) like the features, not {tuple(valid.shape)}"
-    (y, wy), (x, wx) = (bilinear_taps(size, count) for size, count in zip((H, W), grid))
-    index = (y[:, None, :, None] * W + x[None, :, None, :]).view(-1, 4).to(valid.device)  # (N, 4)
-    weight = (wy[:, None, :, None] * wx[None, :, None, :]).view(-1, 4).to(valid.device)
+    (y, wy), (x, wx) = (TAPS[downscale](size, count) for size, count in zip((H, W), grid))
+    index = (y[:, None, :, None] * W + x[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)  # (N, taps)
+    weight = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)
     hit = valid.flatten()[index]
     scale, token_valid = rescale(weight, hit)
     weight = (weight * hit * scale[:, None]).to(features.dtype)
@@ -627,7 +641,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
 # While geometry and masks stand still, everything from the context tokens x (V*N, C) to the target's is linear. A Gaussian has
 # f_g = sum_t u_gt x_t with four weights u (SnD Eq. 2-3), a pixel F(p) = sum_g w_pg f_g / alpha(p) = sum_t A_pt x_t with
 #     A_pt = sum_g w_pg u_gt / alpha(p),
-# and a token is sum_p b_np F(p) over its valid taps p: only these 2x2 pixels are rasterised, and their weights pushed on to x.
+# and a token is sum_p b_np F(p) over its valid taps p: only these pixels (2x2 of them) are rasterised, and their weights pushed on to x.
 # Blending (Eq. 4, a_p = alpha, but 1 where p is unlabelled) needs means over whole masks m. They stay factored out, L (M x):
 #     y = S x + L (M x),   S_nt = sum_p b_np a_p A_pt,   L_nm = sum_{p in m} b_np (1 - a_p),   M_mt = mean_{valid p in m} A_pt.
 
@@ -753,6 +767,7 @@ def splat_operator(
     grid: tuple[int, int],  # (h, w) of the target
     mask: Tensor | None = None,  # (H, W) int64 instance ids of the target, 0 = unlabelled; None: no blending
     alpha: float = 0.5,
+    downscale: str = "bilinear",  # or "area"
     max_elements: int | None = None,  # by default 2^20, on a GPU 2^24; 32 times as many weights are kept at a time
 ) -> SplatOperator:
     """What `rasterize`, division by alpha, `semantic_blend` where alpha >= COVERED and `splat_to_tokens` make of the tokens."""
@@ -764,16 +779,16 @@ def splat_operator(
     mask = index.new_zeros(height, width) if mask is None or alpha == 1 else mask
     ids, mask = mask.unique(return_inverse=True)  # numbered 0, 1, ...
     labelled, device = (ids != 0).to(weight), weight.device
-    (y, wy), (x, wx) = ([part.to(device) for part in bilinear_taps(*side)] for side in zip((height, width), grid))
-    tap = (wy[:, None, :, None] * wx[None, :, None, :]).view(N, 4)
-    quads = Lattice(*(i[:, 0].contiguous() for i in (y, x)), (2, 2))
-    token, number = torch.arange(N, device=device)[:, None].expand(N, 4), at_lattice(mask, quads)
+    (y, wy), (x, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
+    tap = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1)  # (N, taps)
+    read = Lattice(*(i[:, 0].contiguous() for i in (y, x)), (y.shape[1], x.shape[1]))  # all pixels that a token needs
+    token, number = torch.arange(N, device=device)[:, None].expand(tap.shape), at_lattice(mask, read)
     mixed = (1 - alpha) * labelled[number]  # 1 - a_p
     with torch.autocast(device.type, enabled=False):  # in bfloat16 log2 alpha would be off by whole units
         table, z, box = Project.apply(max_elements // 32, height, width, weight.dtype, w2c, K, means, covariances, opacities)
         projected = table, nearest_first(z), box
         push = partial(push_to_tokens, projected, (height, width), (index, weight, tokens), max_elements)
-        row, column, value, covered = push(quads, (tap * (1 - mixed)).to(weight), token)
+        row, column, value, covered = push(read, (tap * (1 - mixed)).to(weight), token)
         scale, valid = rescale(tap, covered)
         S = row, column, value * scale[row].to(weight)
         L = (mixed * scale[:, None] * covered * tap).to(weight)

@@ -216,6 +216,7 @@ def splat_features(
     blend=0.5,  # alpha of SnD Eq. 4
     upscale="masks",
     drop_unmatched=False,
+    downscale="bilinear",
 ):
     """The 3D-aware teacher's tokens of the target view (N, C), and which of them are valid (N,): SnD Fig. 2, left to right."""
     index, weight = lift_weights(t, grid, upscale, drop_unmatched)
@@ -226,25 +227,27 @@ def splat_features(
     valid = render.alpha >= splat.COVERED
     rendered = render.features / render.alpha.clamp_min(1e-6)[..., None]  # Differs: not divided by alpha in the official code
     blended = splat.semantic_blend(rendered, t.masks[2], blend, valid)  # SnD Eq. 4
-    return splat.splat_to_tokens(blended, valid, grid)
+    return splat.splat_to_tokens(blended, valid, grid, downscale)
 
 
 @torch.no_grad()
-def triplet_operator(gaussians, t: splat.Triplet, grid, blend=0.5, upscale="masks", drop_unmatched=False) -> splat.SplatOperator:
+def triplet_operator(
+    gaussians, t: splat.Triplet, grid, blend=0.5, upscale="masks", drop_unmatched=False, downscale="bilinear",
+) -> splat.SplatOperator:
     """`splat_features` as a matrix on the 2N context tokens, equal to rounding."""
     index, weight = lift_weights(t, grid, upscale, drop_unmatched)
     opacities = gaussians.opacities * (weight.sum(1) > 0)
     return splat.splat_operator(gaussians.means, gaussians.covariances, opacities, index, weight, 2 * grid[0] * grid[1],
-                                torch.linalg.inv(t.c2w[2]), t.K[2], *t.images.shape[-2:], grid, t.masks[2], blend)
+                                torch.linalg.inv(t.c2w[2]), t.K[2], *t.images.shape[-2:], grid, t.masks[2], blend, downscale)
 
 
 @torch.no_grad()
-def image_features(tokens: Tensor, t: splat.Triplet, grid, blend=0.5, upscale="masks"):
+def image_features(tokens: Tensor, t: splat.Triplet, grid, blend=0.5, upscale="masks", downscale="bilinear"):
     """The control without 3D, same shapes as `splat_features`: the teacher's own tokens (N, C) of the target view, upscaled and
     blended by its masks."""
     mask = t.masks[2] if upscale == "masks" else torch.zeros_like(t.masks[2])
     blended = splat.semantic_blend(lift.mask_aware_upscale(tokens.float(), mask, grid), t.masks[2], blend)
-    return splat.splat_to_tokens(blended, torch.ones_like(mask, dtype=torch.bool), grid)
+    return splat.splat_to_tokens(blended, torch.ones_like(mask, dtype=torch.bool), grid, downscale)
 
 
 def jitter(images: Tensor, seed) -> Tensor:
@@ -300,7 +303,9 @@ class Source:
                 raise ValueError(f"--pixels {args.pixels} leaves {name} fewer than 2x2 patches of {patch} pixels; raise it")
         self.net = lift.load_mvsplat(args.mvsplat).to(args.device) if args.geometry == "mvsplat" else None
         self.how = dict(version=splat.OPERATOR_FORMAT, geometry=args.geometry, weights=weights_id(self.net), near=args.near, far=args.far,
-                        blend=args.blend, masks=args.masks, upscale=args.upscale, drop_unmatched=args.drop_unmatched, patch=patch)
+                        blend=args.blend, masks=args.masks, upscale=args.upscale, drop_unmatched=args.drop_unmatched,
+                        downscale=args.downscale, patch=patch)
+        self.steps = args.blend, args.upscale, args.drop_unmatched, args.downscale  # what lifting and splatting are told
 
     def grid(self, scene):
         return tuple(side // self.patch for side in self.sizes[scene.name])
@@ -335,7 +340,7 @@ class Source:
             with contextlib.suppress(ValueError):
                 return splat.SplatOperator.load(path).to(args.device)
         t = self.load(scene, indices)
-        made = triplet_operator(self.reconstruct(t), t, self.grid(scene), args.blend, args.upscale, args.drop_unmatched)
+        made = triplet_operator(self.reconstruct(t), t, self.grid(scene), *self.steps)
         made.save(path)
         return splat.SplatOperator.load(path).to(args.device)  # as rounded as those that are read, or resuming would not be exact
 
@@ -356,9 +361,9 @@ class Source:
             return images, lambda: (operator(teacher(images[:2]).flatten(0, 1)), operator.valid)
         t = self.load(scene, indices)
         if args.target == "image":
-            return t.images, lambda: image_features(teacher(jitter(t.images[2:], seed))[0], t, grid, args.blend, args.upscale)
-        how = args.blend, args.upscale, args.drop_unmatched
-        return t.images, lambda: splat_features(teacher(t.images[:2]), self.reconstruct(t), t, grid, *how)
+            how = args.blend, args.upscale, args.downscale
+            return t.images, lambda: image_features(teacher(jitter(t.images[2:], seed))[0], t, grid, *how)
+        return t.images, lambda: splat_features(teacher(t.images[:2]), self.reconstruct(t), t, grid, *self.steps)
 
 
 def ahead(function, items, count=4):
@@ -431,10 +436,10 @@ def agreement(vit, triplets, operators) -> Agreement:
 @torch.no_grad()
 def heldout_picture(path, before, teacher, after, triplets, source):
     """Rows are fixed held-out targets: target | student before | teacher target | student after; one PCA basis a row."""
-    rows, args, of_target = [], source.args, {tuple(t.c2w[2].flatten().tolist()): t for t in reversed(triplets)}
+    rows, of_target = [], {tuple(t.c2w[2].flatten().tolist()): t for t in reversed(triplets)}
     for t in list(of_target.values())[:-7:-1]:
         grid = tuple(side // after.patch for side in t.images.shape[-2:])
-        goal, valid = splat_features(teacher(t.images[:2]).patches, source.reconstruct(t), t, grid, args.blend, args.upscale)
+        goal, valid = splat_features(teacher(t.images[:2]).patches, source.reconstruct(t), t, grid, *source.steps)
         maps = [before(t.images[2:]).patches[0], goal, after(t.images[2:]).patches[0]]
         basis = lift.pca_basis(torch.cat([maps[0], goal[valid], maps[2]]))
         colours = [lift.pca_colours(m.view(*grid, -1), basis) for m in maps]
@@ -502,6 +507,7 @@ def parse(argv):
     flag("--no_blend", "as --blend 1 (Table 5 A)")
     add("--upscale", choices=("masks", "bilinear"), default="masks", help="mask-aware or plain upscaling (Table 5 B)")
     flag("--drop_unmatched", "do not lift pixels where Eq. 3 is 0/0")
+    add("--downscale", choices=tuple(splat.TAPS), default="bilinear", help="from pixels to tokens: at a patch's centre, or its mean")
     add("--masks", choices=("files", "superpixels"), default="files", help="superpixels also stand in for missing files (Table 5 F)")
     add("--heldout", type=splat.positive, default=24, help="held-out triplets that are measured before, during and after")
     add("--eval_every", type=splat.positive, help="steps between these measurements; default: six a run")

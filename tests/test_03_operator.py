@@ -35,7 +35,7 @@ def scene(height, width, grid, context=None, dtype=torch.float64, masks=True, ho
                 w2c=w2c, K=K, height=height, width=width, grid=grid, mask=mask)  # fmt: skip
 
 
-def dense(x, means, covariances, opacities, index, weight, tokens, w2c, K, height, width, grid, mask=None, alpha=0.5):
+def dense(x, means, covariances, opacities, index, weight, tokens, w2c, K, height, width, grid, mask=None, alpha=0.5, downscale="bilinear"):
     """The definition, as 04_distill.splat_features has it."""
     features = (weight[..., None] * x[index]).sum(1)  # SnD Eq. 2
     render = splat.rasterize(means, covariances, opacities, features, w2c, K, height, width)
@@ -43,7 +43,7 @@ def dense(x, means, covariances, opacities, index, weight, tokens, w2c, K, heigh
     features = render.features / render.alpha.clamp_min(1e-6)[..., None]
     if mask is not None:
         features = splat.semantic_blend(features, mask, alpha, valid)
-    return splat.splat_to_tokens(features, valid, grid)
+    return splat.splat_to_tokens(features, valid, grid, downscale)
 
 
 def context_tokens(s, C=3):
@@ -52,7 +52,7 @@ def context_tokens(s, C=3):
 
 def assert_same(s, tolerance, **more):
     x, operator = context_tokens(s), splat.splat_operator(**s, **more)
-    y, valid = dense(x, **s, **{k: v for k, v in more.items() if k == "alpha"})
+    y, valid = dense(x, **s, **{k: v for k, v in more.items() if k in ("alpha", "downscale")})
     assert torch.equal(operator.valid, valid)
     assert operator(x).dtype == y.dtype and (operator(x) - y).abs().max() <= tolerance
     return operator
@@ -73,6 +73,22 @@ def test_the_operator_is_the_dense_path(height, width, patch, masks, dtype, tole
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_alpha_of_the_blend(alpha):
     assert_same(scene(48, 64, (6, 8)), 1e-10, alpha=alpha)
+
+
+@pytest.mark.parametrize("height, width, grid", [(56, 70, (4, 5)), (61, 83, (7, 10)), (9, 1, (3, 1)), (6, 9, (13, 20))])
+def test_tokens_can_be_means_over_their_patches(height, width, grid):
+    for masks in (False, True):
+        assert_same(scene(height, width, grid, masks=masks, holes=height > 9), 1e-10, downscale="area")
+
+
+def test_the_mean_over_a_patch_is_average_pooling():
+    features = torch.randn(24, 40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y, valid = splat.splat_to_tokens(features, torch.ones(24, 40, dtype=torch.bool), (3, 5), "area")
+    wanted = torch.nn.functional.avg_pool2d(features.permute(2, 0, 1)[None], 8)[0].flatten(1).T
+    assert valid.all() and (y - wanted).abs().max() < 1e-12
+    index, weight = splat.area_taps(10, 4)  # patches of 2.5 pixels
+    assert index.tolist() == [[0, 1, 2], [2, 3, 4], [5, 6, 7], [7, 8, 9]]
+    assert torch.allclose(weight * 2.5, torch.tensor([[1, 1, 0.5], [0.5, 1, 1], [1, 1, 0.5], [0.5, 1, 1]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("max_elements", [1, 2000, 2**16])

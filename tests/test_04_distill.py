@@ -220,7 +220,8 @@ def test_unmatched_pixels_can_be_dropped(rooms):
     assert torch.equal(distill.triplet_operator(g, t, (12, 16), drop_unmatched=True).valid, dropped)
 
 
-HOW = [[], ["--no_blend"], ["--upscale", "bilinear"], ["--drop_unmatched"], ["--geometry", "sweep"], ["--geometry", "depth"], ["--masks", "superpixels"]]
+HOW = [[], ["--no_blend"], ["--upscale", "bilinear"], ["--drop_unmatched"], ["--geometry", "sweep"], ["--geometry", "depth"], ["--masks", "superpixels"],
+       ["--downscale", "area"]]
 
 
 @pytest.mark.parametrize("flags", HOW, ids=" ".join)
@@ -411,13 +412,15 @@ def plain_loss(before, head, t, goal, valid, taus=(0.05, 0.02)):
     return distill.distill_loss(head(seen), head(goal[valid]), *taus).item()
 
 
-def definition(before, source, t, blend=0.5, upscale="masks", geometry="mvsplat"):
+def definition(before, source, t, blend=0.5, upscale="masks", geometry="mvsplat", downscale="bilinear"):
     grid = tuple(side // 8 for side in t.images.shape[-2:])
-    return distill.splat_features(before(t.images[:2]).patches, splat.reconstruct(geometry, t, lift.load_mvsplat("tiny"))[0], t, grid, blend, upscale)
+    return distill.splat_features(before(t.images[:2]).patches, splat.reconstruct(geometry, t, lift.load_mvsplat("tiny"))[0], t, grid, blend, upscale,
+                                  downscale=downscale)
 
 
 @pytest.mark.parametrize("flags,how", [
     ([], {}), (["--no_blend"], dict(blend=1.0)), (["--blend", "0.2"], dict(blend=0.2)), (["--upscale", "bilinear"], dict(upscale="bilinear")),
+    (["--downscale", "area"], dict(downscale="area")),
     (["--geometry", "sweep"], dict(geometry="sweep")), (["--geometry", "depth"], dict(geometry="depth")), (["--online"], {}),
     (["--grad_checkpoint"], {}), (["--frozen_teacher"], {}), (["--shared_head"], {}), (["--full_finetune"], {}),
     (["--tau_student", "0.5"], dict(taus=(0.5, 0.02))), (["--tau_teacher", "0.1"], dict(taus=(0.05, 0.1)))], ids=str)
