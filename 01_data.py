@@ -1102,18 +1102,21 @@ def picture_grid(path, headings, rows, scale=None, below=None):
 
 def line_chart(title, curves, width=480, height=260) -> Tensor:
     """Curves {name: [(x, y), ...]} as a picture (3, height, width): axes from the least to the largest value, points joined."""
-    picture, colours = Image.new("RGB", (width, height), "white"), [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)]
-    draw, points = ImageDraw.Draw(picture), np.array([p for curve in curves.values() for p in curve], float)
+    picture = Image.new("RGB", (width, height), "white")
+    colours = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)]
+    draw = ImageDraw.Draw(picture)
+    points = np.array([p for curve in curves.values() for p in curve], float)
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
     left, right, top, bottom = 64, width - 16, 44, height - 28
-    place = lambda x, y: (left + (right - left) * (x - x0) / max(x1 - x0, 1e-12), bottom - (bottom - top) * (y - y0) / max(y1 - y0, 1e-12))
+    place = lambda x, y: (left + (right - left) * (x - x0) / max(x1 - x0, 1e-12),
+                          bottom - (bottom - top) * (y - y0) / max(y1 - y0, 1e-12))
     draw.text((left, 6), title, fill="black")
     draw.line([(left, top), (left, bottom), (right, bottom)], fill=(150, 150, 150))
     for value in np.linspace(y0, y1, 5):
         draw.text((6, place(x0, value)[1] - 6), f"{value:.4g}", fill=(90, 90, 90))
         draw.line([(left, place(x0, value)[1]), (right, place(x0, value)[1])], fill=(230, 230, 230))
     for value in np.linspace(x0, x1, 5):
-        draw.text((place(value, y0)[0] - 12, bottom + 8), f"{value:.4g}", fill=(90, 90, 90))
+        draw.text((place(value, y0)[0] - 12, bottom + 8), f"{value:.0f}" if x1 - x0 > 20 else f"{value:.3g}", fill=(90, 90, 90))
     start = left
     for colour, (name, curve) in zip(colours, curves.items()):
         corners = [place(*p) for p in curve]

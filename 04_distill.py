@@ -187,6 +187,10 @@ def objective(student, teacher, seen: Tensor, goal: Tensor, args):
         return (1 - F.cosine_similarity(seen.float(), goal, dim=-1)).sum() / max(1, len(goal)), goal.new_zeros(())
     if args.loss == "feature":  # SnD Table 5 G: the rendered features themselves, as FiT3D has it
         return (seen.float() - goal).abs().mean(-1).sum() / max(1, len(goal)), goal.new_zeros(())
+    if args.loss == "correspondence":  # as MEF (You et al. 2024): what is the same place together, the others of the view apart
+        similarity = F.normalize(seen.float(), dim=-1) @ F.normalize(goal, dim=-1).T / 0.07
+        each = torch.arange(len(goal), device=goal.device)
+        return F.cross_entropy(similarity, each, reduction="sum") / max(1, len(goal)), goal.new_zeros(())
     with torch.autocast(goal.device.type, torch.bfloat16, enabled=args.bf16):
         x = student.head.embed(seen)
         with torch.no_grad():
@@ -448,7 +452,7 @@ def heldout_picture(path, before, teacher, after, triplets, source):
     return data.picture_grid(path, ["target view", "student before (PCA)", "teacher target", "student after"], rows)
 
 
-def curve_picture(path, log, args):
+def curve_picture(path, log, before: Agreement, args):
     """What log.jsonl holds as curves over the steps: the loss, smoothed, and the held-out agreement."""
     lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
     key, window = ("kl" if args.loss == "distill" else "loss"), max(1, len(lines) // 40)
@@ -457,7 +461,7 @@ def curve_picture(path, log, args):
     measured = [(line["step"] + 1, 100 * line["matching"]) for line in lines if "matching" in line]
     charts = [data.line_chart(f"{title} over steps", {name: curve}) for title, name, curve in (
         ("loss above the teacher's entropy" if key == "kl" else "loss", f"{args.loss} loss", smooth),
-        ("agreement of held-out views", "matching, %", measured)) if curve]
+        ("agreement of held-out views", "matching, %", [(0, 100 * before.matching), *measured]))]
     return data.picture_grid(path, [""] * len(charts), [charts], scale=1)
 
 
@@ -498,8 +502,9 @@ def parse(argv):
     flag("--grad_checkpoint", "compute activations twice instead of keeping them, when memory runs out")
     flag("--shared_head", "the teacher uses the student's head, not an EMA of it")
     flag("--frozen_teacher", "the teacher stays as it starts (Table 5 D)")
-    add("--loss", choices=("distill", "cosine", "feature"), default="distill",
-        help="cross-entropy over prototypes, or on the tokens themselves: cosine (Table 5 C), L1 (G, with --frozen_teacher)")
+    add("--loss", choices=("distill", "cosine", "feature", "correspondence"), default="distill",
+        help="cross-entropy over prototypes, or on the tokens themselves: cosine (Table 5 C), L1 (G, with --frozen_teacher), or "
+             "contrast of places (as MEF, with --no_blend --upscale bilinear)")
     add("--target", choices=("novel", "context", "image"), default="novel",
         help="what is splatted into: a third view, one of the contexts (Table 5 E), or nothing, the teacher looks at the target itself "
              "under photometric jitter (the control without 3D)")
@@ -683,7 +688,7 @@ def report(out, before, adapted, teacher, agreed, heldout, operators, source):
     lift.save_tensors(out / "adapters.safetensors", trained(adapted))
     final = agreement(after, heldout, operators)
     pictures = [heldout_picture(out / "heldout.png", before, teacher, after, heldout, source),
-                curve_picture(out / "curve.png", out / "log.jsonl", source.args)]
+                curve_picture(out / "curve.png", out / "log.jsonl", agreed, source.args)]
     result = dict(before=agreed._asdict(), after=final._asdict(), heldout=[t.name for t in heldout])
     lift.write_whole(out / "result.json", json.dumps(result, indent=1).encode())
     print(f"{len(heldout)} held-out triplets\n  before: {agreed}\n  after:  {final}\n  ->  {', '.join(map(str, pictures))}, {out / 'student'}")

@@ -450,7 +450,9 @@ def test_a_flag_does_what_it_says(one_step, flags, how):
 
 @torch.no_grad()
 def test_losses_on_tokens(one_step):
-    for name, formula in {"cosine": lambda a, b: 1 - F.cosine_similarity(a, b, dim=1).mean(), "feature": lambda a, b: (a - b).abs().mean()}.items():
+    for name, formula in {"cosine": lambda a, b: 1 - F.cosine_similarity(a, b, dim=1).mean(), "feature": lambda a, b: (a - b).abs().mean(),
+                          "correspondence": lambda a, b: -torch.stack([(F.cosine_similarity(x[None], b) / 0.07).log_softmax(0)[n]
+                                                                       for n, x in enumerate(a)]).mean()}.items():
         line, args, before, student, teacher, place, source, saved = one_step("--loss", name)
         t = source.load(*place)
         goal, valid = definition(before, source, t)

@@ -1,0 +1,440 @@
+"""05_probe.py: metrics and losses against slow float64 loops, the matching protocol on features that are known, the script."""
+import importlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+data, lift, probe = (importlib.import_module(n) for n in ("01_data", "02_lift", "05_probe"))
+ROOT = Path(__file__).parents[1]
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def near(ours, theirs, tolerance=1e-6):
+    assert ours.keys() == theirs.keys()
+    assert all(abs(ours[k] - theirs[k]) < tolerance * max(1, abs(theirs[k])) for k in theirs), (ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+def maps_with_holes():
+    truth = 1 + 3 * rand(4, 6, 7, seed=1)
+    truth[rand(4, 6, 7, seed=2) < 0.3] = 0
+    truth[3] = 0  # a view of which nothing is known does not count
+    return truth, 1 + 3 * rand(4, 6, 7, seed=3)
+
+
+def test_depth_metrics_against_loops():
+    truth, guess = maps_with_holes()
+    rows = []
+    for t, z in zip(truth[:3].double().tolist(), guess.double().tolist()):
+        known = [(a, b) for row, other in zip(t, z) for a, b in zip(row, other) if a > 0]
+        rows.append((sum(abs(a - b) / a for a, b in known) / len(known), math.sqrt(sum((a - b) ** 2 for a, b in known) / len(known)),
+                     100 * sum(max(a / b, b / a) < 1.25 for a, b in known) / len(known)))
+    near(probe.depth_metrics(guess, truth), dict(zip(("AbsRel", "RMSE", "delta1"), np.mean(rows, 0))))
+    assert probe.depth_metrics(truth, truth) == {"AbsRel": 0, "RMSE": 0, "delta1": 100}
+    mixed = probe.depth_metrics(truth[:3].flatten()[torch.randperm(126, generator=torch.Generator().manual_seed(0))].view(3, 6, 7), truth[:3])
+    assert mixed["AbsRel"] > 0.2 and mixed["RMSE"] > 0.5 and mixed["delta1"] < 60
+
+
+def test_normal_metrics_against_loops():
+    truth, guess = F.normalize(randn(3, 5, 6, 3), dim=-1), F.normalize(randn(3, 5, 6, 3) + 0.3 * randn(3, 5, 6, 3, seed=1), dim=-1)
+    truth[rand(3, 5, 6) < 0.3] = 0
+    rows = []
+    for t, n in zip(truth.double().view(3, 30, 3).tolist(), guess.double().view(3, 30, 3).tolist()):
+        angles = [math.degrees(math.acos(sum(x * y for x, y in zip(a, b)) / math.dist(a, (0, 0, 0)) / math.dist(b, (0, 0, 0))))
+                  for a, b in zip(t, n) if any(a)]
+        rows.append([math.sqrt(sum(a * a for a in angles) / len(angles))] + [100 * sum(a < m for a in angles) / len(angles) for m in (11.25, 22.5, 30)])
+    near(probe.normal_metrics(guess, truth), dict(zip(("RMSE", "11.25", "22.5", "30"), np.mean(rows, 0))), 1e-5)
+    assert probe.normal_metrics(truth, truth) == {"RMSE": 0, "11.25": 100, "22.5": 100, "30": 100}
+    assert probe.normal_metrics(truth.flip(1), truth)["RMSE"] > 60
+
+
+def test_segmentation_metrics_against_loops():
+    truth, guess = (4 * rand(3, 8, 9, seed=1)).long(), (5 * rand(3, 8, 9, seed=2)).long()  # class 4 is guessed, but nowhere true
+    truth[rand(3, 8, 9) < 0.2] = 255
+    known = [(t, g) for t, g in zip(truth.flatten().tolist(), guess.flatten().tolist()) if t != 255]
+    iou, accuracy = [], []
+    for c in range(5):
+        both, true, said = (sum(test) for test in zip(*((t == g == c, t == c, g == c) for t, g in known)))
+        iou.append(100 * both / (true + said - both))
+        accuracy += [100 * both / true] if true else []
+    ours = probe.segmentation_metrics(guess, truth, 6)  # class 5 is nowhere
+    assert ours.pop("IoU") == [pytest.approx(x) for x in iou] + [None] and iou[4] == 0
+    near(ours, dict(aAcc=100 * sum(t == g for t, g in known) / len(known), mIoU=sum(iou) / 5, mAcc=sum(accuracy) / 4))
+    perfect = probe.segmentation_metrics(torch.where(truth == 255, 3, truth), truth, 6)
+    assert perfect["aAcc"] == perfect["mIoU"] == perfect["mAcc"] == 100
+    assert probe.segmentation_metrics(truth.flip(1) % 255, truth, 6)["mIoU"] < 40
+
+
+# ------------------------------------------------------------------------------------------------ heads
+
+
+def test_expected_depth_and_sig_loss_against_loops():
+    logits, bins = randn(2, 5, 3, 4), torch.linspace(0.5, 4, 5)
+    ours = probe.expected_depth(logits, bins)
+    for b, y, x in ((0, 0, 0), (1, 2, 3), (0, 1, 2)):
+        share = [max(0.0, v) + 0.1 for v in logits[b, :, y, x].tolist()]
+        assert abs(ours[b, y, x].item() - sum(p * z for p, z in zip(share, bins.tolist())) / sum(share)) < 1e-6
+    truth, guess = maps_with_holes()
+    g = [math.log(z + 1e-3) - math.log(t + 1e-3) for t, z in zip(truth.double().flatten().tolist(), guess.double().flatten().tolist()) if t]
+    slow = math.sqrt(sum(x * x for x in g) / len(g) - 0.85 * (sum(g) / len(g)) ** 2)
+    assert abs(probe.sig_loss(guess.double(), truth.double()).item() - slow) < 1e-9
+    exact = truth.clone().requires_grad_()
+    probe.sig_loss(exact, truth).backward()
+    assert exact.grad.isfinite().all()
+
+
+def test_angular_loss_against_loops():
+    maps, truth = randn(2, 4, 3, 5).double(), F.normalize(randn(2, 3, 5, 3, seed=1).double(), dim=-1)
+    truth[0, 0] = 0
+    values = []
+    for b in range(2):
+        for y in range(3):
+            for x in range(5):
+                (*n, k), t = maps[b, :, y, x].tolist(), truth[b, y, x].tolist()
+                if any(t):
+                    angle = math.acos(sum(i * j for i, j in zip(n, t)) / math.dist(n, (0, 0, 0)))
+                    kappa = (k if k > 0 else math.exp(k) - 1) + 1.01
+                    # minus the log of the density of Bae et al., up to a constant
+                    values.append(-math.log((kappa**2 + 1) * math.exp(-kappa * angle) / (1 + math.exp(-kappa * math.pi))))
+    assert abs(probe.angular_loss(maps, truth).item() - sum(values) / len(values)) < 1e-9
+    exact = torch.cat([truth[1:].permute(0, 3, 1, 2), torch.zeros(1, 1, 3, 5)], 1).requires_grad_()
+    probe.angular_loss(exact, truth[1:]).backward()
+    assert exact.grad.isfinite().all()
+
+
+def some_tokens(count=24, channels=6, seed=0):
+    return probe.Features(randn(count, channels, seed=seed + 1).half(), randn(count, 3, 4, channels, seed=seed).half())
+
+
+def test_upscaling_after_the_linear_layer_is_upscaling_before_it():
+    tokens = some_tokens()
+    head = probe.LinearHead(tokens, 5, True, 0)
+    ours = probe.four_times(head(*(x[:2].float() for x in tokens)))
+    standard = lambda x, dims: (x - x.mean(dims)) / x.std(dims, correction=0)
+    x = torch.cat([standard(tokens.patches.float(), (0, 1, 2)), standard(tokens.cls.float(), 0)[:, None, None].expand(-1, 3, 4, -1)], -1)[:2]
+    x = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=4, mode="bilinear")
+    slow = F.conv2d(x, head.linear.weight[:, :, None, None], head.linear.bias)
+    assert ours.shape == (2, 5, 12, 16) and torch.allclose(ours, slow, atol=1e-5) and ours.std() > 1e-3
+
+
+def readable(kind):  # -> tokens and truth that a linear layer can read off them
+    tokens = some_tokens(96)
+    maps = F.interpolate(tokens.patches.float().permute(0, 3, 1, 2), (24, 32), mode="bilinear")
+    if kind == "depth":
+        return tokens, 3 + 0.8 * maps[:, 0].clamp(-2, 2) + 0.8 * tokens.cls[:, 0].float().clamp(-1, 1)[:, None, None]
+    if kind == "normals":
+        return tokens, F.normalize(maps[:, :3], dim=1).permute(0, 2, 3, 1)
+    return tokens, maps[:, :3].argmax(1)
+
+
+RUNS = {"depth": (probe.depth_probe, probe.Recipe(80, 2e-2, 8), "RMSE"), "normals": (probe.normal_probe, probe.Recipe(200, 2e-2, 8), "RMSE"),
+        "segmentation": (probe.segmentation_probe, probe.Recipe(200, 2e-2, 8), "mIoU")}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_head_reads_what_is_there_and_nothing_else(kind):
+    run, recipe, score = RUNS[kind]
+    (tokens, truth), half = readable(kind), slice(48, None)
+    split = lambda f: (probe.Features(*(x[:48] for x in f)), truth[:48], probe.Features(*(x[half] for x in f)), truth[half])
+    good, prediction = run(*split(tokens), recipe)
+    blind, _ = run(*split(some_tokens(96, seed=9)), recipe)
+    constant = probe.constants({kind: (truth[:48], truth[half])})[kind]
+    assert prediction.shape == truth[half].shape
+    if kind == "segmentation":
+        assert good[score] > 80 > 45 > blind[score] and constant["aAcc"] < 40
+    else:
+        assert good[score] < 0.4 * constant[score] and blind[score] > 0.9 * constant[score]
+    again, same = run(*split(tokens), recipe)
+    assert again == good and torch.equal(same, prediction)
+    assert run(*split(tokens), recipe._replace(seed=1))[0] != good
+
+
+# ------------------------------------------------------------------------------------------------ correspondence
+
+
+@pytest.fixture(scope="module")
+def room_views(rooms):
+    return probe.load_views(rooms, (96, 128), probe.parse([]))
+
+
+def test_pairs_are_of_one_scene_overlap_and_fill_the_ranges(room_views):
+    pairs = probe.choose_pairs(room_views, 3, seed=0)
+    ranges = [sum(low <= p.angle < high for p in pairs) for low, high in probe.VIEWPOINTS.values()]
+    assert ranges[:3] == [3, 3, 3] and pairs == probe.choose_pairs(room_views, 3, seed=0) != probe.choose_pairs(room_views, 3, seed=1)
+    for p in pairs:
+        (scene, i), (other, j) = room_views.where[p.a], room_views.where[p.b]
+        R = scene.c2w[i, :3, :3].double().T @ other.c2w[j, :3, :3].double()
+        axis = torch.stack([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
+        assert scene is other and p.measured and abs(math.degrees(math.atan2(axis.norm(), R.trace() - 1)) - p.angle) < 0.05
+
+
+def world_positions(views, i, points, depth):
+    rays = F.pad(points, (0, 1), value=1.0) @ torch.linalg.inv(views.K[i]).T
+    return (rays * depth[:, None]) @ views.c2w[i, :3, :3].T + views.c2w[i, :3, 3]
+
+
+def test_true_positions_match_and_random_features_do_not(room_views, monkeypatch):
+    pairs, original = probe.choose_pairs(room_views, 2, seed=0), probe.sample_points
+    frequencies, phase = randn(256, 3) / 0.3, 2 * math.pi * rand(256)
+
+    def knowing(tokens, depth):  # the tokens say which view it is, the features where in the world each point lies
+        points, _, z = original(tokens, depth)
+        position = world_positions(room_views, int(tokens[0, 0, 0]), points, z)
+        return points, (position @ frequencies.T + phase).cos(), z
+    numbers = torch.arange(len(room_views.images)).view(-1, 1, 1, 1).expand(-1, 12, 16, 1).float()
+    with monkeypatch.context() as patched:
+        patched.setattr(probe, "sample_points", knowing)
+        scores, chance, matches = probe.correspondence(probe.Features(None, numbers), room_views, pairs)
+    assert min(scores[f"5 px{name}"] for name in ("", " 0-15", " 15-30", " 30-60")) > 99 and len(matches[0].error) == 1000
+    assert scores["5 grid"] > 99 and scores["1.5 patches"] > 99 and chance["10 px"] < 12
+    random, chance, _ = probe.correspondence(probe.Features(None, randn(len(numbers), 12, 16, 64)), room_views, pairs)
+    assert abs(random["10 px"] - chance["10 px"]) < 3 and random["10 px"] < 12
+    # Thresholds: the grid's spacing is 2 pixels here, a patch 8.
+    share = [100 * (m.error < 20).double().mean().item() for m in matches]
+    assert scores["10 grid"] == scores["20 px"] == pytest.approx(sum(share) / len(share))
+
+
+def test_matching_against_loops():
+    a, b = randn(30, 5, seed=1).double(), randn(40, 5, seed=2).double()
+    cosine = [[sum(x * y for x, y in zip(u, v)) / math.dist(u, [0] * 5) / math.dist(v, [0] * 5) for v in b.tolist()] for u in a.tolist()]
+
+    def best(rows):  # -> (surety, from, to) of each row, the surest first
+        found = []
+        for n, row in enumerate(rows):
+            first, second = sorted(range(len(row)), key=lambda k: -row[k])[:2]
+            found.append((1 - (1 - row[first]) / (1 - row[second]), n, first))
+        return sorted(found, reverse=True)
+    forward = [(i, j) for _, i, j in best(cosine)[:7]]
+    backward = [(i, j) for _, j, i in best(list(map(list, zip(*cosine))))[:7]]
+    index_a, index_b = probe.match(a, b, 14)
+    assert list(zip(index_a.tolist(), index_b.tolist())) == forward + backward
+    assert len(probe.match(a, b, 1000)[0]) == 70  # no more than there are points
+
+
+def test_points_lie_at_pixels_of_known_depth_and_features_between_patches():
+    tokens, depth = randn(3, 4, 2), 1 + rand(24, 32)
+    depth[:9] = 0
+    points, features, z = probe.sample_points(tokens, depth)
+    assert len(points) == 16 * (12 - 4) and points[:, 1].min() > 9  # every second row: 1, 3, ... ; those up to 7 are unknown
+    for n in (0, 17, 60, 127):
+        x, y = points[n].tolist()
+        assert z[n] == depth[int(y), int(x)] and x % 1 == y % 1 == 0.5
+        u, v = min(max(x / 8 - 0.5, 0), 3), min(max(y / 8 - 0.5, 0), 2)
+        j, i = min(int(u), 2), min(int(v), 1)
+        weights = {(i, j): (1 - v + i) * (1 - u + j), (i, j + 1): (1 - v + i) * (u - j), (i + 1, j): (v - i) * (1 - u + j), (i + 1, j + 1): (v - i) * (u - j)}
+        assert torch.allclose(features[n], sum(w * tokens[at] for at, w in weights.items()), atol=1e-5)
+
+
+def test_errors_of_matches_against_loops():
+    K_a, K_b = (np.array([[f, 0, 60.0], [0, f + 3, 50.0], [0, 0, 1]]) for f in (90.0, 110.0))
+    c, s = math.cos(0.3), math.sin(0.3)
+    a_to_b = np.array([[c, 0, s, 0.4], [0, 1, 0, -0.1], [-s, 0, c, 0.2], [0, 0, 0, 1]])
+    a, b, depth = 100 * rand(20, 2, seed=1), 100 * rand(20, 2, seed=2), 1 + 3 * rand(20)
+    depth[0] = -5  # stands for a point that comes to lie behind the second camera
+
+    def project(pixel, z):
+        ray = np.linalg.solve(K_a, [*pixel, 1]) * z
+        return K_b @ (a_to_b[:3, :3] @ ray + a_to_b[:3, 3])
+    expected, distances = [], []
+    for p, q, z in zip(a.double().numpy(), b.double().numpy(), depth.double().numpy()):
+        image = project(p, z)
+        expected.append(math.dist(image[:2] / image[2], q) if image[2] > 0 else math.inf)
+
+        def to_line(p, q, project):  # the line through the images of two points of p's ray
+            one, two = (project(p, z) for z in (2.0, 3.0))
+            (x, y), (u, v) = one[:2] / one[2], two[:2] / two[2]
+            return abs((u - x) * (y - q[1]) - (x - q[0]) * (v - y)) / math.hypot(u - x, v - y)
+
+        def back(pixel, z):
+            return K_a @ (a_to_b[:3, :3].T @ (np.linalg.solve(K_b, [*pixel, 1]) * z - a_to_b[:3, 3]))
+        distances.append((to_line(p, q, project) + to_line(q, p, back)) / 2)
+    cameras = [torch.from_numpy(x).float() for x in (K_a, K_b, a_to_b)]
+    ours = probe.reprojection_error(a, b, depth, *cameras)
+    assert ours[0] == math.inf and torch.allclose(ours[1:], torch.tensor(expected[1:]), rtol=1e-3)
+    assert torch.allclose(probe.epipolar_error(a, b, *cameras), torch.tensor(distances).float(), rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ features and views
+
+
+def images_of(count=3, size=(24, 32)):
+    return (256 * rand(count, 3, *size)).byte()
+
+
+def test_features_are_those_of_the_last_block_or_after_the_norm(tmp_path):
+    images, vit, kept = images_of(), lift.load_vit("tiny"), []
+    vit.blocks[-1].register_forward_hook(lambda module, given, out: kept.append(out))
+    with torch.no_grad():
+        tokens = vit(images.float() / 255)
+    block = probe.extract("tiny", images, "block", tmp_path, "cpu")
+    norm = probe.extract("tiny", images, "norm", tmp_path, "cpu")
+    assert block.patches.shape == (3, 3, 4, 192) and block.cls.shape == (3, 192) and block.patches.dtype == torch.float16
+    for ours, theirs in ((block.patches.flatten(1, 2), kept[0][:, 1:]), (block.cls, kept[0][:, 0]), (norm.patches.flatten(1, 2), tokens.patches),
+                         (norm.cls, tokens.cls)):
+        assert torch.allclose(ours.float(), theirs, rtol=2e-3, atol=2e-3)
+    assert not torch.allclose(block.patches, norm.patches, atol=0.1)
+    both = probe.extract("tiny+tiny", images, "block", tmp_path, "cpu")
+    assert torch.equal(both.patches, torch.cat(2 * [block.patches], -1)) and both.cls.shape == (3, 384)
+
+
+def test_features_are_cached_by_content(tmp_path, monkeypatch):
+    images = images_of()
+    first = probe.extract("tiny", images, "block", tmp_path, "cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(lift.VisionTransformer, "forward", lambda *_: pytest.fail("computed again"))
+        assert torch.equal(probe.extract("tiny", images, "block", tmp_path, "cpu").patches, first.patches)
+    file, = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-50])  # cut off: made again
+    assert torch.equal(probe.extract("tiny", images, "block", tmp_path, "cpu").patches, first.patches)
+    vit = lift.load_vit("tiny")
+    keys = {probe.content_key(vit, "block", images), probe.content_key(vit, "norm", images), probe.content_key(vit, "block", images.flip(0))}
+    vit.blocks[3].mlp.fc1.bias.data[5] += 1e-3
+    assert len(keys | {probe.content_key(vit, "block", images)}) == 4
+
+
+def test_models_of_other_patches_see_the_same_views_and_do_not_concatenate(tmp_path):
+    other = lift.VisionTransformer(patch=10, dim=64, depth=1, heads=1, grid=4)
+    for p in other.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    lift.save_vit(other, tmp_path / "other")
+    features = probe.extract(str(tmp_path / "other"), images_of(), "block", tmp_path, "cpu")
+    assert features.patches.shape == (3, 2, 3, 64)  # 24x32 is rescaled to 20x30
+    with pytest.raises(ValueError, match="patch grids differ"):
+        probe.extract(f"tiny+{tmp_path / 'other'}", images_of(), "block", tmp_path, "cpu")
+
+
+def write_plain(root, count, seed=0):
+    rng = np.random.default_rng(seed)
+    for kind in ("images", "depth", "labels"):
+        (root / kind).mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(root / "images" / f"{i}.jpg")
+        Image.fromarray(rng.integers(256, 90 * 256, (40, 60)).astype(np.uint16)).save(root / "depth" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 3, (40, 60), np.uint8)).save(root / "labels" / f"{i}.png")
+
+
+def test_images_without_poses(tmp_path):
+    write_plain(tmp_path / "flat", 12)
+    args = probe.parse(["--scene_dir", str(tmp_path / "flat"), "--depth_scale", "0.00390625", "--max_depth", "80", "--crop", "0.25", "1", "0", "0.5",
+                        "--ignore_label", "0", "--pixels", "2400", "--out", str(tmp_path / "out")])
+    train, val = probe.open_split(args)
+    assert [f.name for f in val[0].frames] == ["7"] and len(train[0]) == 11
+    views = probe.load_views(val, (40, 60), args)
+    stored = np.array(Image.open(tmp_path / "flat/depth/7.png")).astype(float) / 256
+    stored[(stored > 80)] = 0
+    stored[:10], stored[:, 30:] = 0, 0
+    assert np.allclose(views.depth[0], stored) and (stored > 0).sum() > 500 and (views.normal == 0).all()
+    label = np.array(Image.open(tmp_path / "flat/labels/7.png"))
+    assert set(views.label.unique().tolist()) == {1, 2, 255} and (views.label[0, 10:, :30].numpy() == np.where(label == 0, 255, label)[10:, :30]).all()
+    _, train, val, pairs = probe.prepare(args)
+    assert not pairs and list(probe.truths(train, val)) == ["depth", "segmentation"]
+    write_plain(tmp_path / "halves/train", 3)
+    write_plain(tmp_path / "halves/val", 2)
+    train, val = probe.open_split(probe.parse(["--scene_dir", str(tmp_path / "halves")]))
+    assert (len(train[0]), len(val[0])) == (3, 2)
+    shutil.rmtree(tmp_path / "halves/val/images")
+    with pytest.raises(data.DataError, match="0 images in images/"):
+        probe.open_split(probe.parse(["--scene_dir", str(tmp_path / "halves")]))
+
+
+def test_of_a_single_scene_every_eighth_view_is_held_out(rooms_dir):
+    (train,), (val,) = probe.open_split(probe.parse(["--scene_dir", str(rooms_dir / "room_001")]))
+    names = [[f.name for f in scene.frames] for scene in (train, val)]
+    assert names[1] == ["images/002.png", "images/010.png"] and len(names[0]) == 10 and not set(names[0]) & set(names[1])
+
+
+def test_pairs_without_depth_are_scored_by_epipolar_lines(tmp_path, rooms):
+    lines, scene = [], rooms[0]
+    (tmp_path / "images").mkdir()
+    for a, b in ((0, 1), (2, 5)):
+        for i in (a, b):
+            shutil.copy(scene.frames[i].image, tmp_path / "images" / f"{i}.png")
+        a_to_b = np.linalg.inv(scene.frames[b].c2w) @ scene.frames[a].c2w
+        numbers = [0, 0, *scene.frames[a].K.ravel(), *scene.frames[b].K.ravel(), *a_to_b.ravel()]
+        lines.append(f"{a}.png {b}.png " + " ".join(f"{x:.6f}" for x in numbers))
+    (tmp_path / "pairs.txt").write_text("\n".join(lines) + "\n")
+    args = probe.parse(["--scene_dir", str(tmp_path / "pairs.txt"), "--out", str(tmp_path / "out")])
+    models, train, val, pairs = probe.prepare(args)
+    assert train is None and [(p.a, p.b, p.measured) for p in sorted(pairs)] == [(0, 1, False), (2, 3, False)]
+    p = pairs[0]
+    truth = scene.view(0 if p.a == 0 else 2, (96, 128))
+    points, _, z = probe.sample_points(torch.zeros(12, 16, 1), truth.depth)
+    seen = F.pad(points, (0, 1), value=1.0) @ torch.linalg.inv(val.K[p.a]).T * z[:, None]
+    cameras = val.K[p.a], val.K[p.b], torch.linalg.inv(val.c2w[p.b]) @ val.c2w[p.a]
+    seen = (seen @ cameras[2][:3, :3].T + cameras[2][:3, 3]) @ val.K[p.b].T
+    assert probe.epipolar_error(points, seen[:, :2] / seen[:, 2:], *cameras).max() < 0.05  # true matches lie on the lines
+    table = probe.report(probe.probe(models, train, val, pairs, args), train, val, pairs, args)
+    assert "No depth" in table and "epipolar 10 px" in table and "RMSE" not in table
+    (tmp_path / "pairs.txt").write_text(lines[0][:-9] + "\n")
+    with pytest.raises(data.DataError, match="line 1 is not two names"):
+        probe.prepare(args)
+
+
+# ------------------------------------------------------------------------------------------------ tables and the script
+
+
+def test_the_best_model_is_bold_and_the_baseline_never():
+    scores = {"no features": {"depth": {"RMSE": 0.1}}, "a": {"depth": {"RMSE": 0.5}}, "b": {"depth": {"RMSE": 0.4}}, "c": {}}
+    assert probe.table(scores, probe.COLUMNS) == (["", "RMSE ↓"], [["no features", "0.100"], ["a", "0.500"], ["b", "**0.400**"], ["c", ""]])
+    assert "<td><b>0.400</b></td>" in probe.html_table(*probe.table(scores, probe.COLUMNS))
+
+
+def test_kmeans_finds_three_clusters():
+    x = torch.cat([randn(20, 8, seed=s) * 0.05 + 3 * randn(8, seed=100 + s) for s in range(3)])
+    ids = probe.kmeans(x, count=3).view(3, 20)
+    assert (ids == ids[:, :1]).all() and len(set(ids[:, 0].tolist())) == 3
+
+
+def script(*arguments, cwd=ROOT):
+    done = subprocess.run([sys.executable, str(ROOT / "05_probe.py"), *map(str, arguments)], cwd=cwd, text=True, capture_output=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_script(rooms_dir, tmp_path):
+    out = tmp_path / "out"
+    command = ["--scene_dir", rooms_dir, "--out", out, "--models", "tiny", "twice=tiny+tiny", "--max_steps", "60", "--views", "6", "--pairs", "1", "--device", "cpu"]
+    code, printed, err = script(*command)
+    assert code == 0, err
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines] == ["| ", "| ---", "| no features", "| tiny", "| twice"] and str(out / "report.html") in printed
+    result = json.loads((out / "results.json").read_text())
+    scores = result["scores"]
+    assert scores["tiny"]["segmentation"]["mIoU"] > scores["no features"]["segmentation"]["mIoU"] + 3
+    assert scores["tiny"]["correspondence"]["10 px"] > scores["no features"]["correspondence"]["10 px"] + 5
+    assert scores["tiny"].keys() == scores["twice"].keys() == {"depth", "normals", "segmentation", "correspondence"}
+    assert any(line.startswith("depth: 60 steps") and "paper: 307200 steps" in line for line in result["changed"])
+    page = (out / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 7 and result["command"] in page and "http:" not in page and "https:" not in page
+    assert f"{scores['tiny']['depth']['RMSE']:.3f}" in page and "Probe3D can match both ways" in page  # departures are listed
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if line["head"] == "segmentation" and "loss" in line]
+    assert losses[2] < losses[0] and len(losses) == 6
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--models", "nowhere.pth"], "no such weights"), (["--models", "tiny", "tiny"], "two models have one name"),
+    (["--scene_dir", "missing"], "no such folder"), (["--pixels", "100"], "fewer than 2x2 patches")])
+def test_bad_input_is_one_line(rooms_dir, tmp_path, arguments, message, capsys):
+    given = dict(zip(("--scene_dir", "--out"), (str(rooms_dir), str(tmp_path))))
+    with pytest.raises(SystemExit) as stopped:
+        probe.main([x for pair in given.items() if pair[0] not in arguments for x in pair] + arguments)
+    assert message in str(stopped.value) and "\n" not in str(stopped.value)
