@@ -2,7 +2,7 @@
 
 Paper   Splat and Distill (SnD) Sec. 3.1-3.5, Eq. 1-5, Table 5, Appendix A.3.
 In      posed views (01_data), a pretrained ViT and a geometry (02_lift). Masks are optional: superpixels stand in.
-Out     out/04_distill/student/ (a Hugging Face DINOv2 folder, LoRA merged), adapters.safetensors, log.jsonl, pictures, checkpoints.
+Out     out/04_distill/: student/ (a Hugging Face DINOv2 folder, LoRA merged), adapters, log.jsonl, pictures, checkpoints.
 Run     python 04_distill.py --preset tiny              built-in rooms, no downloads: 3 minutes on a 2-core CPU
         python 04_distill.py --scene_dir my_scene       your own posed images; on a CUDA machine with the paper's setting
         python 04_distill.py --resume                   goes on after a kill, where the last checkpoint was
@@ -45,8 +45,8 @@ data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_l
 
 # `vits` and `vitb` are the paper's setting (A.3); `tiny` fits the same loop into minutes on a CPU.
 # Differs: temperatures are not in the paper and 1.0 in its code, where both distributions are nearly uniform (README, study).
-PAPER = dict(mvsplat="re10k.ckpt", pixels=574 * 868, triplets=10_000, max_steps=50_000, lr=2e-5, head_lr=2e-5, rank=8, hidden=2048,
-             bottleneck=256, prototypes=65_536, momentum=0.999, ema_every=10, tau_student=1.0, tau_teacher=1.0, bf16=True)
+PAPER = dict(mvsplat="re10k.ckpt", pixels=574 * 868, triplets=10_000, max_steps=50_000, lr=2e-5, head_lr=2e-5, rank=8,
+             hidden=2048, bottleneck=256, prototypes=65_536, momentum=0.999, ema_every=10, tau_student=1.0, tau_teacher=1.0, bf16=True)
 PRESETS = {
     "tiny": dict(model="tiny", mvsplat="tiny", pixels=96 * 128, triplets=300, max_steps=600, lr=3e-3, head_lr=1e-4, rank=8,
                  hidden=512, bottleneck=128, prototypes=2048, momentum=0.99, ema_every=10, tau_student=0.05, tau_teacher=0.02,
@@ -124,8 +124,8 @@ def distill_loss(student_logits: Tensor, teacher_logits: Tensor, tau_student=0.1
 
 
 class BlockedLoss(torch.autograd.Function):
-    """`distill_loss` of the logits x W' and y V', a block of tokens at a time: no (N, K) tensor ever exists, which at the paper's
-    size would take 0.7 GB each. Also the teacher's entropy, the part of the loss that nothing can learn.
+    """`distill_loss` of the logits x W' and y V', a block of tokens at a time: no (N, K) tensor ever exists, which would take
+    0.7 GB each at the paper's size. Also the teacher's entropy, the part of the loss that nothing can learn.
 
     The gradient is linear in the incoming one, so each block's is found while its logits are there, and not computed again.
     """
@@ -204,7 +204,7 @@ def objective(student, teacher, seen: Tensor, goal: Tensor, args):
 
 
 def lift_weights(t: splat.Triplet, grid, upscale="masks", drop_unmatched=False):
-    """SnD Eq. 2-3 for both contexts: which of their 2N tokens each Gaussian's feature is made of (G, 4), and in what parts (G, 4)."""
+    """SnD Eq. 2-3 for both contexts: of which of their 2N tokens each Gaussian's feature is made (G, 4), in what parts (G, 4)."""
     masks = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2])  # SnD Table 5 B: plain bilinear
     pairs = [lift.upscale_weights(mask, grid, drop_unmatched) for mask in masks]
     N = grid[0] * grid[1]
@@ -270,7 +270,8 @@ def draw_triplets(scenes, count, seed, to_context=False):
     """[(scene, (context_a, context_b, target))]; `to_context` takes one of the contexts as the target (SnD Table 5 E)."""
     generator, found = torch.Generator().manual_seed(seed), []
     for n in range(count):
-        scene = scenes[int(torch.randint(len(scenes), (1,), generator=generator))]  # Sec. 3.1: a scene, two contexts, a distinct target
+        # Sec. 3.1: a scene, two contexts, a distinct target.
+        scene = scenes[int(torch.randint(len(scenes), (1,), generator=generator))]
         a, b, target = data.sample_triplet(scene, generator)
         found.append((scene, (a, b, (a, b)[n % 2] if to_context else target)))
     return found
@@ -295,20 +296,20 @@ def weights_id(network) -> str | None:  # of what a network computes
 class Source:
     """Triplets of the scenes at their sizes, their frozen geometry, and the splat operators that both make.
 
-    An operator lies in a file named after all that it depends on (cameras and files of the three views, geometry and its weights,
-    masks, blending, sizes), so runs with other seeds, losses or backbones of the same patch size share it, and none is stale.
+    An operator lies in a file named after all that it depends on (cameras and files of the three views, geometry and its
+    weights, masks, blending, sizes): runs with other seeds, losses or backbones of one patch size share it, and none is stale.
     """
 
     def __init__(self, scenes, args, patch):
         self.args, self.patch = args, patch
-        self.sizes = {scene.name: data.fit_size(scene, args.pixels, patch) for scene in scenes}  # a subset keeps its scene's name
+        self.sizes = {scene.name: data.fit_size(scene, args.pixels, patch) for scene in scenes}  # a subset keeps the name
         for name, size in self.sizes.items():
             if min(size) < 2 * patch:
                 raise ValueError(f"--pixels {args.pixels} leaves {name} fewer than 2x2 patches of {patch} pixels; raise it")
         self.net = lift.load_mvsplat(args.mvsplat).to(args.device) if args.geometry == "mvsplat" else None
-        self.how = dict(version=splat.OPERATOR_FORMAT, geometry=args.geometry, weights=weights_id(self.net), near=args.near, far=args.far,
-                        blend=args.blend, masks=args.masks, upscale=args.upscale, drop_unmatched=args.drop_unmatched,
-                        downscale=args.downscale, patch=patch)
+        names = ("geometry", "near", "far", "blend", "masks", "upscale", "drop_unmatched", "downscale")
+        self.how = {name: getattr(args, name) for name in names}
+        self.how.update(version=splat.OPERATOR_FORMAT, weights=weights_id(self.net), patch=patch)
         self.steps = args.blend, args.upscale, args.drop_unmatched, args.downscale  # what lifting and splatting are told
 
     def grid(self, scene):
@@ -332,8 +333,9 @@ class Source:
     def path(self, scene, indices) -> Path:
         frames, facts = [scene.frames[i] for i in indices], [self.how, self.sizes[scene.name], scene.depth_range]
         for frame in frames:
+            facts += [frame.name, frame.K.tolist(), frame.c2w.tolist(), repr(frame.distortion)]
             files = [Path(file).stat() for file in (frame.image, frame.mask, frame.depth) if file]
-            facts += [frame.name, frame.K.tolist(), frame.c2w.tolist(), repr(frame.distortion), [(f.st_size, f.st_mtime_ns) for f in files]]
+            facts += [(file.st_size, file.st_mtime_ns) for file in files]
         name = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
         return Path(self.args.operators) / name[:2] / f"{name}.safetensors"
 
@@ -346,7 +348,7 @@ class Source:
         t = self.load(scene, indices)
         made = triplet_operator(self.reconstruct(t), t, self.grid(scene), *self.steps)
         made.save(path)
-        return splat.SplatOperator.load(path).to(args.device)  # as rounded as those that are read, or resuming would not be exact
+        return splat.SplatOperator.load(path).to(args.device)  # rounded like those that are read, or resuming were not exact
 
     def prepare(self, triplets, rank, world):
         """Computes the operators that are missing, every `world`-th of them in this process."""
@@ -417,7 +419,7 @@ def agreement(vit, triplets, operators) -> Agreement:
     grid, over all views measured: features that know their place alone would match in 2 of 3 cases, as views move
     little, and a part that all tokens share would make any cosine good. Collapsed features then match by chance.
     """
-    tokens, of_shape = [vit(t.images).patches for t in triplets], {}  # (3, N, C) each; scenes may differ in aspect, and so in their grids
+    tokens, of_shape = [vit(t.images).patches for t in triplets], {}  # (3, N, C) each; scenes may differ in aspect and grid
     for t, x in zip(triplets, tokens):
         of_shape.setdefault(t.images.shape, []).append(x)
     place = {shape: torch.cat(views).mean(0) for shape, views in of_shape.items()}  # (N, C)
@@ -430,7 +432,8 @@ def agreement(vit, triplets, operators) -> Agreement:
             similarity = F.normalize(x[2][at], dim=1) @ F.normalize(splatted[at], dim=1).T
             nearest = at[similarity.argmax(1)]
             off = torch.maximum((nearest // columns - at // columns).abs(), (nearest % columns - at % columns).abs())
-            right, cosines, total = right + (off <= 1).sum().item(), cosines + similarity.diagonal().sum().item(), total + len(at)
+            right, total = right + (off <= 1).sum().item(), total + len(at)
+            cosines += similarity.diagonal().sum().item()
     if not total:
         raise data.DataError(f"{triplets[0].name}: the splatted contexts cover no token of the target; give --near and --far "
                              "in the scene's unit (python 01_data.py shows the range that was taken)")
@@ -457,7 +460,8 @@ def curve_picture(path, log, before: Agreement, args):
     lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
     key, window = ("kl" if args.loss == "distill" else "loss"), max(1, len(lines) // 40)
     losses = [line[key] for line in lines]
-    smooth = [(lines[i]["step"] + 1, sum(losses[i:i + window]) / len(losses[i:i + window])) for i in range(0, len(lines), window)]
+    parts = {lines[i]["step"] + 1: losses[i:i + window] for i in range(0, len(lines), window)}
+    smooth = [(step, sum(part) / len(part)) for step, part in parts.items()]
     measured = [(line["step"] + 1, 100 * line["matching"]) for line in lines if "matching" in line]
     charts = [data.line_chart(f"{title} over steps", {name: curve}) for title, name, curve in (
         ("loss above the teacher's entropy" if key == "kl" else "loss", f"{args.loss} loss", smooth),
@@ -549,7 +553,8 @@ def processes(args):
         if cuda:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))  # rank 0 may prepare and measure for long
+        # Rank 0 may prepare and measure for long while the others wait.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
@@ -559,12 +564,13 @@ def prepare(args):  # -> training triplets, held-out triplets, where they come f
         scenes = [scene.subset([i for i, frame in enumerate(scene.frames) if frame.depth]) for scene in scenes]
         scenes = [scene for scene in scenes if len(scene) >= 3]
         if not scenes:
-            raise data.DataError(f"{args.scene_dir}: no scene has measured depth for three views; use --geometry mvsplat or sweep")
+            raise data.DataError(f"{args.scene_dir}: no scene has measured depth for three views; "
+                                 "use --geometry mvsplat or sweep")
     if args.masks == "files" and not any(frame.mask for scene in scenes for frame in scene.frames):
         print("no instance masks: SLIC superpixels stand in (folder masks/ beside images/ is read when it is there)")
     source = Source(scenes, args, lift.load_vit(args.model).patch)
     scenes, heldout = splat.hold_out(scenes, args.heldout, args.seed)
-    # Differs: a fresh triplet a step in the paper; here --triplets of them, in a new order each time, so that operators are reused.
+    # Differs: a fresh triplet a step in the paper; here --triplets of them, again and again, so that operators are reused.
     count = min(args.triplets, args.max_steps * args.batch)
     return draw_triplets(scenes, count, args.seed, args.target == "context"), heldout, source
 
@@ -599,8 +605,9 @@ def averaged(values: list[float], world, device) -> list[float]:  # over the pro
 
 
 def learn(batch, model, student, teacher, args, world):
-    """Sec. 3.2-3.5 for a step's triplets: leaves the student's gradients; -> mean loss, teacher's entropy, share of valid tokens."""
-    autocast, sums = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=args.bf16), [0.0, 0.0, 0.0]
+    """Sec. 3.2-3.5 for a step's triplets: leaves gradients; -> mean loss, teacher's entropy, share of valid tokens."""
+    autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
+    sums = [0.0, 0.0, 0.0]
     for n, (images, teach) in enumerate(batch):
         # Sec. 3.2-3.4: the teacher's context features, lifted, splatted and blended in the target view.
         with torch.no_grad(), autocast():
@@ -632,7 +639,8 @@ def run(args):
             dist.barrier()
         dist.broadcast_object_list(found)
     (start, stored), names = found[0], set(trained(student))
-    networks = {"student": (student, names), "teacher": (teacher, {n for n in names if not (args.shared_head and n[:5] == "head.")})}
+    followed = {name for name in names if not (args.shared_head and name.startswith("head."))}
+    networks = {"student": (student, names), "teacher": (teacher, followed)}
     if stored:
         splat.restore(stored, networks, optimiser)
         print(f"resumed at step {start} of {args.max_steps}")
@@ -659,7 +667,8 @@ def run(args):
             loss, entropy, valid, asked = averaged([*sums, float(stop.asked)], world, args.device)
             used = [splat.name_of(*triplets[places[n]]) for n in draws(step)]
             if not math.isfinite(loss):
-                raise ValueError(f"step {step}: the loss is {loss} for {', '.join(used)}; start again with a lower --lr and another --out")
+                raise ValueError(f"step {step}: the loss is {loss} for {', '.join(used)}; "
+                                 "start again with a lower --lr and another --out")
             optimiser.step()
             if not args.frozen_teacher and (step + 1) % args.ema_every == 0:
                 ema_update(teacher, student, args.momentum)  # Differs: after the optimiser's step, in the official code before
@@ -691,7 +700,8 @@ def report(out, before, adapted, teacher, agreed, heldout, operators, source):
                 curve_picture(out / "curve.png", out / "log.jsonl", agreed, source.args)]
     result = dict(before=agreed._asdict(), after=final._asdict(), heldout=[t.name for t in heldout])
     lift.write_whole(out / "result.json", json.dumps(result, indent=1).encode())
-    print(f"{len(heldout)} held-out triplets\n  before: {agreed}\n  after:  {final}\n  ->  {', '.join(map(str, pictures))}, {out / 'student'}")
+    print(f"{len(heldout)} held-out triplets\n  before: {agreed}\n  after:  {final}\n  ->  ", end="")
+    print(*pictures, out / "student", sep=", ")
 
 
 def main(argv=None):
