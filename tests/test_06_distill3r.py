@@ -1,0 +1,333 @@
+"""06_distill3r.py, the training and the commands as a user types them, and training that is killed."""
+import copy
+import functools
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+data, lift, splat, d3r = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat", "06_distill3r"))
+ROOT = Path(__file__).parents[1]
+SMALL = ["--size", "48", "64", "--views", "2", "--stride", "1", "--heldout", "2", "--device", "cpu"]
+
+# Processes that are to be killed are forked from one that has imported torch already: each saves three seconds.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "test_06_distill3r"])
+
+
+def run(*arguments, launcher=(), cwd=ROOT):
+    done = subprocess.run([sys.executable, *launcher, str(ROOT / "06_distill3r.py"), *map(str, arguments)], cwd=cwd, text=True,
+                          capture_output=True, timeout=280)
+    return done.returncode, done.stdout, done.stderr
+
+
+def child(arguments):
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    d3r.main([str(a) for a in arguments])
+
+
+def fork(*arguments):
+    process = SERVER.Process(target=child, args=(arguments,))
+    process.start()
+    return process
+
+
+def finish(process):
+    process.join(240)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def main(*arguments):
+    with torch.enable_grad():
+        d3r.main([str(a) for a in arguments])
+
+
+def message(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(*arguments)
+    assert "\n" not in str(stop.value.code)
+    return str(stop.value.code)
+
+
+def log_of(out):
+    return [{**json.loads(line), "seconds": 0} for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ as a user starts it
+
+
+@pytest.fixture(scope="module")
+def whole_run(rooms_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return out, run("--scene_dir", rooms_dir, "--out", out, "--max_steps", 80, "--warmup", 10, *SMALL)
+
+
+def test_the_script_beats_the_mean_pointmap(whole_run):
+    out, (code, printed, err) = whole_run
+    assert code == 0, err
+    result = json.loads((out / "result.json").read_text())
+    student, mean, teacher = (result[name]["mean"] for name in ("student", "mean", "teacher"))
+    assert student["accuracy_median"] < 0.9 * mean["accuracy_median"] and student["completeness_median"] < mean["completeness_median"]
+    assert teacher["accuracy_median"] < student["accuracy_median"] and result["student"]["scenes"].keys() == {"room_003"}
+    log = log_of(out)
+    assert [line["step"] for line in log] == list(range(80)) and log[-1]["heldout"] < log[12]["heldout"]
+    assert log[0]["lr"] < log[10]["lr"] > log[-1]["lr"] and not any("room_003" in line["samples"][0] for line in log)
+    assert "samples written" in printed and "accuracy" in printed and str(out / "scene/cloud.png") in printed
+
+
+def test_what_infer_writes_is_a_scene(whole_run):
+    out, _ = whole_run
+    scene = data.load_scenes(out / "scene")[0]
+    assert len(scene) == 12 and scene.view(3).depth.shape == scene.view(3).image.shape[1:] == (48, 64)
+    assert (scene.view(3).depth > 0).float().mean() > 0.5
+    with Image.open(out / "scene/cloud.png") as picture:
+        assert picture.width > 900
+    assert data.sample_triplet(scene, torch.Generator().manual_seed(0))
+
+
+def test_fast3r_teaches_through_the_cache(rooms_dir, tmp_path, monkeypatch):
+    """A small Fast3R with generated weights, on photos without poses, from its file through the cache to a trained student."""
+    monkeypatch.setattr(d3r, "fast3r_size", functools.partial(d3r.fast3r_size, long_side=128))
+    torch.manual_seed(0)
+    model = d3r.Fast3R(64, 2, 2, 64, 2, 4)
+    lift.save_tensors(tmp_path / "fast3r/model.safetensors", model.state_dict())
+    heads = dict(encoder_args=dict(num_heads=2), decoder_args=dict(num_heads=2))
+    (tmp_path / "fast3r/config.json").write_text(json.dumps(heads))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for n in range(4):
+        (photos / f"img{n}.png").write_bytes((rooms_dir / f"room_000/images/{n:03d}.png").read_bytes())
+    common = ["--out", tmp_path / "out", *SMALL]
+    main("cache", "--images", photos, "--teacher", tmp_path / "fast3r", *common)
+    cached = d3r.CachedViews(photos, tmp_path / "out/cache")
+    about, maps, masks = d3r.unpack_sample(tmp_path / "out/cache" / f"{cached.samples[0][0]}.safetensors")
+    assert about["settings"]["teacher"].startswith("fast3r ") and len(cached) == 2
+    views = [d3r.Photos("photos", sorted(photos.iterdir())).view(i, d3r.fast3r_size(96, 128)) for i in range(2)]
+    said = d3r.load_fast3r(tmp_path / "fast3r")([v.image for v in views], generator=torch.Generator().manual_seed(
+        zlib.crc32(b"0 photos/000")))
+    expected = d3r.resampled(d3r.Pointmap(*(part.detach() for part in said[1])), (96, 128), (48, 64))
+    valid = masks[1]
+    assert valid.any() and torch.equal(maps[1].points_global[valid], expected.points_global.half().float()[valid])
+    assert message("cache", "--images", photos, *common).count("made with other settings (teacher fast3r") == 1  # geometry is another
+    main("train", "--max_steps", 20, "--warmup", 2, *common)  # finds the photos by the cache
+    losses = [line["total"] for line in log_of(tmp_path / "out")]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+def test_the_table_measures_both_networks(tmp_path, monkeypatch, capsys):
+    sizes = dict(enc_dim=64, enc_heads=2, enc_depth=2, dec_dim=64, dec_heads=2, dec_depth=4)
+    built = d3r.built
+    monkeypatch.setattr(d3r, "built", lambda network, *_: built(network, *(sizes.values() if network is d3r.Fast3R else [d3r.StudentConfig.tiny])))
+    main("table", "--size", 48, 64, "--counts", 1, 3, "--out", tmp_path, "--device", "cpu")
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert {(row["model"], row["views"]) for row in rows} == {(m, n) for m in ("Fast3R", "student") for n in (1, 3)}
+    assert all(math.isfinite(row["seconds"]) and row["seconds"] > 0 for row in rows) and "faster" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ every flag, in one step
+
+
+@pytest.fixture(scope="module")
+def cached(rooms_dir, tmp_path_factory):
+    """Flags that all runs below share: a cache of two-view samples of small pictures."""
+    folder = tmp_path_factory.mktemp("cached")
+    common = ["--scene_dir", rooms_dir, "--cache", folder / "cache", "--preset", "tiny", *SMALL]
+    main("cache", *common, "--out", folder / "out")
+    return common
+
+
+@pytest.fixture(scope="module")
+def one_step(cached, tmp_path_factory):
+    folder, maps = tmp_path_factory.mktemp("flags"), []
+
+    def one_step(*flags):
+        """The first line of a run's log, and the same from the definition: a new student on the sample of the log."""
+        arguments = [str(a) for a in (*cached, "--max_steps", "1", *flags)]
+        out = folder / "_".join(arguments[-6:]).replace("/", "")
+        main("train", *arguments, "--out", out)
+        args = d3r.parse(["train", *arguments])
+        student, (line,) = d3r.new_student(args), log_of(out)
+        samples = d3r.CachedViews(args.scene_dir, args.cache)
+        sample = next(s for s in samples if s.name == line["samples"][0])
+        with torch.no_grad():
+            maps = student(sample.images, generator=torch.Generator().manual_seed(args.seed))
+        return line, maps, sample
+
+    return one_step
+
+
+@pytest.mark.parametrize("flags,how", [
+    ([], {}),
+    (["--weight", "none"], dict(weight="none")),
+    (["--weight", "none", "--gamma", "0"], dict(weight="none", gamma=0.0)),
+    (["--weight", "student", "--gamma", "0"], dict(weight="student", gamma=0.0)),
+    (["--weight", "clamped", "--mean", "views", "--global_target", "aligned"], dict(weight="clamped", mean="views", global_target="aligned"))])
+def test_a_flag_of_the_loss_does_what_it_says(one_step, flags, how):
+    line, maps, sample = one_step(*flags)
+    expected, plain = (d3r.pointmap_loss(maps, sample.targets, sample.masks, **kwargs) for kwargs in (how, {}))
+    for name, value in zip(d3r.Loss._fields, expected):
+        assert line[name] == pytest.approx(value.item(), rel=1e-5), name
+    assert not how or line["total"] != pytest.approx(plain.total.item(), rel=1e-3)
+
+
+def test_the_rate_warms_up_and_falls_over_the_run():
+    args = d3r.parse(["train", "--preset", "full"])
+    rate = [d3r.learning_rate(step, args) for step in (0, 1749, 3499, 3500, (3500 + 84_375) // 2, 84_374)]
+    assert rate == pytest.approx([1e-4 / 3500, 5e-5, 1e-4, 1e-4, 7.5e-5, 5e-5], rel=1e-3)
+
+
+def test_presets_hold_the_numbers_of_the_paper():
+    args = d3r.parse(["train", "--preset", "full"])
+    assert (args.size, args.views, args.batch, args.max_steps) == ([224, 518], 20, 16, 60 * 22_500 // 16)
+    assert (args.lr, args.final_lr, args.warmup, args.tau, args.gamma, args.bf16) == (1e-4, 5e-5, 3500, 0.3, 0.001, True)
+
+
+def test_a_new_student_starts_at_the_pretrained_vit():
+    args = d3r.parse(["train", "--preset", "tiny"])
+    student, vit, images = d3r.new_student(args), lift.load_vit("tiny"), torch.rand(2, 3, 48, 64)
+    with torch.no_grad():
+        assert torch.equal(student.tokens(images), vit(images).patches)
+    student([images[0]])[0].points_global.sum().backward()
+    assert {n for n, p in student.named_parameters() if p.requires_grad and p.grad is None} <= \
+        {n for n, _ in student.named_parameters() if n.startswith("downstream_head_local")}
+
+
+# ------------------------------------------------------------------------------------------------ runs that cannot be lost
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cached, tmp_path_factory):
+    """A whole run, how long it took, and its arguments; another --out has to come to the same bytes."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    common = ["train", *cached, "--max_steps", 8, "--warmup", 2, "--batch", 2, "--save_minutes", 0]
+    begin = time.monotonic()
+    assert finish(fork(*common, "--out", out)) == 0
+    return out, time.monotonic() - begin, common
+
+
+def same(out, whole):
+    for name in ("student/model.safetensors", "student/config.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert log_of(out) == log_of(whole) and len(log_of(out)) == 8
+    ours, theirs = (splat.read_run(folder / "checkpoint.safetensors") for folder in (out, whole))
+    assert ours[0] == theirs[0] == 8 and ours[2].keys() == theirs[2].keys() and all(torch.equal(ours[2][k], v) for k, v in theirs[2].items())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, tmp_path, seed):
+    whole, seconds, common = undisturbed
+    rng, kills = random.Random(seed), 0
+    while kills < 3:
+        process = fork(*common, "--out", tmp_path / "run", "--resume")
+        process.join(rng.uniform(0.3, 1.0) * seconds)
+        if process.exitcode is not None:  # came to its end first: begin again
+            assert process.exitcode == 0
+            for file in (tmp_path / "run").glob("checkpoint*"):
+                file.unlink()
+            continue
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert finish(fork(*common, "--out", tmp_path / "run", "--resume")) == 0
+    same(tmp_path / "run", whole)
+
+
+def test_asked_to_stop_it_saves_and_goes_on_with_the_same_settings_alone(undisturbed, tmp_path):
+    whole, _, common = undisturbed
+    common = [*common, "--save_minutes", 100, "--out", tmp_path / "run"]
+    process = fork(*common)
+    while not (tmp_path / "run/log.jsonl").exists() and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == 1
+    assert 0 < splat.read_run(tmp_path / "run/checkpoint.safetensors")[0] < 8
+    assert "--resume goes on" in message(*common)
+    assert "weight teacher -> none" in message(*common, "--resume", "--weight", "none")
+    assert finish(fork(*common, "--resume")) == 0
+    same(tmp_path / "run", whole)
+
+
+def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(undisturbed, tmp_path, monkeypatch):
+    whole, _, common = undisturbed
+    honest, calls = d3r.pointmap_loss, [0]
+
+    def failing(*arguments, **options):
+        calls[0] += 1
+        loss = honest(*arguments, **options)
+        return d3r.Loss(*(part * (math.nan if calls[0] == 4 else 1) for part in loss))
+
+    monkeypatch.setattr(d3r, "pointmap_loss", failing)
+    assert "step 1: the loss is nan for room_" in message(*common, "--out", tmp_path / "run", "--eval_every", 8)
+    assert splat.read_run(tmp_path / "run/checkpoint.safetensors")[0] == 1
+
+
+def test_recomputed_activations_change_nothing(undisturbed, tmp_path):
+    whole, _, common = undisturbed
+    assert finish(fork(*common, "--grad_checkpoint", "--out", tmp_path / "run")) == 0
+    assert [line["total"] for line in log_of(tmp_path / "run")] == pytest.approx([line["total"] for line in log_of(whole)], rel=1e-4)
+
+
+def test_two_processes_are_one(undisturbed, tmp_path):
+    """Two gloo processes with a sample each give the loss curve and the student of one, to rounding."""
+    whole, _, common = undisturbed
+    launcher = "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"
+    code, _, err = run(*common, "--out", tmp_path / "two", launcher=launcher)
+    assert code == 0, err
+    one, two = log_of(whole), log_of(tmp_path / "two")
+    assert [line["samples"] for line in one] == [line["samples"] for line in two] and len(one[0]["samples"]) == 2
+    assert [line["total"] for line in two] == pytest.approx([line["total"] for line in one], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ small pieces, bad input
+
+
+def test_camera_errors_are_those_of_a_known_disturbance():
+    c2w = torch.eye(4).repeat(6, 1, 1)
+    c2w[:, :3, 3] = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    turn = torch.linalg.matrix_exp(torch.tensor([[0, -0.5, 0.1], [0.5, 0, 0.3], [-0.1, -0.3, 0]]))
+    moved = copy.deepcopy(c2w)  # another world: turned, three times as large, shifted
+    moved[:, :3, :3], moved[:, :3, 3] = turn @ c2w[:, :3, :3], 3 * c2w[:, :3, 3] @ turn.T + 1
+    exact = d3r.camera_error(moved, c2w)
+    assert exact.position < 1e-5 and exact.rotation < 0.1
+    tilt = torch.linalg.matrix_exp(math.radians(10) * torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 0]]))
+    moved[:, :3, :3] = moved[:, :3, :3] @ tilt
+    assert d3r.camera_error(moved, c2w).rotation == pytest.approx(10, abs=0.01)
+
+
+@pytest.mark.parametrize("arguments,says", [
+    (["cache", "--images", "no_such_folder"], "no_such_folder: no such folder"),
+    (["cache", "--teacher", "no_such_weights"], "no_such_weights: no such weights"),
+    (["train"], "run the cache command first"),
+    (["infer"], "no such weights; give the folder that `train` wrote"),
+    (["eval", "--models", "student"], "no such weights; give the folder that `train` wrote"),
+    (["cache", "--device", "cuda:99"], "--device cuda:99")])
+def test_bad_input_is_one_line(rooms_dir, tmp_path, arguments, says):
+    arguments = arguments if "--images" in arguments else [*arguments, "--scene_dir", rooms_dir]
+    assert says in message(*arguments, "--preset", "tiny", "--out", tmp_path / "out")
+
+
+def test_sizes_that_are_no_multiple_of_the_patch_are_refused(cached, tmp_path):
+    common = ["--scene_dir", cached[1], "--preset", "tiny", "--device", "cpu", "--out", tmp_path, "--size", "50", "64", "--views", "2"]
+    main("cache", *common)
+    assert "multiples of 8" in message("train", *common, "--max_steps", 1)
+
+
+def test_a_shard_is_part_of_the_whole(capsys):
+    assert d3r.parse(["cache", "--shard", "1/4"]).shard == (1, 4)
+    with pytest.raises(SystemExit):
+        d3r.parse(["cache", "--shard", "4/4"])
+    assert "4/4" in capsys.readouterr().err
