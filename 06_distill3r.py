@@ -56,9 +56,10 @@ CACHE_FORMAT = "pointmaps 1"  # to be raised with every change of the file's lay
 SEAL = rb'{\"sha256\": \"'  # what stands before the checksum in the header of a cached sample
 
 PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samples in steps of 16
-    "tiny": dict(encoder="tiny", size=(72, 96), views=4, stride=1, max_steps=600, batch=1, lr=1e-3, final_lr=5e-5, warmup=50, bf16=False),
+    "tiny": dict(encoder="tiny", size=(48, 64), views=8, stride=2, max_steps=700, batch=1, lr=1e-3, final_lr=5e-5, warmup=50,
+                 mirror=True, bf16=False),
     "full": dict(encoder="dune_vitsmall14_448", size=(224, 518), views=20, stride=None, max_steps=84_375, batch=16, lr=1e-4, final_lr=5e-5,
-                 warmup=3_500, bf16=True)}
+                 warmup=3_500, mirror=False, bf16=True)}
 NOT_OF_TRAINING = ("command", "cache", "weights", "teacher", "models", "counts", "shard", "at_once", "stride", "images", "scene_dir")
 
 
@@ -1070,6 +1071,12 @@ def new_student(args) -> Student:
     return student.train()
 
 
+def mirrored(sample: CachedSample) -> CachedSample:
+    """Left and right exchanged: pictures, masks and maps flipped, and the x of both frames turned round."""
+    flip = lambda m: Pointmap(*(x.flip(1) * x.new_tensor([-1, 1, 1]) for x in m[:2]), *(x.flip(1) for x in m[2:]))
+    return CachedSample(sample.name, [x.flip(2) for x in sample.images], [flip(m) for m in sample.targets], [x.flip(1) for x in sample.masks])
+
+
 def loss_of(model, sample: CachedSample, args, seed) -> Loss:
     """The student's loss on one sample, its view ids drawn anew from `seed`."""
     device = torch.device(args.device)
@@ -1084,6 +1091,8 @@ def learn(batch, model, args, seeds, world) -> list[float]:
     """Leaves the gradients of a step's samples, which go through the student one by one; -> the mean of their losses."""
     sums = [0.0] * len(Loss._fields)
     for n, (sample, seed) in enumerate(zip(batch, seeds)):
+        if args.mirror and torch.rand((), generator=torch.Generator().manual_seed(seed)) < 0.5:  # Differs: not in the paper
+            sample = mirrored(sample)
         with contextlib.nullcontext() if world == 1 or n + 1 == len(batch) else model.no_sync():
             loss = loss_of(model, sample, args, seed)
             (loss.total / len(batch)).backward()
@@ -1661,6 +1670,7 @@ def parse(argv):
     add("--weight", choices=list(WEIGHTS), default="teacher", help="w of Eq. 2; none and student are Table III's, clamped the official code's")
     add("--mean", choices=("pixels", "views"), default="pixels", help="over all valid pixels, or as in the official code over views first")
     add("--global_target", choices=("direct", "aligned"), default="direct", help="aligned: the local map moved onto the global one (official)")
+    add("--mirror", action=argparse.BooleanOptionalAction, help="half of the samples left-right exchanged, where there are few [p]")
     add("--bf16", action=argparse.BooleanOptionalAction, help="the networks in bfloat16 [p]")
     flag("--grad_checkpoint", "compute activations twice instead of keeping them, when memory runs out")
     add("--at_once", type=splat.positive, default=8, help="views at once in table; lower it when memory runs out")

@@ -73,18 +73,21 @@ def log_of(out):
 @pytest.fixture(scope="module")
 def whole_run(rooms_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    return out, run("--scene_dir", rooms_dir, "--out", out, "--max_steps", 80, "--warmup", 10, *SMALL)
+    return out, run("--scene_dir", rooms_dir, "--out", out, "--max_steps", 60, "--warmup", 10, *SMALL)
 
 
-def test_the_script_beats_the_mean_pointmap(whole_run):
+def test_the_script_improves_on_its_start(whole_run, rooms):
     out, (code, printed, err) = whole_run
     assert code == 0, err
     result = json.loads((out / "result.json").read_text())
     student, mean, teacher = (result[name]["mean"] for name in ("student", "mean", "teacher"))
-    assert student["accuracy_median"] < 0.9 * mean["accuracy_median"] and student["completeness_median"] < mean["completeness_median"]
-    assert teacher["accuracy_median"] < student["accuracy_median"] and result["student"]["scenes"].keys() == {"room_003"}
+    new = d3r.new_student(d3r.parse(["train", "--preset", "tiny"]))
+    start = d3r.evaluate(d3r.NetworkTeacher(new, "new", lambda *_: (48, 64)), rooms[3:], (48, 64), 2)["mean"]
+    assert student["accuracy_median"] < 0.8 * start.accuracy_median and student["completeness_median"] < 0.8 * start.completeness_median
+    assert teacher["accuracy_median"] < min(student["accuracy_median"], mean["accuracy_median"])
+    assert result["student"]["scenes"].keys() == {"room_003"}
     log = log_of(out)
-    assert [line["step"] for line in log] == list(range(80)) and log[-1]["heldout"] < log[12]["heldout"]
+    assert [line["step"] for line in log] == list(range(60)) and log[-1]["heldout"] < 0.7 * log[9]["heldout"]
     assert log[0]["lr"] < log[10]["lr"] > log[-1]["lr"] and not any("room_003" in line["samples"][0] for line in log)
     assert "samples written" in printed and "accuracy" in printed and str(out / "scene/cloud.png") in printed
 
@@ -213,7 +216,7 @@ def test_a_new_student_starts_at_the_pretrained_vit():
 def undisturbed(cached, tmp_path_factory):
     """A whole run, how long it took, and its arguments; another --out has to come to the same bytes."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    common = ["train", *cached, "--max_steps", 8, "--warmup", 2, "--batch", 2, "--save_minutes", 0]
+    common = ["train", *cached, "--max_steps", 6, "--warmup", 2, "--batch", 2, "--save_minutes", 0]
     begin = time.monotonic()
     assert finish(fork(*common, "--out", out)) == 0
     return out, time.monotonic() - begin, common
@@ -222,15 +225,14 @@ def undisturbed(cached, tmp_path_factory):
 def same(out, whole):
     for name in ("student/model.safetensors", "student/config.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    assert log_of(out) == log_of(whole) and len(log_of(out)) == 8
+    assert log_of(out) == log_of(whole) and len(log_of(out)) == 6
     ours, theirs = (splat.read_run(folder / "checkpoint.safetensors") for folder in (out, whole))
-    assert ours[0] == theirs[0] == 8 and ours[2].keys() == theirs[2].keys() and all(torch.equal(ours[2][k], v) for k, v in theirs[2].items())
+    assert ours[0] == theirs[0] == 6 and ours[2].keys() == theirs[2].keys() and all(torch.equal(ours[2][k], v) for k, v in theirs[2].items())
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, tmp_path, seed):
+def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, tmp_path):
     whole, seconds, common = undisturbed
-    rng, kills = random.Random(seed), 0
+    rng, kills = random.Random(0), 0
     while kills < 3:
         process = fork(*common, "--out", tmp_path / "run", "--resume")
         process.join(rng.uniform(0.3, 1.0) * seconds)
@@ -254,7 +256,7 @@ def test_asked_to_stop_it_saves_and_goes_on_with_the_same_settings_alone(undistu
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process) == 1
-    assert 0 < splat.read_run(tmp_path / "run/checkpoint.safetensors")[0] < 8
+    assert 0 < splat.read_run(tmp_path / "run/checkpoint.safetensors")[0] < 6
     assert "--resume goes on" in message(*common)
     assert "weight teacher -> none" in message(*common, "--resume", "--weight", "none")
     assert finish(fork(*common, "--resume")) == 0
@@ -271,7 +273,7 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(und
         return d3r.Loss(*(part * (math.nan if calls[0] == 4 else 1) for part in loss))
 
     monkeypatch.setattr(d3r, "pointmap_loss", failing)
-    assert "step 1: the loss is nan for room_" in message(*common, "--out", tmp_path / "run", "--eval_every", 8)
+    assert "step 1: the loss is nan for room_" in message(*common, "--out", tmp_path / "run", "--eval_every", 6)
     assert splat.read_run(tmp_path / "run/checkpoint.safetensors")[0] == 1
 
 
@@ -331,3 +333,20 @@ def test_a_shard_is_part_of_the_whole(capsys):
     with pytest.raises(SystemExit):
         d3r.parse(["cache", "--shard", "4/4"])
     assert "4/4" in capsys.readouterr().err
+
+
+def test_a_mirrored_sample_is_the_same_scene_seen_in_a_mirror(rooms):
+    """The truth of a mirrored picture: its points lie on the rays of its pixels, in the view's own frame and in the first's."""
+    teacher = d3r.GeometricTeacher((48, 64), strength=0.0)
+    views = [rooms[0].view(i, (48, 64)) for i in (0, 4)]
+    maps = teacher(views, torch.Generator())
+    sample = d3r.CachedSample("a", [v.image for v in views], maps, [torch.ones(48, 64, dtype=torch.bool)] * 2)
+    flipped = d3r.mirrored(sample)
+    K = views[1].K.clone()
+    K[0, 2] = 64 - K[0, 2]
+    assert torch.allclose(flipped.targets[1].points_local, lift.pixel_rays(K, 48, 64) * views[1].depth.flip(1)[..., None], atol=1e-4)
+    local, shared = flipped.targets[1].points_local.flatten(0, 1), flipped.targets[1].points_global.flatten(0, 1)
+    s, R, t = d3r.similarity(local, shared)
+    assert (s * local.double() @ R.T + t - shared).abs().max() < 1e-4 and s == pytest.approx(1, abs=1e-4)  # still a rigid motion
+    again = d3r.mirrored(flipped)
+    assert torch.equal(again.images[0], views[0].image) and torch.equal(again.targets[1].points_global, maps[1].points_global)
