@@ -3,7 +3,7 @@
 Paper   Distill3R Sec. III-A to III-D (Eq. 1-6), IV and Tables I-III; Fast3R (Yang et al. 2025) for the teacher.
 In      a folder of photos or video frames, or posed views (01_data); weights of Fast3R and DUNE where there are any.
 Out     out/06_distill3r/: cache/, student/, scene/ (point cloud, depth, cameras: 01_data reads it), pictures, log.jsonl.
-Run     python 06_distill3r.py            cache, train, eval and infer on built-in rooms, no downloads: 6 minutes on a 2-core CPU
+Run     python 06_distill3r.py            cache, train, eval and infer on built-in rooms, no downloads: minutes on a 2-core CPU
         python 06_distill3r.py cache --images photos/ --teacher model.safetensors     once; --shard 0/4 does a quarter of it
         python 06_distill3r.py train --images photos/ --encoder dune_vitsmall14_448.pth            torchrun for several GPUs
         python 06_distill3r.py infer --images holiday/ --weights out/06_distill3r/student            photos -> a posed scene
@@ -11,12 +11,12 @@ Run     python 06_distill3r.py            cache, train, eval and infer on built-
         python 06_distill3r.py table                                              Table I: time and memory over the views
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py weights/tiny_vit.safetensors
 Not     training of the teacher, bundle adjustment of the cameras, metric scale where the teacher has none.
-Words   P^g points_global, P^l points_local; C conf; M masks, the valid pixels; tau the least certainty of one; w the weight of a
-        pixel; s the scale that points are divided by; N views a sample. A view's id tells the fusion transformer which tokens
+Words   P^g points_global, P^l points_local; C conf; M masks, the valid pixels; tau the least certainty of one; w the weight of
+        a pixel; s the scale that points are divided by; N views a sample. A view's id tells the fusion transformer which tokens
         are of one view; id 0 is the reference, whose camera is the frame of all global points.
 
-Teacher and student are the same kind of network: an encoder a view, attention over all views, two heads a view. The teacher looks
-at every sample once; what it says is kept on disk in a fifth of its size, and the student is trained on the files alone.
+Teacher and student are the same kind of network: an encoder a view, attention over all views, two heads a view. The teacher
+looks at every sample once; what it says is kept on disk in a fifth of its size, and the student is trained on the files alone.
 """
 import argparse
 import contextlib
@@ -58,9 +58,10 @@ SEAL = rb'{\"sha256\": \"'  # what stands before the checksum in the header of a
 PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samples in steps of 16
     "tiny": dict(encoder="tiny", size=(48, 64), views=8, stride=2, max_steps=700, batch=1, lr=1e-3, final_lr=5e-5, warmup=50,
                  mirror=True, bf16=False),
-    "full": dict(encoder="dune_vitsmall14_448", size=(224, 518), views=20, stride=None, max_steps=84_375, batch=16, lr=1e-4, final_lr=5e-5,
-                 warmup=3_500, mirror=False, bf16=True)}
-NOT_OF_TRAINING = ("command", "cache", "weights", "teacher", "models", "counts", "shard", "at_once", "stride", "images", "scene_dir")
+    "full": dict(encoder="dune_vitsmall14_448", size=(224, 518), views=20, stride=None, max_steps=84_375, batch=16, lr=1e-4,
+                 final_lr=5e-5, warmup=3_500, mirror=False, bf16=True)}
+NOT_OF_TRAINING = ("command", "cache", "weights", "teacher", "models", "counts", "shard", "at_once", "stride", "images",
+                   "scene_dir")  # flags that may differ between a run and its continuation
 
 
 class Pointmap(NamedTuple):
@@ -1068,13 +1069,15 @@ def new_student(args) -> Student:
     student.encoder.load_state_dict(vit.state_dict())
     for name, p in student.named_parameters():  # of these, which the files have, nothing is computed
         p.requires_grad_(not (name == "encoder.mask_token" or ".refinenet4.resConfUnit1." in name))
+    student.recompute = args.grad_checkpoint
     return student.train()
 
 
 def mirrored(sample: CachedSample) -> CachedSample:
     """Left and right exchanged: pictures, masks and maps flipped, and the x of both frames turned round."""
     flip = lambda m: Pointmap(*(x.flip(1) * x.new_tensor([-1, 1, 1]) for x in m[:2]), *(x.flip(1) for x in m[2:]))
-    return CachedSample(sample.name, [x.flip(2) for x in sample.images], [flip(m) for m in sample.targets], [x.flip(1) for x in sample.masks])
+    images, masks = [x.flip(2) for x in sample.images], [x.flip(1) for x in sample.masks]
+    return CachedSample(sample.name, images, [flip(m) for m in sample.targets], masks)
 
 
 def loss_of(model, sample: CachedSample, args, seed) -> Loss:
@@ -1084,7 +1087,8 @@ def loss_of(model, sample: CachedSample, args, seed) -> Loss:
     targets = [Pointmap(*(x.to(device) for x in m)) for m in sample.targets]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         maps = model(images, generator=torch.Generator().manual_seed(seed))
-    return pointmap_loss(maps, targets, masks, gamma=args.gamma, weight=args.weight, mean=args.mean, global_target=args.global_target)
+    how = dict(gamma=args.gamma, weight=args.weight, mean=args.mean, global_target=args.global_target)
+    return pointmap_loss(maps, targets, masks, **how)
 
 
 def learn(batch, model, args, seeds, world) -> list[float]:
@@ -1118,7 +1122,6 @@ def train(args, rank, world):
     if world > 1:
         dist.broadcast_object_list(found)
     (start, stored), student = found[0], new_student(args).to(args.device)
-    student.recompute = args.grad_checkpoint
     networks, weights = {"student": (student, set(distill.trained(student)))}, list(distill.trained(student).values())
     optimiser = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     print(f"{sum(p.numel() for p in weights) / 1e6:.1f} million parameters, {len(cached)} samples of up to {args.views} views, "
@@ -1140,12 +1143,12 @@ def train(args, rank, world):
             optimiser.zero_grad(set_to_none=True)
             sums = learn(batch, model, args, [args.seed + n for n in draws(step)[rank::world]], world)
             *sums, asked = distill.averaged([*sums, float(stop.asked)], world, args.device)
-            used = [cached.samples[places[n]][0] for n in draws(step)]
+            used, done = [cached.samples[places[n]][0] for n in draws(step)], step + 1 == args.max_steps
             if not all(map(math.isfinite, sums)):
-                raise ValueError(f"step {step}: the loss is {sums[0]} for {', '.join(used)}; start again with a lower --lr and another --out")
+                raise ValueError(f"step {step}: the loss is {sums[0]} for {', '.join(used)}; start again with a lower --lr "
+                                 "and another --out")
             norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
             optimiser.step()
-            done = step + 1 == args.max_steps
             if first:
                 bar.set_postfix(loss=f"{sums[0]:.4f}")
                 line = dict(step=step, samples=used, **dict(zip(Loss._fields, sums)), grad_norm=norm,
@@ -1161,7 +1164,6 @@ def train(args, rank, world):
                 raise KeyboardInterrupt
     if first:
         save_student(student, out / "student")
-        print(f"  ->  {out / 'student'}, {out / 'log.jsonl'}")
 
 
 # ------------------------------------------------------------------------------------------------ cameras from pointmaps
@@ -1282,7 +1284,8 @@ def cloud_picture(path, photos, points, colours, c2w):
     red, size = torch.tensor([1.0, 0.1, 0.1]).expand(len(balls), 3), 480 if len(points) > 500_000 else 240
     seen = [draw_points(torch.cat([points[keep], balls]), torch.cat([colours[keep], red]), right, over, size)
             for keep, over in ((open_top, ahead), (inside, up))]
-    return data.picture_grid(path, ["from above, without what is over the cameras (red)", "from the side"], [seen, photos], scale=480 // size)
+    headings = ["from above, without what is over the cameras (red)", "from the side"]
+    return data.picture_grid(path, headings, [seen, photos], scale=480 // size)
 
 
 def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
@@ -1544,7 +1547,8 @@ class CameraError(NamedTuple):
     spread: float  # of the true centres: rms distance from their mean
 
     def __str__(self):
-        return f"position off by {self.position:.3f} (cameras spread {self.spread:.3f}), rotation by {self.rotation:.1f} degrees (medians)"
+        return (f"position off by {self.position:.3f} (cameras spread {self.spread:.3f}), "
+                f"rotation by {self.rotation:.1f} degrees (medians)")
 
 
 def camera_error(c2w: Tensor, truth: Tensor) -> CameraError:  # (V, 4, 4) twice
@@ -1577,7 +1581,8 @@ def cache(args, rank, world):
     """Asks the teacher about every sample once."""
     root, shard = source_of(args), (rank, world) if world > 1 else args.shard
     begin, teacher = time.monotonic(), teacher_of(args)
-    written = write_cache(teacher, root, args.cache, args.size, args.views, args.stride, args.tau, args.seed, shard, args.skip_bad_frames)
+    how = args.size, args.views, args.stride, args.tau, args.seed, shard, args.skip_bad_frames
+    written = write_cache(teacher, root, args.cache, *how)
     if world > 1:
         dist.barrier()
     if shard[0] == 0:
@@ -1603,8 +1608,8 @@ def measure(args):
         numbers = "".join(f"{value:10.4f}" for value in r["mean"][:4])
         lines.append(f"{name:10}{numbers}{r['mean'].scale:8.3f}{r['calibration']['rank']:12.2f}{r['speed']:9.1f}")
     path = Path(args.out, "result.json")
-    named = {name: {**r, "mean": r["mean"]._asdict(), "scenes": {scene: score._asdict() for scene, score in r["scenes"].items()}}
-             for name, r in results.items()}
+    in_words = lambda scores: {scene: score._asdict() for scene, score in scores.items()}
+    named = {name: {**r, "mean": r["mean"]._asdict(), "scenes": in_words(r["scenes"])} for name, r in results.items()}
     splat.write_whole(path, json.dumps(named, indent=1).encode())
     print("\n".join(lines), f"\n  ->  {path}")
 
@@ -1643,22 +1648,28 @@ def table(args):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Distill3R: without a command cache, train, eval and infer, one after the other. [p] marks "
-                                     "what --preset sets.")
+    parser = argparse.ArgumentParser(description="Distill3R: without a command cache, train, eval and infer, one by one. "
+                                     "[p] marks what --preset sets.")
     add, flag = parser.add_argument, lambda name, help: parser.add_argument(name, action="store_true", help=help)
-    add("command", nargs="?", choices=("cache", "train", "eval", "infer", "table"), help="one of the steps, or Table I; default: the first four")
-    add("--scene_dir", help="a scene or a folder of scenes; default: what was cached, else data/, where built-in rooms are made")
+    add("command", nargs="?", choices=("cache", "train", "eval", "infer", "table"), help="one of the steps, or Table I; "
+        "default: the first four")
+    add("--scene_dir", help="a scene or a folder of scenes; default: what was cached, else data/, where built-in rooms are "
+        "made")
     add("--images", help="a folder of photos or video frames without poses, in its place")
     add("--out", default="out/06_distill3r")
-    add("--preset", choices=list(PRESETS), help="full is the paper's setting, tiny takes minutes on a CPU; default: full on a CUDA machine")
+    add("--preset", choices=list(PRESETS), help="full is the paper's setting, tiny takes minutes on a CPU; default: full on a "
+        "CUDA machine")
     add("--cache", help="folder of the teacher's pointmaps; default: cache/ in --out")
-    add("--teacher", default="geometry", help="Fast3R's model.safetensors, or 'geometry': measured depth with a network's errors")
+    add("--teacher", default="geometry", help="Fast3R's model.safetensors, or 'geometry': measured depth with a network's "
+        "errors")
     add("--encoder", help="ViT that the student starts from: 'tiny', a published name, a file or folder [p]")
     add("--weights", help="student for eval and infer; default: student/ in --out")
-    add("--size", type=splat.positive, nargs=2, metavar=("H", "W"), help="of landscape pictures, multiples of the patch; lower it "
+    add("--size", type=splat.positive, nargs=2, metavar=("H", "W"),
+        help="of landscape pictures, multiples of the patch; lower it "
         "when memory runs out [p]")
     add("--views", type=splat.positive, help="views a sample, N; lower it when memory runs out [p]")
-    add("--stride", type=splat.positive, help="take every n-th picture; default in full: cache finds it by overlap, infer takes all [p]")
+    add("--stride", type=splat.positive, help="take every n-th picture; default in full: cache finds it by overlap, infer "
+        "takes all [p]")
     add("--tau", type=float, default=0.3, help="least certainty 1 - 1/C of a pixel that counts")
     add("--shard", type=shard, default=(0, 1), metavar="I/N", help="cache the I-th of N parts (I from 0) in this process")
     add("--max_steps", type=splat.positive, help="training steps [p]")
@@ -1666,11 +1677,16 @@ def parse(argv):
     add("--lr", type=float, help="peak learning rate; halve it when the loss jumps [p]")
     add("--final_lr", type=float, help="at the end of the run [p]")
     add("--warmup", type=splat.positive, help="steps until the peak [p]")
-    add("--gamma", type=float, default=0.001, help="weight of the confidence loss, Eq. 6; 0 with --weight none is Table III's labels only")
-    add("--weight", choices=list(WEIGHTS), default="teacher", help="w of Eq. 2; none and student are Table III's, clamped the official code's")
-    add("--mean", choices=("pixels", "views"), default="pixels", help="over all valid pixels, or as in the official code over views first")
-    add("--global_target", choices=("direct", "aligned"), default="direct", help="aligned: the local map moved onto the global one (official)")
-    add("--mirror", action=argparse.BooleanOptionalAction, help="half of the samples left-right exchanged, where there are few [p]")
+    add("--gamma", type=float, default=0.001, help="weight of the confidence loss, Eq. 6; 0 with --weight none is Table III's "
+        "labels only")
+    add("--weight", choices=list(WEIGHTS), default="teacher", help="w of Eq. 2; none and student are Table III's, clamped the "
+        "official code's")
+    add("--mean", choices=("pixels", "views"), default="pixels", help="over all valid pixels, or as in the official code over "
+        "views first")
+    add("--global_target", choices=("direct", "aligned"), default="direct", help="aligned: the local map moved onto the "
+        "global one (official)")
+    add("--mirror", action=argparse.BooleanOptionalAction, help="half of the samples left-right exchanged, where there are "
+        "few [p]")
     add("--bf16", action=argparse.BooleanOptionalAction, help="the networks in bfloat16 [p]")
     flag("--grad_checkpoint", "compute activations twice instead of keeping them, when memory runs out")
     add("--at_once", type=splat.positive, default=8, help="views at once in table; lower it when memory runs out")
@@ -1678,8 +1694,8 @@ def parse(argv):
     add("--eval_every", type=splat.positive, help="steps between these measurements; default: six a run")
     add("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")
     flag("--resume", "go on from the checkpoint in --out")
-    add("--models", nargs="+", choices=("mean", "student", "teacher"), default=["mean", "student", "teacher"], help="what eval measures; "
-        "mean is the mean pointmap of the cache")
+    add("--models", nargs="+", choices=("mean", "student", "teacher"), default=["mean", "student", "teacher"],
+        help="what eval measures; mean is the mean pointmap of the cache")
     add("--counts", type=splat.positive, nargs="+", help="numbers of views in table")
     flag("--skip_bad_frames", "leave out frames without an image or a valid pose")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torchrun gives each process its own")
@@ -1734,7 +1750,7 @@ def main(argv=None):
     except (data.DataError, ValueError) as error:
         sys.exit(str(error))
     except OSError as error:
-        sys.exit(f"{error.filename or args.out}: {error.strerror or error}; once there is room, the same command with --resume goes on")
+        sys.exit(f"{error.filename or args.out}: {error.strerror or error}; once there is room, --resume goes on")
     except (AssertionError, RuntimeError) as error:
         if "CUDA" not in str(error) and "device" not in str(error):
             raise

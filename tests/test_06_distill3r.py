@@ -20,7 +20,7 @@ from PIL import Image
 
 data, lift, splat, d3r = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat", "06_distill3r"))
 ROOT = Path(__file__).parents[1]
-SMALL = ["--size", "48", "64", "--views", "2", "--stride", "1", "--heldout", "2", "--device", "cpu"]
+SMALL = ["--size", "48", "64", "--views", "2", "--stride", "1", "--heldout", "2", "--no-mirror", "--device", "cpu"]
 
 # Processes that are to be killed are forked from one that has imported torch already: each saves three seconds.
 SERVER = multiprocessing.get_context("forkserver")
