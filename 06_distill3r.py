@@ -1730,7 +1730,7 @@ def run(args):
     if rank:
         sys.stdout = open(os.devnull, "w")  # one voice
         dist.barrier()  # until rank 0 has made or fetched what is missing
-    if not args.images and source_of(args) == Path("data"):
+    if args.command != "table" and not args.images and source_of(args) == Path("data"):
         data.open_scenes("data")
     if world > 1 and not rank:
         lift.load_vit(args.encoder)

@@ -366,8 +366,8 @@ def test_effective_rank_counts_directions():
 
 def test_the_script_improves_on_its_start(rooms_dir, tmp_path):
     out = tmp_path / "run"
-    code, printed, err = run("--scene_dir", rooms_dir, "--out", out, "--operators", tmp_path / "operators", "--max_steps", 200,
-                             "--triplets", 60, "--heldout", 8, "--eval_every", 50, "--device", "cpu")
+    code, printed, err = run("--scene_dir", rooms_dir, "--out", out, "--operators", tmp_path / "operators", "--max_steps", 120,
+                             "--triplets", 40, "--heldout", 6, "--eval_every", 40, "--geometry", "depth", "--lr", 6e-3, "--device", "cpu")
     assert code == 0, err
     result = json.loads((out / "result.json").read_text())
     assert result["after"]["matching"] > result["before"]["matching"] + 0.01
@@ -375,8 +375,8 @@ def test_the_script_improves_on_its_start(rooms_dir, tmp_path):
     assert printed.startswith("preset tiny (") and " splat operators, " in printed
     assert "before: matching" in printed and str(out / "student") in printed and (out / "heldout.png").exists() and (out / "curve.png").exists()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == list(range(200)) and log[-1]["lr"] < 0.01 * log[0]["lr"]
-    assert [line["step"] + 1 for line in log if "matching" in line] == [50, 100, 150, 200]
+    assert [line["step"] for line in log] == list(range(120)) and log[-1]["lr"] < 0.01 * log[0]["lr"]
+    assert [line["step"] + 1 for line in log if "matching" in line] == [40, 80, 120]
     assert log[-1]["matching"] == pytest.approx(result["after"]["matching"], abs=0.01)
     student, start = lift.load_vit(out / "student"), lift.load_vit("tiny")
     assert not torch.equal(student.blocks[0].attn.qkv.weight, start.blocks[0].attn.qkv.weight)
