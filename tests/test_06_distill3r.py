@@ -235,7 +235,7 @@ def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, t
     rng, kills = random.Random(0), 0
     while kills < 3:
         process = fork(*common, "--out", tmp_path / "run", "--resume")
-        process.join(rng.uniform(0.3, 1.0) * seconds)
+        process.join(rng.uniform(0.2, 0.8) * seconds)
         if process.exitcode is not None:  # came to its end first: begin again
             assert process.exitcode == 0
             for file in (tmp_path / "run").glob("checkpoint*"):
