@@ -23,6 +23,7 @@ import os
 import re
 import struct
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -1051,6 +1052,25 @@ def open_scenes(scene_dir, skip_bad_frames=False):
     if settings:
         make_rooms(folder, **settings)
     return load_scenes(folder, skip_bad_frames)
+
+
+@contextmanager
+def explained(args, goes_on):
+    """Around what a command does with its --device and --out: bad input, a device that is not there, a disk that cannot be
+    written and Ctrl-C end it with one line. `goes_on` says how to continue."""
+    try:
+        torch.zeros(1, device=args.device)
+        yield
+    except (DataError, ValueError) as error:
+        sys.exit(str(error))
+    except OSError as error:
+        sys.exit(f"{error.filename or args.out}: {error.strerror or error}; once that is mended, {goes_on}")
+    except (AssertionError, RuntimeError) as error:
+        if "CUDA" not in str(error) and "device" not in str(error):
+            raise
+        sys.exit(f"--device {args.device}: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; {goes_on}")
 
 
 # ------------------------------------------------------------------------------------------------ pictures

@@ -1087,7 +1087,7 @@ def main(argv=None):
     parser.add_argument("--skip_bad_frames", action="store_true", help="leave out frames without an image or a valid pose")
     args = parser.parse_args(argv)
     data, splat = importlib.import_module("01_data"), importlib.import_module("03_splat")
-    try:
+    with data.explained(args, "the same command starts again"):
         vit, mvsplat = load_vit(args.model).to(args.device), load_mvsplat(args.mvsplat).to(args.device)
         scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
         scenes, rows, errors, files = (data.split(scenes, "val") or scenes)[:4], [], [], []
@@ -1108,8 +1108,6 @@ def main(argv=None):
             answer = "mean error of depth, all pixels: " + ", ".join(
                 f"{name} {100 * sum(e[name] for e in errors) / len(errors):.1f} %" for name in errors[0])
         print(f"{answer}  ->  {path}, {', '.join(map(str, files))}")
-    except (data.DataError, ValueError) as error:
-        raise SystemExit(str(error))
 
 
 if __name__ == "__main__":

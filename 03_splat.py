@@ -1124,7 +1124,7 @@ def restore(tensors, networks, optimiser, generator=None):
 
 
 def run_settings(args):  # what must not change between a run and its continuation
-    free = ("out", "device", "resume", "save_minutes", "heldout", "eval_every", "operators", "grad_checkpoint")
+    free = ("out", "device", "resume", "save_minutes", "heldout", "eval_every", "operators", "grad_checkpoint", "because", "no_blend")
     return {k: v for k, v in vars(args).items() if k not in free}
 
 
@@ -1408,23 +1408,11 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    data, _ = companions()
-    try:
-        torch.zeros(1, device=args.device)
+    with companions()[0].explained(args, f"`--resume --out {args.out}` goes on from the last checkpoint"):
         if args.flight or args.ply:
             print(f"a flight  ->  {fly(args)}")
         else:
             finetune(args) if args.geometry else show(args)
-    except (data.DataError, ValueError) as error:
-        raise SystemExit(str(error))
-    except OSError as error:
-        raise SystemExit(f"{error.filename or args.out}: {error.strerror or error}; once there is room, --resume goes on")
-    except (AssertionError, RuntimeError) as error:
-        if "CUDA" not in str(error) and "device" not in str(error):
-            raise
-        raise SystemExit(f"--device {args.device}: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped; `--resume --out {args.out}` goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -312,8 +312,8 @@ class Source:
         self.how.update(version=splat.OPERATOR_FORMAT, weights=weights_id(self.net), patch=patch)
         self.steps = args.blend, args.upscale, args.drop_unmatched, args.downscale  # what lifting and splatting are told
 
-    def grid(self, scene):
-        return tuple(side // self.patch for side in self.sizes[scene.name])
+    def grid(self, t: splat.Triplet):  # (h, w)
+        return tuple(side // self.patch for side in t.images.shape[-2:])
 
     def load(self, scene, indices) -> splat.Triplet:
         args = self.args
@@ -346,7 +346,7 @@ class Source:
             with contextlib.suppress(ValueError):
                 return splat.SplatOperator.load(path).to(args.device)
         t = self.load(scene, indices)
-        made = triplet_operator(self.reconstruct(t), t, self.grid(scene), *self.steps)
+        made = triplet_operator(self.reconstruct(t), t, self.grid(t), *self.steps)
         made.save(path)
         return splat.SplatOperator.load(path).to(args.device)  # rounded like those that are read, or resuming were not exact
 
@@ -361,11 +361,12 @@ class Source:
 
     def teach(self, teacher, scene, indices, seed):
         """-> images (3, 3, H, W) and the function that makes the goal of the target view (N, C) and where it is valid (N,)."""
-        args, grid = self.args, self.grid(scene)
+        args = self.args
         if not args.online and args.target != "image":
             images, operator = self.images(scene, indices), self.operator(scene, indices)
             return images, lambda: (operator(teacher(images[:2]).flatten(0, 1)), operator.valid)
         t = self.load(scene, indices)
+        grid = self.grid(t)
         if args.target == "image":
             how = args.blend, args.upscale, args.downscale
             return t.images, lambda: image_features(teacher(jitter(t.images[2:], seed))[0], t, grid, *how)
@@ -404,11 +405,11 @@ def effective_rank(tokens: Tensor) -> float:
     return torch.exp(-(share * share.clamp_min(1e-12).log()).sum()).item()
 
 
-def plain_operator(source, t: splat.Triplet, grid) -> splat.SplatOperator:
+def plain_operator(source, t: splat.Triplet) -> splat.SplatOperator:
     """What agreement is measured with: by measured depth where it exists, without masks or blending, so that neither a poor
     reconstruction nor masks help."""
     gaussians = source.reconstruct(t, None if t.depth is None else "depth")
-    return triplet_operator(gaussians, t, grid, blend=1.0, upscale="bilinear")
+    return triplet_operator(gaussians, t, source.grid(t), blend=1.0, upscale="bilinear")
 
 
 @torch.no_grad()
@@ -445,7 +446,7 @@ def heldout_picture(path, before, teacher, after, triplets, source):
     """Rows are fixed held-out targets: target | student before | teacher target | student after; one PCA basis a row."""
     rows, of_target = [], {tuple(t.c2w[2].flatten().tolist()): t for t in reversed(triplets)}
     for t in list(of_target.values())[:-7:-1]:
-        grid = tuple(side // after.patch for side in t.images.shape[-2:])
+        grid = source.grid(t)
         goal, valid = splat_features(teacher(t.images[:2]).patches, source.reconstruct(t), t, grid, *source.steps)
         maps = [before(t.images[2:]).patches[0], goal, after(t.images[2:]).patches[0]]
         basis = lift.pca_basis(torch.cat([maps[0], goal[valid], maps[2]]))
@@ -648,7 +649,7 @@ def run(args):
         source.prepare(triplets, rank, world)
     if first:
         heldout = [source.load(*place) for place in tqdm(heldout, desc="held-out triplets", leave=False)]
-        operators = [plain_operator(source, t, tuple(side // before.patch for side in t.images.shape[-2:])) for t in heldout]
+        operators = [plain_operator(source, t) for t in heldout]
         agreed = agreement(before, heldout, operators)
     # All that is random is a function of the seed and the step, so a run that goes on needs no generator's state.
     places = schedule(len(triplets), args.max_steps * args.batch, args.seed)
@@ -706,22 +707,12 @@ def report(out, before, adapted, teacher, agreed, heldout, operators, source):
 
 def main(argv=None):
     args = parse(argv)
-    try:
-        torch.zeros(1, device=args.device)
-        run(args)
-    except (data.DataError, ValueError) as error:
-        sys.exit(str(error))
-    except OSError as error:
-        sys.exit(f"{error.filename or args.out}: {error.strerror or error}; once there is room, --resume goes on")
-    except (AssertionError, RuntimeError) as error:
-        if "CUDA" not in str(error) and "device" not in str(error):
-            raise
-        sys.exit(f"--device {args.device}: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; `--resume --out {args.out}` goes on from the last checkpoint")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with data.explained(args, f"`--resume --out {args.out}` goes on from the last checkpoint"):
+        try:
+            run(args)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -895,19 +895,10 @@ def prepare(args):
 
 def main(argv=None):
     args = parse(argv)
-    try:
-        torch.zeros(1, device=args.device)
+    with data.explained(args, "the same command goes on: features that were finished are kept, heads start again"):
         models, *views = prepare(args)
         print(report(probe(models, *views, args), *views, args))
         print(f"  ->  {Path(args.out) / 'report.html'}, {Path(args.out) / 'results.json'}")
-    except (data.DataError, ValueError) as error:
-        sys.exit(str(error))
-    except (AssertionError, RuntimeError) as error:
-        if "CUDA" not in str(error) and "device" not in str(error):
-            raise
-        sys.exit(f"--device {args.device}: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; features that were finished are kept, heads start again")
 
 
 if __name__ == "__main__":

@@ -1744,22 +1744,12 @@ def run(args):
 
 def main(argv=None):
     args = parse(argv)
-    try:
-        torch.zeros(1, device=args.device)
-        run(args)
-    except (data.DataError, ValueError) as error:
-        sys.exit(str(error))
-    except OSError as error:
-        sys.exit(f"{error.filename or args.out}: {error.strerror or error}; once there is room, --resume goes on")
-    except (AssertionError, RuntimeError) as error:
-        if "CUDA" not in str(error) and "device" not in str(error):
-            raise
-        sys.exit(f"--device {args.device}: {str(error).splitlines()[0]}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with data.explained(args, "the same command with --resume goes on"):
+        try:
+            run(args)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -312,10 +312,6 @@ class Knowing:
         return lift.Tokens(None, None, torch.stack([self.function(image) for image in images]))
 
 
-def plain_operators(source, triplets):
-    return [distill.plain_operator(source, t, tuple(side // 8 for side in t.images.shape[-2:])) for t in triplets]
-
-
 def world_pictures(rooms):
     """Held-out triplets whose pictures are painted with world positions instead of colours: (3, H, W) in scene units."""
     source, triplets = source_of(rooms), []
@@ -323,7 +319,7 @@ def world_pictures(rooms):
     for n in range(2 * len(rooms)):
         t = source.load(*place_of(rooms, n % len(rooms), n))
         triplets.append(t._replace(images=torch.stack([paint(*v) for v in zip(t.depth, t.K, t.c2w)])))
-    return triplets, plain_operators(source, triplets)
+    return triplets, [distill.plain_operator(source, t) for t in triplets]
 
 
 def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
@@ -344,7 +340,7 @@ def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
 def test_scenes_of_different_shape_are_measured_and_drawn_together(rooms, tmp_path):
     source, vit = source_of(rooms, "--geometry", "depth"), lift.load_vit("tiny")
     triplets = [splat.load_triplet(*place_of(rooms, n), size, "cpu", "files") for n, size in enumerate(((96, 128), (128, 96), (96, 128), (128, 96)))]
-    operators = plain_operators(source, triplets)
+    operators = [distill.plain_operator(source, t) for t in triplets]
     together = distill.agreement(vit, triplets, operators)
     low, high = sorted(distill.agreement(vit, triplets[n::2], operators[n::2]).matching for n in (0, 1))
     assert low <= together.matching <= high
@@ -675,6 +671,8 @@ def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_setti
     assert "--resume goes on" in refusal()
     assert "lr 0.003 -> 0.5" in refusal("--lr", "0.5", "--resume")
     assert "loss distill -> cosine" in refusal("--loss", "cosine", "--resume")
+    for same in ([], ["--preset", "tiny"]):  # whether a preset is asked for or taken makes no difference
+        assert splat.find_checkpoint(distill.parse([*map(str, common), "--out", str(tmp_path / "run"), "--resume", *same]))[0] > 0
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["prototypes"] == 128 and settings["lr"] == 0.003 and settings["preset"] == "tiny"
 
