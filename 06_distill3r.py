@@ -1325,7 +1325,7 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
     cloud_picture(out / "cloud.png", [views[0].image, views[len(views) // 2].image], points, colours, cameras.c2w)
     shown = np.linspace(0, len(views) - 1, min(5, len(views))).astype(int)
     rows = [[views[k].image, data.colour_depth(depths[k]), certainty(maps[k].conf_local).expand(3, -1, -1)] for k in shown]
-    data.picture_grid(out / "maps.png", ["image", "depth (black: not trusted)", "confidence 1 - 1/C"], rows, scale=1)
+    data.picture_grid(out / "maps.png", ["image", "depth (black: not trusted)", "confidence 1 - 1/C"], rows)
     meta = dict(camera_model="PINHOLE", depth_unit_scale_factor=unit, frames=frames)
     splat.write_whole(out / "transforms.json", json.dumps(meta, indent=1).encode())  # last: now it is a scene
     return out

@@ -1,7 +1,7 @@
-"""The study: what each part of Splat and Distill brings on the built-in rooms, by the probes of 05. Hours; a killed one goes on.
+"""The study: what each part brings on the built-in rooms, Splat and Distill's and Distill3R's. Hours; a killed one goes on.
 
-Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/study.py          all runs, three seeds: about 3 minutes each
-        ... python tests/study.py --only SnD "2D control" --seeds 1               some of them
+Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/study.py          all runs, three seeds: 4 to 6 minutes each
+        ... python tests/study.py --only SnD "2D control" --seeds 1               some of them, beside another process too
 Out     STUDY.md; out/study/: the runs, their scores, the operators that they share.
 """
 import argparse
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-lift, distill, probes = (importlib.import_module(name) for name in ("02_lift", "04_distill", "05_probe"))
+data, lift, distill, probes, distill3r = (importlib.import_module(n) for n in ("01_data", "02_lift", "04_distill", "05_probe", "06_distill3r"))
 
 PLAIN = ["--no_blend", "--upscale", "bilinear"]
 MAIN = {  # name -> what 04_distill is told; "start" is the backbone as it is
@@ -29,6 +29,7 @@ MAIN = {  # name -> what 04_distill is told; "start" is the backbone as it is
     "3D without masks": PLAIN,
     "correspondence loss": ["--loss", "correspondence", *PLAIN],
     "feature rendering (G)": ["--loss", "feature", "--frozen_teacher"],
+    "the same beside the start's": ["--loss", "feature", "--frozen_teacher"],  # channels side by side, as FiT3D is scored
     "SnD": []}
 TABLE5 = {
     "without blending (A)": ["--no_blend"],
@@ -39,31 +40,48 @@ TABLE5 = {
     "superpixels (F)": ["--masks", "superpixels"],
     "basic variant (H)": ["--frozen_teacher", *PLAIN]}
 OTHERS = {
+    "adapters": ["--no-full_finetune", "--lr", "3e-3"],
+    "three times the steps and triplets": ["--max_steps", "600", "--triplets", "900"],
+    "rate 1e-3": ["--lr", "1e-3"],
+    "rate 1e-4": ["--lr", "1e-4"],
+    "faster teacher": ["--momentum", "0.9"],
     "temperatures 1 and 1": ["--tau_student", "1", "--tau_teacher", "1"],
-    "temperatures 0.1 and 0.1": ["--tau_student", "0.1", "--tau_teacher", "0.1"],
+    "temperatures 0.05 and 0.02": ["--tau_student", "0.05", "--tau_teacher", "0.02"],
     "plane sweep": ["--geometry", "sweep"],
     "measured depth": ["--geometry", "depth"],
     "unmatched pixels dropped": ["--drop_unmatched"],
     "shared head": ["--shared_head"],
     "mean over patches": ["--downscale", "area"]}
 RUNS = MAIN | TABLE5 | OTHERS
+TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
+    "teacher's confidence weighs (Eq. 2)": [],
+    "no weighting": ["--weight", "none"],
+    "labels only": ["--weight", "none", "--gamma", "0"],
+    "student's confidence weighs": ["--weight", "student", "--gamma", "0"]}
+CIRCLE = {"16 rooms, true poses and depth": "true", "16 rooms, poses and depth from pictures": "inferred"}
+KEPT = "<!-- what follows is written by hand -->"
 COLUMNS = [("depth", "AbsRel", "depth AbsRel ↓", 4), ("depth", "RMSE", "RMSE ↓", 4), ("normals", "RMSE", "normals RMSE ° ↓", 2),
            ("segmentation", "mIoU", "mIoU % ↑", 2), ("segmentation", "mAcc", "mAcc % ↑", 2),
            *(("correspondence", f"1.5 patches{bin}", f"recall{bin or ', all'} % ↑", 1) for bin in ("", *(f" {b}" for b in probes.VIEWPOINTS)))]
 
 
-def scores_of(name, seed, args) -> dict:
-    """Train, probe, remember: {probe: {score: value}}."""
-    folder = Path(args.out) / f"{name.replace(' ', '_')}_{seed}"
+def folder_of(name, seed, args):
+    return Path(args.out) / f"{name.partition(' (')[0].replace(' ', '_')}_{seed}"
+
+
+def scores_of(name, seed, args, flags) -> dict:
+    """Train, probe, remember: {probe: {score: value}}. `flags` None: the backbone as it is."""
+    folder = folder_of(name, seed, args)
     if (folder / "scores.json").exists():
         return json.loads((folder / "scores.json").read_text())
-    student = "tiny"
-    if RUNS[name] is not None:
-        student = folder / "student"
-        if not (folder / "result.json").exists():
-            distill.main(["--preset", "tiny", "--scene_dir", args.scene_dir, "--out", str(folder), "--operators", str(Path(args.out) / "operators"),
-                          "--seed", str(seed), "--device", args.device, "--resume", *RUNS[name]])
-    asked = probes.parse(["--scene_dir", args.scene_dir, "--models", f"model={student}", "--out", str(folder / "probe"), "--device", args.device])
+    beside, student = name == "the same beside the start's", "tiny"
+    trained = folder_of("feature rendering", seed, args) if beside else folder
+    if flags is not None:
+        student = f"tiny+{trained / 'student'}" if beside else trained / "student"
+        if not (trained / "result.json").exists():
+            distill.main(["--preset", "tiny", "--scene_dir", args.scene_dir, "--out", str(trained), "--operators", str(Path(args.out) / "operators"),
+                          "--seed", str(seed), "--device", args.device, "--resume", *flags])
+    asked = asked_of_probes(args, student, folder / "probe")
     models, *views = probes.prepare(asked)  # the same heads and pairs for all seeds: what varies is the training
     scores = probes.probe(models, *views, asked)["model"].scores
     shutil.rmtree(folder / "probe")
@@ -71,6 +89,53 @@ def scores_of(name, seed, args) -> dict:
     for checkpoint in folder.glob("checkpoint*"):
         checkpoint.unlink()
     return scores
+
+
+def asked_of_probes(args, model, out):
+    return probes.parse(["--scene_dir", args.scene_dir, "--models", f"model={model}", "--views", str(args.views), "--out", str(out), "--device", args.device])
+
+
+@torch.no_grad()
+def taught(source, vit, scene, triplet) -> dict:
+    """{name: (CLS, tokens of the target view)}: its own, and what a student of the starting backbone is taught in their place.
+    Tokens that nothing is splatted to stay the view's own."""
+    t = source.load(scene, triplet)
+    grid, (cls, _, tokens) = source.grid(t), vit(t.images)
+    contexts, own = tokens[:2].flatten(0, 1), tokens[2]
+
+    def splatted(gaussians, blend, upscale):
+        operator = distill.triplet_operator(gaussians, t, grid, blend, upscale)
+        return torch.where(operator.valid[:, None], operator(contexts), own)
+
+    learned, measured = source.reconstruct(t), source.reconstruct(t, "depth")
+    found = {"the view itself": own, "masks without 3D": distill.image_features(own, t, grid)[0], "3D without masks": splatted(learned, 1.0, "bilinear"),
+             "SnD": splatted(learned, 0.5, "masks"), "SnD, measured depth": splatted(measured, 0.5, "masks")}
+    return {name: (cls[2].half().cpu(), x.half().unflatten(0, grid).cpu()) for name, x in found.items()}
+
+
+def probes_of_targets(args) -> dict:
+    """What heads read of the features that a student is taught, before anything is trained: {name: scores}. They bound what one
+    round of distillation can bring: a student that learned its lesson exactly would score so."""
+    path = Path(args.out) / "targets.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    asked, vit, views, features = asked_of_probes(args, "tiny", Path(args.out) / "probe"), lift.load_vit("tiny").to(args.device), [], []
+    for scenes in probes.open_split(asked):
+        source = distill.Source(scenes, distill.parse(["--preset", "tiny", "--device", args.device]), vit.patch)
+        generator = torch.Generator().manual_seed(0)
+        places = [(scene, data.sample_triplet(scene, generator)) for scene in scenes for _ in range(2)]
+        size = data.fit_size(scenes[0], asked.pixels, vit.patch)
+        views.append(probes.load_views([scene.subset(triplet[2:]) for scene, triplet in places], size, asked))
+        rows = [taught(source, vit, *place) for place in places]
+        features.append({name: probes.Features(*map(torch.stack, zip(*(row[name] for row in rows)))) for name in rows[0]})
+    heads = {"depth": probes.depth_probe, "normals": probes.normal_probe, "segmentation": probes.segmentation_probe}
+    found = {name: {} for name in features[0]}
+    for kind, (truth, val_truth) in probes.truths(*views).items():
+        for name, (tokens, val_tokens) in zip(found, zip(*(part.values() for part in features))):
+            recipe = getattr(asked, kind)._replace(device=args.device)
+            found[name][kind] = heads[kind](tokens, truth, val_tokens, val_truth, recipe)[0]
+    lift.write_whole(path, json.dumps(found).encode())
+    return found
 
 
 def table(names, found) -> str:
@@ -87,48 +152,130 @@ def table(names, found) -> str:
     return "\n".join(lines)
 
 
-def write_study(found, args):
+def pointmap_scores(name, seed, args) -> dict:
+    """Distill3R's miniature with one loss of Table III: trained on the cache that all share, measured on held-out rooms."""
+    folder, out = Path(args.out) / "cache", folder_of(f"pointmaps {name}", seed, args)
+    common = ["--preset", "tiny", "--scene_dir", args.scene_dir, "--cache", str(folder), "--out", str(out), "--device", args.device]
+    if not (out / "result.json").exists():
+        distill3r.main(["cache", *common])
+        distill3r.main(["train", *common, "--seed", str(seed), "--resume", *TABLE3[name]])
+        distill3r.main(["eval", *common, "--models", *(["mean", "student", "teacher"] if name == next(iter(TABLE3)) else ["student"])])
+    return json.loads((out / "result.json").read_text())
+
+
+def circle_scores(name, seed, args) -> dict:
+    """Splat and Distill on a few rooms, with measured depth. "inferred": poses and depth are what Distill3R's student has found in
+    the pictures alone; "true": they are the rooms' own."""
+    folder = Path(args.out) / "circle"
+    student = folder_of(f"pointmaps {next(iter(TABLE3))}", 0, args) / "student"
+    for room in data.split(data.open_scenes(args.scene_dir), "train")[:16]:
+        pictures, done = Path(args.scene_dir) / room.name / "images", folder / CIRCLE[name] / room.name
+        if not done.exists() and CIRCLE[name] == "true":
+            shutil.copytree(pictures.parent, done)
+        elif not done.exists():
+            done.parent.mkdir(parents=True, exist_ok=True)
+            distill3r.main(["infer", "--preset", "tiny", "--images", str(pictures), "--weights", str(student), "--out", str(folder / room.name),
+                            "--device", args.device])
+            (folder / room.name / "scene").rename(done)
+    return scores_of(name, seed, args, ["--geometry", "depth", "--scene_dir", str(folder / CIRCLE[name])])
+
+
+def finished(names, args) -> dict:
+    """{name: the scores of its seeds} of what is on disk, whichever process has made it."""
+    files = {name: [folder_of(name, seed, args) / "scores.json" for seed in range(args.seeds)] for name in names}
+    found = {name: [json.loads(file.read_text()) for file in some if file.exists()] for name, some in files.items()}
+    return {name: scores for name, scores in found.items() if scores}
+
+
+def pointmap_table(args) -> str:
+    lines = ["| | seeds | accuracy ↓ | median | completeness ↓ | median | scale | conf. rank |", "|---" * 8 + "|"]
+    found = {}
+    for name in TABLE3:
+        for file in (folder_of(f"pointmaps {name}", seed, args) / "result.json" for seed in range(args.seeds)):
+            for model, r in (json.loads(file.read_text()) if file.exists() else {}).items():
+                label = f"student, {name}" if model == "student" else {"mean": "mean pointmap", "teacher": "teacher (geometry with errors)"}[model]
+                found.setdefault(label, []).append([*r["mean"].values(), r["calibration"]["rank"]])
+    for label, rows in found.items():
+        one = len(rows) == 1 or not label.startswith("student")
+        cells = [f"{statistics.mean(v):.3f}" + ("" if one else f" ± {statistics.stdev(v):.3f}") for v in zip(*rows)]
+        lines.append(f"| {label} | {len(rows) if label.startswith('student') else ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_study(args):
+    """All that is finished so far. What was written by hand below `KEPT` stays."""
+    study, found = Path(args.study), finished([*RUNS, *CIRCLE], args)
+    notes = study.read_text().partition(KEPT)[2] if study.exists() else "\n"
     flags = "\n".join(f"| {name} | {'the weights as they are' if f is None else f'`{chr(32).join(f)}`' if f else 'the defaults'} |" for name, f in RUNS.items())
+    targets = Path(args.out) / "targets.json"
+    targets = {name: [scores] for name, scores in json.loads(targets.read_text()).items()} if targets.exists() else {}
     text = f"""# What each part brings
 
 `python tests/study.py`, {platform.machine()}, {torch.get_num_threads()} CPU thread(s) of a shared 2-core machine, {args.date}. Preset `tiny` of
-`04_distill.py` on the {args.scene_dir} rooms; heads of `05_probe.py` trained on the training rooms and scored on the held-out ones; recall within
-1.5 patches. Means and standard deviations over the seeds of the training that have been run; the same heads, views and pairs for all.
+`04_distill.py` on {args.rooms} built-in rooms, every eighth held out. Heads of `05_probe.py` ({args.views} views a room) trained on the training rooms and
+scored on the held-out ones; recall is within 1.5 patches. Means and standard deviations over the seeds of the training; the same heads,
+views and pairs for all.
+
+## Splat and Distill and its controls
 
 {table(MAIN, found)}
 
-SnD's Table 5 in miniature:
+## SnD's Table 5 in miniature
 
 {table(["SnD", *TABLE5], found)}
 
-Other choices:
+## Other choices
 
 {table(["SnD", *OTHERS], found)}
+
+## What the student is taught
+
+Heads on the targets of the first step in place of features: what a student that learned one round exactly would score. "The view
+itself" are the starting backbone's own tokens of the same views. No training, so no seeds.
+
+{table(targets, targets)}
+
+## Distill3R's Table III in miniature
+
+{pointmap_table(args)}
+
+## Poses from pictures: Distill3R, then Splat and Distill
+
+{table(["start", *CIRCLE], found)}
+
+## The runs
 
 | run | flags of 04_distill.py |
 |---|---|
 {flags}
-"""
-    lift.write_whole(Path(args.study), text.encode())
+
+{KEPT}"""
+    lift.write_whole(study, (text + notes).encode())
 
 
 def main(argv=None):
+    parts = {name: lambda seed, name=name: scores_of(name, seed, args, RUNS[name]) for name in RUNS}
+    parts |= {name: lambda seed, name=name: pointmap_scores(name, seed, args) for name in TABLE3}
+    parts |= {"targets": lambda seed: probes_of_targets(args)} | {name: lambda seed, name=name: circle_scores(name, seed, args) for name in CIRCLE}
     parser = argparse.ArgumentParser(description="Train and probe every variant; write STUDY.md.")
-    parser.add_argument("--scene_dir", default="data")
+    parser.add_argument("--scene_dir", default="out/study/rooms", help="made if it is missing")
+    parser.add_argument("--rooms", type=int, default=400)
+    parser.add_argument("--views", type=int, default=4, help="views a room that the probes see")
     parser.add_argument("--out", default="out/study")
     parser.add_argument("--study", default="STUDY.md")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.date = importlib.import_module("datetime").date.today().isoformat()
-    found = {}
+    if not Path(args.scene_dir).exists():
+        data.make_rooms(args.scene_dir, scenes=args.rooms)
     for seed in range(args.seeds):
         for name in args.only:
-            if seed == 0 or RUNS[name] is not None:
+            if seed == 0 or name not in ("start", "targets"):
                 print(f"-- {name}, seed {seed}", flush=True)
-                found.setdefault(name, []).append(scores_of(name, seed, args))
-                write_study(found, args)
+                parts[name](seed)
+                write_study(args)
     print(f"  ->  {args.study}")
 
 
