@@ -59,7 +59,7 @@ TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
     "labels only": ["--weight", "none", "--gamma", "0"],
     "student's confidence weighs": ["--weight", "student", "--gamma", "0"]}
 CIRCLE = {"16 rooms, true poses and depth": "true", "16 rooms, poses and depth from pictures": "inferred"}
-KEPT = "<!-- what follows is written by hand -->"
+KEPT, NOT_YET = "<!-- what follows is written by hand -->", "Not run yet."
 COLUMNS = [("depth", "AbsRel", "depth AbsRel ↓", 4), ("depth", "RMSE", "RMSE ↓", 4), ("normals", "RMSE", "normals RMSE ° ↓", 2),
            ("segmentation", "mIoU", "mIoU % ↑", 2), ("segmentation", "mAcc", "mAcc % ↑", 2),
            *(("correspondence", f"1.5 patches{bin}", f"recall{bin or ', all'} % ↑", 1) for bin in ("", *(f" {b}" for b in probes.VIEWPOINTS)))]
@@ -67,6 +67,11 @@ COLUMNS = [("depth", "AbsRel", "depth AbsRel ↓", 4), ("depth", "RMSE", "RMSE �
 
 def folder_of(name, seed, args):
     return Path(args.out) / f"{name.partition(' (')[0].replace(' ', '_')}_{seed}"
+
+
+def written(name, file, args) -> list:
+    """What is in the files of this name of all its seeds, whichever process has made them."""
+    return [json.loads(path.read_text()) for path in sorted(Path(args.out).glob(f"{folder_of(name, '[0-9]', args).name}/{file}"))]
 
 
 def scores_of(name, seed, args, flags) -> dict:
@@ -120,6 +125,7 @@ def probes_of_targets(args) -> dict:
     if path.exists():
         return json.loads(path.read_text())
     asked, vit, views, features = asked_of_probes(args, "tiny", Path(args.out) / "probe"), lift.load_vit("tiny").to(args.device), [], []
+    vit.norm = torch.nn.Identity()  # tokens are taken where the probes read them, after the last block
     for scenes in probes.open_split(asked):
         source = distill.Source(scenes, distill.parse(["--preset", "tiny", "--device", args.device]), vit.patch)
         generator = torch.Generator().manual_seed(0)
@@ -142,14 +148,14 @@ def table(names, found) -> str:
     """Mean and, of several seeds, the standard deviation of each score."""
     lines = ["| | seeds | " + " | ".join(heading for *_, heading, _ in COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
     for name in names:
-        if name in found:
+        if name in found:  # the others have not been run yet
             cells = []
             for probe, score, _, digits in COLUMNS:
                 values = [s[probe][score] for s in found[name] if s.get(probe, {}).get(score) is not None]
                 spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and name != "start" else ""
                 cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
             lines.append(f"| {name} | {len(found[name])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else NOT_YET
 
 
 def pointmap_scores(name, seed, args) -> dict:
@@ -180,31 +186,24 @@ def circle_scores(name, seed, args) -> dict:
     return scores_of(name, seed, args, ["--geometry", "depth", "--scene_dir", str(folder / CIRCLE[name])])
 
 
-def finished(names, args) -> dict:
-    """{name: the scores of its seeds} of what is on disk, whichever process has made it."""
-    files = {name: [folder_of(name, seed, args) / "scores.json" for seed in range(args.seeds)] for name in names}
-    found = {name: [json.loads(file.read_text()) for file in some if file.exists()] for name, some in files.items()}
-    return {name: scores for name, scores in found.items() if scores}
-
-
 def pointmap_table(args) -> str:
     lines = ["| | seeds | accuracy ↓ | median | completeness ↓ | median | scale | conf. rank |", "|---" * 8 + "|"]
     found = {}
     for name in TABLE3:
-        for file in (folder_of(f"pointmaps {name}", seed, args) / "result.json" for seed in range(args.seeds)):
-            for model, r in (json.loads(file.read_text()) if file.exists() else {}).items():
+        for results in written(f"pointmaps {name}", "result.json", args):
+            for model, r in results.items():
                 label = f"student, {name}" if model == "student" else {"mean": "mean pointmap", "teacher": "teacher (geometry with errors)"}[model]
                 found.setdefault(label, []).append([*r["mean"].values(), r["calibration"]["rank"]])
     for label, rows in found.items():
         one = len(rows) == 1 or not label.startswith("student")
         cells = [f"{statistics.mean(v):.3f}" + ("" if one else f" ± {statistics.stdev(v):.3f}") for v in zip(*rows)]
         lines.append(f"| {label} | {len(rows) if label.startswith('student') else ''} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if found else NOT_YET
 
 
 def write_study(args):
     """All that is finished so far. What was written by hand below `KEPT` stays."""
-    study, found = Path(args.study), finished([*RUNS, *CIRCLE], args)
+    study, found = Path(args.study), {name: scores for name in (*RUNS, *CIRCLE) if (scores := written(name, "scores.json", args))}
     notes = study.read_text().partition(KEPT)[2] if study.exists() else "\n"
     flags = "\n".join(f"| {name} | {'the weights as they are' if f is None else f'`{chr(32).join(f)}`' if f else 'the defaults'} |" for name, f in RUNS.items())
     targets = Path(args.out) / "targets.json"
@@ -241,7 +240,7 @@ itself" are the starting backbone's own tokens of the same views. No training, s
 
 ## Poses from pictures: Distill3R, then Splat and Distill
 
-{table(["start", *CIRCLE], found)}
+{table(CIRCLE, found)}
 
 ## The runs
 

@@ -780,7 +780,7 @@ def test_the_unit_of_a_scene_does_not_matter(rooms, unit):
 
 
 def test_measured_depth_is_asked_for_by_name(rooms_dir):
-    triplets, heldout, source = distill.prepare(distill.parse(["--scene_dir", str(rooms_dir), "--geometry", "depth", "--heldout", "2", "--max_steps", "5"]))
+    triplets, heldout, source = distill.prepare(distill.parse(["--scene_dir", str(rooms_dir), "--geometry", "depth", "--heldout", "2", "--max_steps", "5", "--batch", "1"]))
     assert len(triplets) == 5 and len(heldout) == 2 and source.load(*heldout[0]).depth is not None
     assert not {scene.name for scene, _ in triplets} & {scene.name for scene, _ in heldout}
 
