@@ -287,19 +287,18 @@ def monomials(lattice: Lattice, like: Tensor) -> Tensor:
 
 
 def composite(
-    alpha: Tensor,  # (S, B, P) divided by RANGE
+    alpha: Tensor,  # (S, B, P) divided by RANGE, changed in place to the weights
     light: Tensor,  # (B, P) T times RANGE, changed in place to that behind the last Gaussian
-    out: Tensor,  # like alpha, or alpha itself
 ) -> Tensor:
     """The weights w_k = alpha_k T_k, front to back, T_{k+1} = T_k - w_k, and 0 from where a pixel stops: (S, B, P)."""
     # A T too low becomes 0 and stays 0. Its weight goes with it by a minimum, for which alpha T is smaller than RANGE times
     # every other T_{k+1}: torch.where would take twice as long as all the rest.
-    for a, w in zip(alpha, out):
-        torch.mul(a, light, out=w)
+    for w in alpha:
+        w.mul_(light)
         light.sub_(w, alpha=RANGE)
         torch.nn.functional.threshold_(light, RANGE * MIN_LIGHT, 0.0)
         torch.minimum(w, light, out=w)
-    return out
+    return alpha
 
 
 class Step(NamedTuple):
@@ -309,10 +308,10 @@ class Step(NamedTuple):
     rows: Tensor  # (B, S, 8 + E) of the table
     columns: Tensor  # (8, S, B), the first of them again
     weight: Tensor  # (S, B, P) w = alpha T
-    # If asked for:
-    alpha: Tensor  # (S, B, P) divided by RANGE, after skipping and clamping
-    light: Tensor  # (B, P) T times RANGE before the first Gaussian
-    spare: list[Tensor]  # one more (S, B, P), of any content
+    # For the backward pass:
+    light: Tensor | None = None  # (B, P) T times RANGE before the first Gaussian
+    opaque: Tensor | None = None  # (2, n) the k < S and b < B whose opacity is above MAX_ALPHA
+    clamped: Tensor | None = None  # (n, P) where their alpha is, too
 
 
 def walk(
@@ -320,7 +319,7 @@ def walk(
     band: Band,
     lattice: Lattice,
     max_elements: int,
-    keep_alpha: bool = False,
+    backward: bool = False,
 ) -> Iterator[Step]:
     """Yields the weights of every Gaussian at every pixel, front to back; a step's tensors are good until the next one."""
     start, end = band.start[:-1], band.start[1:]
@@ -331,7 +330,7 @@ def walk(
     ahead = torch.arange(CHUNK, device=table.device)
     # Longest first, lest one is left over at the end; alike in powers of 2 only, so that neighbours stay together in the cache.
     queue = (end - start).log2().floor().argsort(descending=True, stable=True)[: int((end > start).sum())]
-    buffers = table.new_empty(3 if keep_alpha else 1, CHUNK * min(slots, len(queue)) * basis.shape[1])
+    buffer = table.new_empty(CHUNK * min(slots, len(queue)) * basis.shape[1])
     blocks = at = queue[:0]
     light, taken = table.new_empty(0, basis.shape[1]), 0
     while taken < len(queue) or len(blocks):
@@ -345,12 +344,14 @@ def walk(
         columns = rows[..., :8].permute(2, 1, 0).contiguous()
         coefficients = polynomial(columns, centre)
         coefficients[0].masked_fill_((place >= end[blocks, None]).T, -1e30)  # wherever that leads, 2^ it is 0
-        alpha, *spare = buffers[:, : place.numel() * basis.shape[1]].view(len(buffers), CHUNK, len(blocks), -1)
-        weight, before = (spare.pop(), light.clone()) if keep_alpha else (alpha, light)
+        alpha = buffer[: place.numel() * basis.shape[1]].view(CHUNK, len(blocks), -1)
         torch.mm(coefficients.flatten(1).T, basis, out=alpha.flatten(0, 1)).exp2_()
         torch.nn.functional.threshold_(alpha, MIN_ALPHA / RANGE, 0.0).clamp_(max=MAX_ALPHA / RANGE)
-        weight = composite(alpha, light, weight)
-        yield Step(blocks, centre, ids.view(place.shape), rows, columns, weight, alpha, before, spare)
+        before = ()
+        if backward:
+            opaque = (columns[7] > math.log2(MAX_ALPHA / RANGE)).nonzero().T
+            before = light.clone(), opaque, alpha[*opaque] >= MAX_ALPHA / RANGE
+        yield Step(blocks, centre, ids.view(place.shape), rows, columns, composite(alpha, light), *before)
         at = at + CHUNK
         going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
         blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
@@ -434,11 +435,11 @@ class Composite(torch.autograd.Function):
             grad_few, grad_many = map(cut, grads)  # (blocks, E or C, P)
             # The sum of w_j h_j over all j not yet passed, where h = dL/dw.
             behind = (grad_few * cut(images[0])).sum(1) + (grad_many * cut(images[1])).sum(1)
-            for step in walk(table, band, lattice, max_elements, keep_alpha=geometry):
+            for step in walk(table, band, lattice, max_elements, backward=geometry):
                 g, ids = grad_few.index_select(0, step.blocks), step.ids.long()
                 rows = sums.new_zeros(*ids.shape, sums.shape[1])
                 rows[..., 6 : 6 + E] = (g @ step.weight.permute(1, 2, 0)).mT
-                h = torch.bmm(step.rows[..., 8:], g, out=step.spare[0].view(*ids.shape, -1)) if geometry else None  # (B, S, P)
+                h = step.rows[..., 8:] @ g if geometry else None  # (B, S, P)
                 for part in pieces(len(ids) if C else 0, max_elements // (CHUNK * max(1, C))):
                     g, gaussian = grad_many.index_select(0, step.blocks[part]), ids[part].flatten()
                     if geometry:
@@ -456,18 +457,16 @@ def slopes(
     h: Tensor,  # (B, S, P) dL/dw
     behind: Tensor,  # (blocks, P) sum of w_j h_j over this step and all behind; the step is taken off
 ) -> Tensor:
-    """alpha_k dL/dalpha_k = w_k (h_k - sum_{j>k} w_j h_j / T_{k+1}), 0 where alpha is clamped: (S, B, P), in place of alpha."""
-    left, (wh, mean) = behind.index_select(0, step.blocks), h.new_empty(2, *step.light.shape)
+    """alpha_k dL/dalpha_k = w_k (h_k - sum_{j>k} w_j h_j / T_{k+1}), 0 where alpha is clamped: (S, B, P), in place of w."""
+    left = behind.index_select(0, step.blocks)
     light = step.light.clamp_(min=RANGE * MIN_LIGHT)  # where a pixel has stopped, w is 0, and this must only not be 0
-    for w, a, h in zip(step.weight, step.alpha, h.unbind(1)):
-        torch.mul(w, h, out=wh)
-        left.sub_(wh)
+    for w, h in zip(step.weight, h.unbind(1)):
+        left.addcmul_(w, h, value=-1)
         light.sub_(w, alpha=RANGE)
-        torch.div(left, light, out=mean)  # what the light behind k brings, on average
-        wh.addcmul_(w, mean, value=-RANGE)
-        a.lt_(MAX_ALPHA / RANGE).mul_(wh)
+        w.mul_(h.addcdiv_(left, light, value=-RANGE))  # left / light: what the light behind k brings, on average
     behind.index_copy_(0, step.blocks, left)
-    return step.alpha
+    step.weight[*step.opaque] *= ~step.clamped
+    return step.weight
 
 
 def moments(

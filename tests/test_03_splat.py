@@ -299,8 +299,8 @@ def test_composite_is_a_cumulative_product():
     alpha, light = torch.rand(40, 3, 64).clamp(max=0.99) ** 2, torch.rand(3, 64)
     T = torch.cat([light[None], 1 - alpha]).cumprod(0)
     expected, after = (T[:-1] * alpha).where(T[1:] > 1e-4, 0), T[-1].where(T[-1] > 1e-4, 0)
-    scaled, out = light * splat.RANGE, torch.empty_like(alpha)
-    splat.composite(alpha / splat.RANGE, scaled, out)
+    scaled = light * splat.RANGE
+    out = splat.composite(alpha / splat.RANGE, scaled)
     assert 0 < (expected == 0).float().mean() < 0.9
     assert error([out, scaled / splat.RANGE], [expected, after]) < 2e-6
 
