@@ -83,6 +83,15 @@ class Frame:
     two_regions: bool = False  # the mask is a validity mask: its two sides are two regions
 
 
+def covering_crop(stored, size):
+    """Of a picture (H, W) that is scaled to cover `size` (H, W) and cropped about its centre: -> the scale, and the box (left,
+    top, right, bottom) of its pixels that stays."""
+    (full_h, full_w), (height, width) = stored, size
+    scale = max(height / full_h, width / full_w)
+    left, top = max(0.0, (full_w - width / scale) / 2), max(0.0, (full_h - height / scale) / 2)
+    return scale, (left, top, min(full_w, left + width / scale), min(full_h, top + height / scale))  # Pillow refuses 1e-15 beyond
+
+
 class Scene:
     """Posed views of one place. Holds paths and cameras; pictures are decoded when `view` asks for them."""
 
@@ -110,15 +119,14 @@ class Scene:
         frame = self.frames[i]
         full_h, full_w = frame.size
         height, width = size or frame.size
-        scale = max(height / full_h, width / full_w)
-        left, top = max(0.0, (full_w - width / scale) / 2), max(0.0, (full_h - height / scale) / 2)
+        scale, box = covering_crop(frame.size, (height, width))
+        left, top, *_ = box
         K = undistorted_K(frame)
         rows, cols = np.mgrid[0:height, 0:width] + 0.5
         x, y = distort(cols / scale + left, rows / scale + top, K, frame)  # stored pixel behind every pixel of the view
         image = decode(frame.image, colour=True)
         if any(frame.distortion[0]) or any(frame.distortion[1]):
             image = undistort_image(image, K, frame)
-        box = (left, top, min(full_w, left + width / scale), min(full_h, top + height / scale))  # Pillow refuses 1e-15 beyond
         image = image.resize((width, height), Image.BICUBIC, box=box)
         K = np.array([[scale, 0, -scale * left], [0, scale, -scale * top], [0, 0, 1]]) @ K
         look_up = lambda stored: torch.from_numpy(nearest(stored, x / full_w, y / full_h))

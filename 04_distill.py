@@ -2,8 +2,8 @@
 
 Paper   Splat and Distill (SnD) Sec. 3.1-3.5, Eq. 1-5, Table 5, Appendix A.3.
 In      posed views (01_data), a pretrained ViT and a geometry (02_lift). Masks are optional: superpixels stand in.
-Out     out/04_distill/: student/ (a Hugging Face DINOv2 folder, LoRA merged), adapters, log.jsonl, pictures, checkpoints.
-Run     python 04_distill.py --preset tiny              built-in rooms, no downloads: 3 minutes on a 2-core CPU
+Out     out/04_distill/: student/ (a Hugging Face DINOv2 folder, LoRA merged), log.jsonl, pictures, checkpoints; adapters if there are.
+Run     python 04_distill.py --preset tiny              built-in rooms, no downloads: minutes on a 2-core CPU
         python 04_distill.py --scene_dir my_scene       your own posed images; on a CUDA machine with the paper's setting
         python 04_distill.py --resume                   goes on after a kill, where the last checkpoint was
         torchrun --nproc_per_node=4 04_distill.py --batch 4 ...        four GPUs, one triplet each
@@ -17,6 +17,7 @@ splat operator (03_splat). It is computed once per triplet and kept on disk; a s
 takes the plain path instead, which is `splat_features` below: the same loss to rounding, and the one to read.
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import hashlib
@@ -44,7 +45,7 @@ from tqdm import tqdm
 data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat"))
 
 # `vits` and `vitb` are the paper's setting (A.3); `tiny` fits the same loop into minutes on a CPU.
-# Differs: temperatures are not in the paper and 1.0 in its code, where both distributions are nearly uniform (README, study).
+# Differs: temperatures are not in the paper and 1.0 in its code, where both distributions are nearly uniform (STUDY.md).
 # Differs: at 1.9 million parameters `tiny` trains the whole ViT, which reaches further than adapters do (STUDY.md).
 PAPER = dict(mvsplat="re10k.ckpt", pixels=574 * 868, triplets=10_000, max_steps=50_000, batch=1, full_finetune=False, lr=2e-5,
              head_lr=2e-5, rank=8, hidden=2048, bottleneck=256, prototypes=65_536, momentum=0.999, ema_every=10, tau_student=1.0,
@@ -494,10 +495,10 @@ def parse(argv):
     add("--triplets", type=splat.positive, help="triplets drawn, each with an operator on disk; fewer are prepared sooner [p]")
     add("--operators", default="out/operators", help="folder of splat operators; runs with the same scenes share it")
     flag("--online", "no operators: lift, splat and blend all channels in each step")
-    add("--lr", type=float, help="learning rate of the adapters, cosine to 0; halve it when the loss jumps [p]")
+    add("--lr", type=float, help="learning rate of what is trained of the ViT, cosine to 0; halve it when the loss jumps [p]")
     add("--head_lr", type=float, help="the head's; if large, the head learns the task in the ViT's place [p]")
     add("--rank", type=splat.positive, help="rank of the LoRA adapters [p]")
-    add("--full_finetune", action=argparse.BooleanOptionalAction, help="train the whole ViT instead of adapters; a tenth of their --lr [p]")
+    add("--full_finetune", action=argparse.BooleanOptionalAction, help="train the whole ViT instead of adapters, with a tenth of the --lr [p]")
     add("--hidden", type=splat.positive, help="width of the head's MLP [p]")
     add("--bottleneck", type=splat.positive, help="width of the head's bottleneck [p]")
     add("--prototypes", type=splat.positive, help="number of prototypes; lower it when memory runs out [p]")
@@ -558,6 +559,7 @@ def processes(args):
             torch.cuda.set_device(args.device)
         # Rank 0 may prepare and measure for long while the others wait.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+        atexit.register(dist.destroy_process_group)
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
@@ -711,11 +713,7 @@ def report(out, before, adapted, teacher, agreed, heldout, operators, source):
 def main(argv=None):
     args = parse(argv)
     with data.explained(args, f"`--resume --out {args.out}` goes on from the last checkpoint"):
-        try:
-            run(args)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        run(args)
 
 
 if __name__ == "__main__":

@@ -530,6 +530,9 @@ def truths(train: Views | None, val: Views) -> dict:  # {probe: its maps of both
     return {name: both for name, (unknown, *both) in found.items() if all((x != unknown).any() for x in both)}
 
 
+PROBES = {"depth": depth_probe, "normals": normal_probe, "segmentation": segmentation_probe}
+
+
 def constants(maps: dict) -> dict:
     """The baseline's scores: the mean depth, mean normal and most frequent class of training views, said without looking."""
     scores = {}
@@ -550,7 +553,6 @@ def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args
     A probe without truth in both splits is left out. One args.seed gives the same numbers, on one machine and count of threads.
     """
     maps, out = truths(train, val), Path(args.out)
-    probes = {"depth": depth_probe, "normals": normal_probe, "segmentation": segmentation_probe}
     results = {"no features": Probed(constants(maps), {}, [], {})}
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.jsonl", "w") as log:
@@ -562,7 +564,7 @@ def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args
                 log.write(json.dumps(dict(model=name, head=kind)) + "\n")
                 recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log)
                 more = [not args.no_cls] if kind == "depth" else []
-                scores[kind], prediction = probes[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
+                scores[kind], prediction = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
                 said[kind] = prediction[shown_views(val)]
             if pairs:
                 scores["correspondence"], chance, matches = correspondence(val_tokens, val, pairs, args.device)

@@ -613,11 +613,9 @@ class Photos:
 
     def view(self, i, size=None) -> data.View:
         """Picture i, scaled to cover `size` (H, W) and centre-cropped, as `data.Scene.view` does it; no camera, no maps."""
-        path, (full_h, full_w) = self.frames[i]
-        height, width = size or (full_h, full_w)
-        scale = max(height / full_h, width / full_w)
-        left, top = max(0.0, (full_w - width / scale) / 2), max(0.0, (full_h - height / scale) / 2)
-        box = (left, top, min(full_w, left + width / scale), min(full_h, top + height / scale))
+        path, stored = self.frames[i]
+        height, width = size or stored
+        _, box = data.covering_crop(stored, (height, width))
         image = ImageOps.exif_transpose(data.decode(path, colour=True)).resize((width, height), Image.BICUBIC, box=box)
         return data.View(path.name, torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 255, *[None] * 6)
 
@@ -745,10 +743,6 @@ def oriented(size, height, width):  # (H, W) wide -> the same turned upright for
     return (max(size), min(size)) if height > width else (min(size), max(size))
 
 
-def covering(size, height, width):  # by how much a picture of (height, width) is scaled before it is cropped to `size`
-    return max(size[0] / height, size[1] / width)
-
-
 def resampled(m: Pointmap, picture, size) -> Pointmap:
     """A teacher's map at the student's size, bilinear: both are centre crops of one picture (H, W), scaled to cover their size.
 
@@ -758,7 +752,7 @@ def resampled(m: Pointmap, picture, size) -> Pointmap:
     have = m.conf_local.shape
     if have == tuple(size):
         return m
-    zoom = covering(have, *picture) / covering(size, *picture)
+    zoom = data.covering_crop(picture, have)[0] / data.covering_crop(picture, size)[0]
     y, x = (((torch.arange(n) + 0.5 - n / 2) * zoom + h / 2) * (2 / h) - 1 for n, h in zip(size, have))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]  # (1, H, W, 2)
     stacked = torch.cat([m.points_global, m.points_local, m.conf_global[..., None], m.conf_local[..., None]], -1)
@@ -1170,7 +1164,7 @@ def train(args, rank, world):
 
 
 def robust_similarity(source: Tensor, target: Tensor, weight: Tensor, rounds=10):
-    """The same, where some points are far off: each round weighs them by how well the last one fitted them (Cauchy)."""
+    """`similarity`, where some points are far off: each round weighs them by how well the last one fitted them (Cauchy)."""
     s, R, t = similarity(source, target, weight)
     for _ in range(rounds):
         off = (target - (s * source.double() @ R.T + t)).norm(dim=1)
@@ -1219,7 +1213,6 @@ def estimate_cameras(maps: list[Pointmap], tau=0.3) -> Cameras:
     for f, m in zip(focals, maps):
         of_size[m.conf_local.shape].append(f)
     return Cameras(torch.tensor([np.median(of_size[m.conf_local.shape]) for m in maps]).float(), torch.stack(scales), poses)
-
 
 
 # ------------------------------------------------------------------------------------------------ a scene for other tools
@@ -1745,11 +1738,7 @@ def run(args):
 def main(argv=None):
     args = parse(argv)
     with data.explained(args, "the same command with --resume goes on"):
-        try:
-            run(args)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        run(args)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ MAIN = {  # name -> what 04_distill is told; "start" is the backbone as it is
     "3D without masks": PLAIN,
     "correspondence loss": ["--loss", "correspondence", *PLAIN],
     "feature rendering (G)": ["--loss", "feature", "--frozen_teacher"],
-    "the same beside the start's": ["--loss", "feature", "--frozen_teacher"],  # channels side by side, as FiT3D is scored
+    "the same beside the start's": ["--loss", "feature", "--frozen_teacher"],
     "SnD": []}
+BESIDE = {"the same beside the start's": "feature rendering (G)"}  # whose channels stand beside the start's, as FiT3D is scored
 TABLE5 = {
     "without blending (A)": ["--no_blend"],
     "bilinear upscaling (B)": ["--upscale", "bilinear"],
@@ -79,10 +80,9 @@ def scores_of(name, seed, args, flags) -> dict:
     folder = folder_of(name, seed, args)
     if (folder / "scores.json").exists():
         return json.loads((folder / "scores.json").read_text())
-    beside, student = name == "the same beside the start's", "tiny"
-    trained = folder_of("feature rendering", seed, args) if beside else folder
+    student, trained = "tiny", folder_of(BESIDE.get(name, name), seed, args)
     if flags is not None:
-        student = f"tiny+{trained / 'student'}" if beside else trained / "student"
+        student = f"tiny+{trained / 'student'}" if name in BESIDE else trained / "student"
         if not (trained / "result.json").exists():
             distill.main(["--preset", "tiny", "--scene_dir", args.scene_dir, "--out", str(trained), "--operators", str(Path(args.out) / "operators"),
                           "--seed", str(seed), "--device", args.device, "--resume", *flags])
@@ -134,12 +134,11 @@ def probes_of_targets(args) -> dict:
         views.append(probes.load_views([scene.subset(triplet[2:]) for scene, triplet in places], size, asked))
         rows = [taught(source, vit, *place) for place in places]
         features.append({name: probes.Features(*map(torch.stack, zip(*(row[name] for row in rows)))) for name in rows[0]})
-    heads = {"depth": probes.depth_probe, "normals": probes.normal_probe, "segmentation": probes.segmentation_probe}
     found = {name: {} for name in features[0]}
     for kind, (truth, val_truth) in probes.truths(*views).items():
         for name, (tokens, val_tokens) in zip(found, zip(*(part.values() for part in features))):
             recipe = getattr(asked, kind)._replace(device=args.device)
-            found[name][kind] = heads[kind](tokens, truth, val_tokens, val_truth, recipe)[0]
+            found[name][kind] = probes.PROBES[kind](tokens, truth, val_tokens, val_truth, recipe)[0]
     lift.write_whole(path, json.dumps(found).encode())
     return found
 
@@ -173,6 +172,7 @@ def circle_scores(name, seed, args) -> dict:
     """Splat and Distill on a few rooms, with measured depth. "inferred": poses and depth are what Distill3R's student has found in
     the pictures alone; "true": they are the rooms' own."""
     folder = Path(args.out) / "circle"
+    pointmap_scores(next(iter(TABLE3)), 0, args)
     student = folder_of(f"pointmaps {next(iter(TABLE3))}", 0, args) / "student"
     for room in data.split(data.open_scenes(args.scene_dir), "train")[:16]:
         pictures, done = Path(args.scene_dir) / room.name / "images", folder / CIRCLE[name] / room.name

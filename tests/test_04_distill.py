@@ -1,13 +1,13 @@
 """04_distill.py: each piece against a slow definition, the run as a user starts it, and runs that are killed."""
 import copy
 import errno
+import functools
 import importlib
+import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
+import killed
+from killed import finish, kill_and_resume
 
 data, lift, splat, distill = (importlib.import_module(n) for n in ("01_data", "02_lift", "03_splat", "04_distill"))
 ROOT = Path(__file__).parents[1]
@@ -35,30 +38,7 @@ def run(*arguments, **options):
     return process.returncode, out, err
 
 
-# Processes that are to be killed are forked from one that has imported torch already: each saves three seconds.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "test_04_distill"])
-
-
-def child(arguments, file_limit=None):
-    if file_limit:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    distill.main([str(a) for a in arguments])
-
-
-def fork(*arguments, **options):
-    process = SERVER.Process(target=child, args=(arguments,), kwargs=options)
-    process.start()
-    return process
-
-
-def finish(process):
-    process.join(240)
-    assert process.exitcode is not None
-    return process.exitcode
+fork = functools.partial(killed.fork, "04_distill")
 
 
 # ------------------------------------------------------------------------------------------------ LoRA, head, loss
@@ -539,12 +519,7 @@ def undisturbed(rooms_dir, tmp_path_factory):
 
 
 def same(out, whole):
-    for name in ("student/model.safetensors", "student/config.json", "adapters.safetensors", "result.json", "heldout.png"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    read = lambda folder: [{**json.loads(line), "seconds": 0} for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert read(out) == read(whole) and len(read(out)) == 12
-    ours, theirs = (splat.read_run(folder / "checkpoint.safetensors") for folder in (out, whole))
-    assert ours[0] == theirs[0] == 12 and ours[2].keys() == theirs[2].keys() and all(torch.equal(ours[2][k], v) for k, v in theirs[2].items())
+    killed.same(out, whole, 12, "adapters.safetensors", "result.json", "heldout.png")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -552,19 +527,9 @@ def test_a_run_killed_at_random_points_resumes_bit_identically(undisturbed, tmp_
     """Five kill -9 each, anywhere: start, operators, a step, a write, the report. The last seed begins without operators."""
     whole, seconds, common = undisturbed
     common = common + (["--operators", tmp_path / "operators"] if seed == 3 else [])
-    rng, kills = random.Random(seed), 0
-    while kills < 5:
-        process = fork(*common, "--out", tmp_path / "run", "--resume")
-        process.join(rng.uniform(0.1, 0.9) * seconds)
-        if process.exitcode is not None:  # came to its end first: begin again
-            assert process.exitcode == 0
-            for file in (tmp_path / "run").glob("checkpoint*"):
-                file.unlink()
-            continue
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += 1
-    assert finish(fork(*common, "--out", tmp_path / "run", "--resume")) == 0
+    rng = random.Random(seed)
+    kill_and_resume(lambda: fork(*common, "--out", tmp_path / "run", "--resume"), tmp_path / "run", 5,
+                    (rng.uniform(0.1, 0.9) * seconds for _ in itertools.count()))
     same(tmp_path / "run", whole)
 
 
@@ -583,14 +548,14 @@ def dying_child(arguments, call, when):
             replace(source, target)
 
     os.replace = deadly
-    child(arguments)
+    killed.child("04_distill", arguments)
 
 
 @pytest.mark.parametrize("call,when", [(3, "before"), (4, "before"), (5, "before"), (5, "after")])
 def test_a_kill_within_the_writing_of_a_checkpoint(undisturbed, tmp_path, call, when):
     """The second checkpoint is a new file, renamed from its temporary name (3); the old one steps aside (4); it takes its place (5)."""
     whole, _, common = undisturbed
-    process = SERVER.Process(target=dying_child, args=([*common, "--out", tmp_path / "run"], call, when))
+    process = killed.SERVER.Process(target=dying_child, args=([*common, "--out", tmp_path / "run"], call, when))
     process.start()
     assert finish(process) == -signal.SIGKILL
     steps = [splat.read_run(path)[0] for path in splat.checkpoint_paths(tmp_path / "run") if path.exists()]

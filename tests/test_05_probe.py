@@ -2,7 +2,6 @@
 import importlib
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys

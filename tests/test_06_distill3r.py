@@ -2,9 +2,9 @@
 import copy
 import functools
 import importlib
+import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -18,37 +18,20 @@ import pytest
 import torch
 from PIL import Image
 
+import killed
+from killed import finish, kill_and_resume, log_of
+
 data, lift, splat, d3r = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat", "06_distill3r"))
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "48", "64", "--views", "2", "--stride", "1", "--heldout", "2", "--no-mirror", "--device", "cpu"]
 
-# Processes that are to be killed are forked from one that has imported torch already: each saves three seconds.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "test_06_distill3r"])
+fork = functools.partial(killed.fork, "06_distill3r")
 
 
 def run(*arguments, launcher=(), cwd=ROOT):
     done = subprocess.run([sys.executable, *launcher, str(ROOT / "06_distill3r.py"), *map(str, arguments)], cwd=cwd, text=True,
                           capture_output=True, timeout=280)
     return done.returncode, done.stdout, done.stderr
-
-
-def child(arguments):
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    d3r.main([str(a) for a in arguments])
-
-
-def fork(*arguments):
-    process = SERVER.Process(target=child, args=(arguments,))
-    process.start()
-    return process
-
-
-def finish(process):
-    process.join(240)
-    assert process.exitcode is not None
-    return process.exitcode
 
 
 def main(*arguments):
@@ -61,10 +44,6 @@ def message(*arguments):
         main(*arguments)
     assert "\n" not in str(stop.value.code)
     return str(stop.value.code)
-
-
-def log_of(out):
-    return [{**json.loads(line), "seconds": 0} for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------ as a user starts it
@@ -223,28 +202,14 @@ def undisturbed(cached, tmp_path_factory):
 
 
 def same(out, whole):
-    for name in ("student/model.safetensors", "student/config.json"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    assert log_of(out) == log_of(whole) and len(log_of(out)) == 6
-    ours, theirs = (splat.read_run(folder / "checkpoint.safetensors") for folder in (out, whole))
-    assert ours[0] == theirs[0] == 6 and ours[2].keys() == theirs[2].keys() and all(torch.equal(ours[2][k], v) for k, v in theirs[2].items())
+    killed.same(out, whole, 6)
 
 
 def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, tmp_path):
     whole, seconds, common = undisturbed
-    rng, kills = random.Random(0), 0
-    while kills < 3:
-        process = fork(*common, "--out", tmp_path / "run", "--resume")
-        process.join(rng.uniform(0.2, 0.8) * seconds)
-        if process.exitcode is not None:  # came to its end first: begin again
-            assert process.exitcode == 0
-            for file in (tmp_path / "run").glob("checkpoint*"):
-                file.unlink()
-            continue
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += 1
-    assert finish(fork(*common, "--out", tmp_path / "run", "--resume")) == 0
+    rng = random.Random(0)
+    kill_and_resume(lambda: fork(*common, "--out", tmp_path / "run", "--resume"), tmp_path / "run", 3,
+                    (rng.uniform(0.2, 0.8) * seconds for _ in itertools.count()))
     same(tmp_path / "run", whole)
 
 

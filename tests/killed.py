@@ -1,0 +1,66 @@
+"""Runs of a stage that are to be killed: forked from a process that has imported torch already, which saves three seconds each."""
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+
+import torch
+
+splat, _ = (importlib.import_module(name) for name in ("03_splat", "06_distill3r"))  # the last one imports them all
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["killed"])
+
+
+def child(stage, arguments, file_limit=None):
+    if file_limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    importlib.import_module(stage).main([str(a) for a in arguments])
+
+
+def fork(stage, *arguments, **options):
+    process = SERVER.Process(target=child, args=(stage, arguments), kwargs=options)
+    process.start()
+    return process
+
+
+def finish(process):
+    process.join(240)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def kill_and_resume(again, out, kills, pauses):
+    """`again` starts the run that writes to `out`; it is killed `kills` times, each after the next of `pauses` in seconds, and
+    then left to its end."""
+    while kills:
+        process = again()
+        process.join(next(pauses))
+        if process.exitcode is not None:  # came to its end first: begin again
+            assert process.exitcode == 0
+            for file in out.glob("checkpoint*"):
+                file.unlink()
+            continue
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills -= 1
+    assert finish(again()) == 0
+
+
+def log_of(out):
+    return [{**json.loads(line), "seconds": 0} for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same(out, whole, steps, *files):
+    """A run has come to the same bytes, and through the same steps, as an undisturbed one."""
+    for name in ("student/model.safetensors", "student/config.json", *files):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert log_of(out) == log_of(whole) and len(log_of(out)) == steps
+    ours, theirs = (splat.read_run(folder / "checkpoint.safetensors") for folder in (out, whole))
+    assert ours[0] == theirs[0] == steps and ours[2].keys() == theirs[2].keys()
+    assert all(torch.equal(ours[2][key], value) for key, value in theirs[2].items())
