@@ -56,10 +56,10 @@ CACHE_FORMAT = "pointmaps 1"  # to be raised with every change of the file's lay
 SEAL = rb'{\"sha256\": \"'  # what stands before the checksum in the header of a cached sample
 
 PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samples in steps of 16
-    "tiny": dict(encoder="tiny", size=(48, 64), views=8, stride=2, max_steps=700, batch=1, lr=1e-3, final_lr=5e-5, warmup=50,
-                 mirror=True, bf16=False),
+    "tiny": dict(encoder="tiny", size=(48, 64), views=4, stride=1, max_steps=1200, batch=1, lr=5e-4, final_lr=1e-5,
+                 encoder_lr=5e-5, warmup=100, mirror=True, bf16=False),
     "full": dict(encoder="dune_vitsmall14_448", size=(224, 518), views=20, stride=None, max_steps=84_375, batch=16, lr=1e-4,
-                 final_lr=5e-5, warmup=3_500, mirror=False, bf16=True)}
+                 final_lr=5e-5, encoder_lr=1e-4, warmup=3_500, mirror=False, bf16=True)}
 NOT_OF_TRAINING = ("command", "cache", "weights", "teacher", "models", "counts", "shard", "at_once", "stride", "images",
                    "scene_dir")  # flags that may differ between a run and its continuation
 
@@ -1116,8 +1116,12 @@ def train(args, rank, world):
     if world > 1:
         dist.broadcast_object_list(found)
     (start, stored), student = found[0], new_student(args).to(args.device)
-    networks, weights = {"student": (student, set(distill.trained(student)))}, list(distill.trained(student).values())
-    optimiser = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    trained = distill.trained(student)
+    networks, weights = {"student": (student, set(trained))}, list(trained.values())
+    # Differs: the paper has one rate; where there are few samples, a pretrained encoder keeps more of what it knows with less.
+    encoder, rest = ([p for name, p in trained.items() if name.startswith("encoder.") == which] for which in (True, False))
+    groups = [dict(params=rest, share=1.0), dict(params=encoder, share=args.encoder_lr / args.lr)]
+    optimiser = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     print(f"{sum(p.numel() for p in weights) / 1e6:.1f} million parameters, {len(cached)} samples of up to {args.views} views, "
           f"{args.max_steps} steps of {args.batch}, on {args.device}")
     if stored:
@@ -1133,7 +1137,8 @@ def train(args, rank, world):
     with (splat.Stop() as stop, splat.open_log(out, run, start) if first else contextlib.nullcontext() as log,
           contextlib.closing(distill.ahead(load, range(start, args.max_steps))) as batches):
         for step, batch in zip(bar, batches):
-            optimiser.param_groups[0]["lr"] = learning_rate(step, args)
+            for group in optimiser.param_groups:
+                group["lr"] = group["share"] * learning_rate(step, args)
             optimiser.zero_grad(set_to_none=True)
             sums = learn(batch, model, args, [args.seed + n for n in draws(step)[rank::world]], world)
             *sums, asked = distill.averaged([*sums, float(stop.asked)], world, args.device)
@@ -1250,35 +1255,54 @@ def write_colmap(folder, names, sizes, K, c2w, points, colours):
         splat.write_whole(folder / f"{name}.txt", "".join(line + "\n" for line in lines).encode())
 
 
-def draw_points(points, colours, right, up, size):  # (M, 3), (M, 3), unit (3,) twice -> (3, H, W), seen without perspective
-    flat, nearness = points @ torch.stack([right, -up], 1), points @ torch.linalg.cross(right, up)
-    low, high = flat.amin(0), flat.amax(0)
-    step = float((high - low).max()) / (size - 1) or 1.0
-    at, order = ((flat - (low + high) / 2) / step + (size - 1) / 2).round().long().numpy(), nearness.argsort().numpy()
-    picture = np.full((size, size, 3), 0.12, np.float32)
-    picture[at[order, 1], at[order, 0]] = colours.numpy()[order]  # far to near: the nearest stays
-    return torch.from_numpy(picture).permute(2, 0, 1)
+def agreement(points, colours, photos, focal, c2w) -> float:
+    """How well neighbouring photos agree through the geometry: 1 where each point of one, as its camera sees it, meets its own
+    colour in the other, 0 where it meets as different ones as pixels drawn at random. V of (M, 3), (M, 3), (3, H, W); (V,), (V, 4, 4)"""
+    off, some = torch.zeros(2), torch.Generator().manual_seed(0)
+    for i, j in ((i, j) for i in range(len(photos)) for j in (i - 1, i + 1) if 0 <= j < len(photos)):
+        motion, (h, w) = torch.linalg.inv(c2w[j]) @ c2w[i], photos[j].shape[1:]
+        p = points[i] @ motion[:3, :3].T + motion[:3, 3]
+        at = p[:, :2] / p[:, 2:].clamp_min(1e-6) * focal[j] / torch.tensor([w / 2, h / 2])
+        seen = (p[:, 2] > 0) & (at.abs() < 1).all(1)
+        there = F.grid_sample(photos[j][None], at[seen][None, None], align_corners=False)[0, :, 0].T
+        strangers = there[torch.randperm(len(there), generator=some)]
+        off += torch.stack([(colours[i][seen] - other).abs().sum() for other in (there, strangers)])
+    return 1 - (off[0] / off[1].clamp_min(1e-9)).item()
 
 
-def cloud_picture(path, photos, points, colours, c2w):
-    """The cloud from above, cut off over the cameras as a ceiling would hide the room, and from the side, cameras in red; below
-    them, two of the photos."""
+def draw_points(points, radii, colours, eye, at, up, focal, size) -> Tensor:
+    """(M, 3), (M,), (M, 3) -> (3, size, size): every point a small round Gaussian, seen from `eye` (3,) towards `at` (3,)."""
+    ahead = F.normalize(at - eye, dim=0)
+    right = F.normalize(torch.linalg.cross(ahead, up), dim=0)
+    R = torch.stack([right, torch.linalg.cross(ahead, right), ahead])  # of world to camera: x right, y down, z ahead
+    w2c, K = torch.eye(4), torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
+    w2c[:3, :3], w2c[:3, 3] = R, -R @ eye
+    gaussians = points, radii.square()[:, None, None] * torch.eye(3), torch.full_like(radii, 0.9), colours
+    return splat.rasterize(*gaussians, w2c, K, size, size, background=torch.full((3,), 0.12)).features.permute(2, 0, 1)
+
+
+def cloud_picture(path, photos, points, radii, colours, c2w, agree, size=480):
+    """The cloud from behind the first photo's camera and aside of it; from above, cut off over the cameras as a ceiling would
+    hide the room; and from the side, the cameras in red. Below, three of the photos. (M, 3), (M,), (M, 3), (V, 4, 4), two of `agreement`"""
     some = slice(None, None, len(points) // 1_000_000 + 1)
-    points, colours = points[some], colours[some]
+    points, radii, colours = points[some], radii[some] * some.step**0.5, colours[some]
     up = F.normalize(-c2w[:, :3, 1].mean(0), dim=0)
     right = F.normalize(torch.linalg.cross(c2w[:, :3, 2].mean(0), up), dim=0)
     ahead, centres = torch.linalg.cross(up, right), c2w[:, :3, 3]
     low, high = (points[::len(points) // 100_000 + 1].quantile(q, 0) for q in (0.005, 0.995))  # a stray point makes all small
-    extent = (high - low).norm()
+    extent, middle = (high - low).norm(), (low + high) / 2
     inside = ((points > low - 0.02 * extent) & (points < high + 0.02 * extent)).all(1)
     open_top = inside & (points @ up < (centres @ up).max() + 0.03 * extent)
-    ball = F.normalize(torch.randn(300, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    balls = (centres[:, None] + 0.006 * extent * ball).flatten(0, 1)
-    red, size = torch.tensor([1.0, 0.1, 0.1]).expand(len(balls), 3), 480 if len(points) > 500_000 else 240
-    seen = [draw_points(torch.cat([points[keep], balls]), torch.cat([colours[keep], red]), right, over, size)
-            for keep, over in ((open_top, ahead), (inside, up))]
-    headings = ["from above, without what is over the cameras (red)", "from the side"]
-    return data.picture_grid(path, headings, [seen, photos], scale=480 // size)
+    cloud = lambda keep: (torch.cat([points[keep], centres]), torch.cat([radii[keep], extent.expand(len(centres)) / 150]),
+                          torch.cat([colours[keep], torch.tensor([1.0, 0.1, 0.1]).expand(len(centres), 3)]))
+    far, first = 10 * extent, c2w[0, :3, 3]  # from so far there is no perspective
+    aside = first + 0.35 * (first - middle) - 0.35 * (first - middle).norm() * (right - up)
+    seen = [draw_points(*cloud(inside), aside, middle, up, 0.9 * size, size),
+            draw_points(*cloud(open_top), middle + far * up, middle, ahead, 9 * size, size),
+            draw_points(*cloud(inside), middle - far * ahead, middle, up, 9 * size, size)]
+    headings = ["from aside of the first photo", "from above, without what is over the cameras (red)", "from the side; "
+                f"photos agree to {100 * agree[0]:.0f} % ({100 * agree[1]:.0f} % without motion)"]
+    return data.picture_grid(path, headings, [seen, photos])
 
 
 def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
@@ -1295,7 +1319,8 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
     if farthest == 0:
         raise ValueError(f"{out}: not one pixel is trusted at --tau {tau:g}; lower it, or look at other pictures")
     unit = 10.0 ** math.ceil(math.log10(farthest / 65000))  # 16 bits hold the farthest
-    names, sizes, K, frames, points, colours = [f"images/{k:03d}.jpg" for k in range(len(views))], [], [], [], [], []
+    names = [f"images/{k:03d}.jpg" for k in range(len(views))]
+    sizes, K, frames, points, radii, colours, small = [], [], [], [], [], [], []
     for k, (view, m, depth) in enumerate(zip(views, maps, depths, strict=True)):
         height, width = view.image.shape[1:]
         f = cameras.focal[k].item() * width / depth.shape[1]
@@ -1308,18 +1333,21 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
         frames.append(dict(file_path=names[k], depth_file_path=f"depth/{k:03d}.png", source=view.name, w=width, h=height,
                            fl_x=f, fl_y=f, cx=width / 2, cy=height / 2,
                            transform_matrix=(cameras.c2w[k].double().numpy() @ data.OPENGL).tolist()))
-        s, R, t = cameras.scale[k], cameras.c2w[k, :3, :3], cameras.c2w[k, :3, 3]
-        points.append(s * m.points_local[depth > 0] @ R.T + t)
-        small = F.interpolate(view.image[None], depth.shape, mode="bilinear", antialias=True)[0]
-        colours.append(small.permute(1, 2, 0)[depth > 0].clamp(0, 1))
-    points, colours = torch.cat(points), torch.cat(colours)
+        points.append(cameras.scale[k] * m.points_local[depth > 0])
+        radii.append(0.6 * depth[depth > 0] / cameras.focal[k])  # of a pixel there
+        small.append(F.interpolate(view.image[None], depth.shape, mode="bilinear", antialias=True)[0].clamp(0, 1))
+        colours.append(small[-1].permute(1, 2, 0)[depth > 0])
+    agree = [agreement(points, colours, small, cameras.focal, c2w) for c2w in (cameras.c2w, torch.eye(4).expand_as(cameras.c2w))]
+    points = torch.cat([p @ c2w[:3, :3].T + c2w[:3, 3] for p, c2w in zip(points, cameras.c2w)])
+    radii, colours = torch.cat(radii), torch.cat(colours)
     write_colmap(out / "sparse/0", [Path(name).name for name in names], sizes, K, cameras.c2w, points, colours)
     write_points(out / "cloud.ply", points, colours)
-    cloud_picture(out / "cloud.png", [views[0].image, views[len(views) // 2].image], points, colours, cameras.c2w)
+    photos = [views[k * (len(views) - 1) // 2].image for k in range(3)]
+    cloud_picture(out / "cloud.png", photos, points, radii, colours, cameras.c2w, agree)
     shown = np.linspace(0, len(views) - 1, min(5, len(views))).astype(int)
     rows = [[views[k].image, data.colour_depth(depths[k]), certainty(maps[k].conf_local).expand(3, -1, -1)] for k in shown]
     data.picture_grid(out / "maps.png", ["image", "depth (black: not trusted)", "confidence 1 - 1/C"], rows)
-    meta = dict(camera_model="PINHOLE", depth_unit_scale_factor=unit, frames=frames)
+    meta = dict(camera_model="PINHOLE", depth_unit_scale_factor=unit, agreement=agree, frames=frames)
     splat.write_whole(out / "transforms.json", json.dumps(meta, indent=1).encode())  # last: now it is a scene
     return out
 
@@ -1556,7 +1584,8 @@ def camera_error(c2w: Tensor, truth: Tensor) -> CameraError:  # (V, 4, 4) twice
 def source_of(args) -> Path:  # the pictures' folder: as asked for, or that of the cache
     record = args.cache / "root.json"
     given = args.images or args.scene_dir
-    return Path(given) if given else Path(json.loads(record.read_text())) if record.exists() else Path("data")
+    built_in = Path("data_small" if args.preset == "tiny" else "data")
+    return Path(given) if given else Path(json.loads(record.read_text())) if record.exists() else built_in
 
 
 def teacher_of(args):
@@ -1613,16 +1642,27 @@ def infer(args):
     names = list(scene_folders(root))
     _, scene, index = open_scene(root, (data.split(names, "val") or names)[0], args.skip_bad_frames)
     shown, student = list(index.values())[::args.stride or 1], student_of(args)
-    views = [scene.view(i, student.view_size(*scene.frames[i].size)) for i in shown]
-    maps = student(views, torch.Generator().manual_seed(args.seed))
+    if not args.command:
+        shown = shown[:args.views]  # a demonstration: one sample, as it was trained on
+    sizes = [(scene.frames[i].size, student.view_size(*scene.frames[i].size)) for i in shown]
+    maps = student([scene.view(i, size) for i, (_, size) in zip(shown, sizes)], torch.Generator().manual_seed(args.seed))
+    # Other stages want more pixels than the maps have: twice as many down and across, where the photo has them.
+    fine = [2 if 2 * h <= full_h and 2 * w <= full_w else 1 for (full_h, full_w), (h, w) in sizes]
+    views = [scene.view(i, (h * n, w * n)) for i, (_, (h, w)), n in zip(shown, sizes, fine)]
     out = write_scene(Path(args.out, "scene"), views, maps, args.tau)
-    written, = data.load_scenes(out)
+    meta = json.loads((out / "transforms.json").read_text())
     trusted = torch.cat([(certainty(m.conf_local) >= args.tau).flatten() for m in maps]).float().mean()
     print(f"{scene.name}: {len(views)} views, {100 * trusted:.0f} % of the pixels trusted, focal length "
-          f"{written.frames[0].K[0, 0]:.0f} pixels at a width of {views[0].image.shape[2]}")
+          f"{meta['frames'][0]['fl_x']:.0f} pixels at a width of {views[0].image.shape[2]}")
+    if len(views) > 1:
+        found, still = (100 * value for value in meta["agreement"])
+        print(f"photos agree with their neighbours to {found:.0f} % through this geometry, to {still:.0f} % if no camera had moved "
+              f"(100: in every colour, 0: as strangers){'' if found > still + 5 else ': the cameras are not to be trusted'}")
     if isinstance(scene, data.Scene) and len(views) > 2:
-        print(f"against the true poses, which were not used: {camera_error(written.c2w, scene.c2w[shown])}")
-    print(f"  ->  {out / 'cloud.png'}, {out / 'cloud.ply'}; python 04_distill.py --scene_dir {out} --geometry depth")
+        error = camera_error(data.load_scenes(out)[0].c2w, scene.c2w[shown])
+        print(f"against the true poses, which were not used: {error}")
+    further = f"; python 04_distill.py --scene_dir {out} --geometry depth" if len(views) > 2 else ""
+    print(f"  ->  {out / 'cloud.png'}, {out / 'cloud.ply'}{further}")
 
 
 def table(args):
@@ -1646,8 +1686,8 @@ def parse(argv):
     add, flag = parser.add_argument, lambda name, help: parser.add_argument(name, action="store_true", help=help)
     add("command", nargs="?", choices=("cache", "train", "eval", "infer", "table"), help="one of the steps, or Table I; "
         "default: the first four")
-    add("--scene_dir", help="a scene or a folder of scenes; default: what was cached, else data/, where built-in rooms are "
-        "made")
+    add("--scene_dir", help="a scene or a folder of scenes; default: what was cached, else data_small/ (tiny) or data/, where "
+        "built-in rooms are made")
     add("--images", help="a folder of photos or video frames without poses, in its place")
     add("--out", default="out/06_distill3r")
     add("--preset", choices=list(PRESETS), help="full is the paper's setting, tiny takes minutes on a CPU; default: full on a "
@@ -1669,6 +1709,7 @@ def parse(argv):
     add("--batch", type=splat.positive, help="samples a step, over all processes; gradients add up one by one [p]")
     add("--lr", type=float, help="peak learning rate; halve it when the loss jumps [p]")
     add("--final_lr", type=float, help="at the end of the run [p]")
+    add("--encoder_lr", type=float, help="peak rate of the pretrained encoder, which falls alike [p]")
     add("--warmup", type=splat.positive, help="steps until the peak [p]")
     add("--gamma", type=float, default=0.001, help="weight of the confidence loss, Eq. 6; 0 with --weight none is Table III's "
         "labels only")
@@ -1723,8 +1764,8 @@ def run(args):
     if rank:
         sys.stdout = open(os.devnull, "w")  # one voice
         dist.barrier()  # until rank 0 has made or fetched what is missing
-    if args.command != "table" and not args.images and source_of(args) == Path("data"):
-        data.open_scenes("data")
+    if args.command != "table" and not args.images and source_of(args) in (Path("data"), Path("data_small")):
+        data.open_scenes(source_of(args))  # makes them
     if world > 1 and not rank:
         lift.load_vit(args.encoder)
         dist.barrier()

@@ -5,6 +5,7 @@ Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/study.py         
 Out     STUDY.md; out/study/: the runs, their scores, the operators that they share.
 """
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -43,15 +45,13 @@ TABLE5 = {
 OTHERS = {
     "adapters": ["--no-full_finetune", "--lr", "3e-3"],
     "three times the steps and triplets": ["--max_steps", "600", "--triplets", "900"],
-    "rate 1e-3": ["--lr", "1e-3"],
-    "rate 1e-4": ["--lr", "1e-4"],
-    "faster teacher": ["--momentum", "0.9"],
     "temperatures 1 and 1": ["--tau_student", "1", "--tau_teacher", "1"],
     "temperatures 0.05 and 0.02": ["--tau_student", "0.05", "--tau_teacher", "0.02"],
     "plane sweep": ["--geometry", "sweep"],
     "measured depth": ["--geometry", "depth"],
     "unmatched pixels dropped": ["--drop_unmatched"],
     "shared head": ["--shared_head"],
+    "not divided by alpha": ["--online"],  # and with `undivided`; --online alone comes to the same as the defaults
     "mean over patches": ["--downscale", "area"]}
 RUNS = MAIN | TABLE5 | OTHERS
 TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
@@ -59,7 +59,8 @@ TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
     "no weighting": ["--weight", "none"],
     "labels only": ["--weight", "none", "--gamma", "0"],
     "student's confidence weighs": ["--weight", "student", "--gamma", "0"]}
-CIRCLE = {"16 rooms, true poses and depth": "true", "16 rooms, poses and depth from pictures": "inferred"}
+CIRCLE_ROOMS = 48
+CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred"}
 KEPT, NOT_YET = "<!-- what follows is written by hand -->", "Not run yet."
 COLUMNS = [("depth", "AbsRel", "depth AbsRel ↓", 4), ("depth", "RMSE", "RMSE ↓", 4), ("normals", "RMSE", "normals RMSE ° ↓", 2),
            ("segmentation", "mIoU", "mIoU % ↑", 2), ("segmentation", "mAcc", "mAcc % ↑", 2),
@@ -84,8 +85,9 @@ def scores_of(name, seed, args, flags) -> dict:
     if flags is not None:
         student = f"tiny+{trained / 'student'}" if name in BESIDE else trained / "student"
         if not (trained / "result.json").exists():
-            distill.main(["--preset", "tiny", "--scene_dir", args.scene_dir, "--out", str(trained), "--operators", str(Path(args.out) / "operators"),
-                          "--seed", str(seed), "--device", args.device, "--resume", *flags])
+            with undivided() if name == "not divided by alpha" else contextlib.nullcontext():
+                distill.main(["--preset", "tiny", "--scene_dir", args.scene_dir, "--out", str(trained), "--operators",
+                              str(Path(args.out) / "operators"), "--seed", str(seed), "--device", args.device, "--resume", *flags])
     asked = asked_of_probes(args, student, folder / "probe")
     models, *views = probes.prepare(asked)  # the same heads and pairs for all seeds: what varies is the training
     scores = probes.probe(models, *views, asked)["model"].scores
@@ -94,6 +96,15 @@ def scores_of(name, seed, args, flags) -> dict:
     for checkpoint in folder.glob("checkpoint*"):
         checkpoint.unlink()
     return scores
+
+
+def undivided():
+    """As in the official code: the splatted features stay dark where alpha is below 1; which pixels are valid does not change."""
+    def render_target(*inputs):
+        render = rendered(*inputs)
+        return render._replace(alpha=(render.alpha >= distill.splat.COVERED).to(render.alpha))
+    rendered = distill.splat.render_target
+    return mock.patch.object(distill.splat, "render_target", render_target)
 
 
 def asked_of_probes(args, model, out):
@@ -169,21 +180,35 @@ def pointmap_scores(name, seed, args) -> dict:
 
 
 def circle_scores(name, seed, args) -> dict:
-    """Splat and Distill on a few rooms, with measured depth. "inferred": poses and depth are what Distill3R's student has found in
-    the pictures alone; "true": they are the rooms' own."""
+    """Splat and Distill on four neighbouring views of a few rooms, with measured depth. "inferred": poses and depth are what
+    Distill3R's student has found in the pictures alone; "true": they are the rooms' own."""
     folder = Path(args.out) / "circle"
     pointmap_scores(next(iter(TABLE3)), 0, args)
     student = folder_of(f"pointmaps {next(iter(TABLE3))}", 0, args) / "student"
-    for room in data.split(data.open_scenes(args.scene_dir), "train")[:16]:
-        pictures, done = Path(args.scene_dir) / room.name / "images", folder / CIRCLE[name] / room.name
-        if not done.exists() and CIRCLE[name] == "true":
-            shutil.copytree(pictures.parent, done)
-        elif not done.exists():
-            done.parent.mkdir(parents=True, exist_ok=True)
-            distill3r.main(["infer", "--preset", "tiny", "--images", str(pictures), "--weights", str(student), "--out", str(folder / room.name),
-                            "--device", args.device])
-            (folder / room.name / "scene").rename(done)
-    return scores_of(name, seed, args, ["--geometry", "depth", "--scene_dir", str(folder / CIRCLE[name])])
+    for room in data.split(data.open_scenes(args.scene_dir), "train")[:CIRCLE_ROOMS]:
+        meta = json.loads((Path(args.scene_dir) / room.name / "transforms.json").read_text())
+        for start in range(0, len(meta["frames"]) - 3, 4):
+            true, inferred = (folder / kind / f"{room.name}_{start:02d}" for kind in ("true", "inferred"))
+            if not true.exists():
+                copy_views(Path(args.scene_dir) / room.name, meta, slice(start, start + 4), true)
+            if not inferred.exists() and CIRCLE[name] == "inferred":
+                out = folder / "infer"
+                distill3r.main(["infer", "--preset", "tiny", "--images", str(true / "images"), "--weights", str(student), "--out", str(out),
+                                "--device", args.device])
+                inferred.parent.mkdir(exist_ok=True)
+                (out / "scene").rename(inferred)
+    return scores_of(name, seed, args, ["--geometry", "depth", "--masks", "superpixels", "--scene_dir", str(folder / CIRCLE[name])])
+
+
+def copy_views(room, meta, which, target):
+    """Some views of a room as a scene of its own; a folder that exists is a whole one."""
+    aside = target.with_name(f".{target.name}")
+    for frame in meta["frames"][which]:
+        for file in (value for key, value in frame.items() if key.endswith("file_path")):
+            (aside / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(room / file, aside / file)
+    (aside / "transforms.json").write_text(json.dumps({**meta, "frames": meta["frames"][which]}))
+    aside.rename(target)
 
 
 def pointmap_table(args) -> str:

@@ -181,14 +181,15 @@ def test_rooms_are_not_written_among_other_files(tmp_path):
             data.open_scenes(tmp_path)
 
 
-def test_missing_data_folder_is_filled_with_the_default_rooms(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("folder,settings", [("data", "DEFAULT_ROOMS"), ("data_small", "SMALL_ROOMS")])
+def test_missing_data_folder_is_filled_with_the_default_rooms(folder, settings, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "DEFAULT_ROOMS", dict(scenes=2, views=3, size=(12, 16), seed=0))
-    assert len(data.open_scenes("data")) == 2
-    assert capsys.readouterr().out.splitlines() == ["no data yet: writing 2 built-in rooms of 3 views to data/"]
-    before = (tmp_path / "data/rooms.json").stat().st_mtime_ns
-    assert len(data.open_scenes(tmp_path / "data")) == 2 and capsys.readouterr().out == ""
-    assert (tmp_path / "data/rooms.json").stat().st_mtime_ns == before  # reading writes nothing
+    monkeypatch.setattr(data, settings, dict(scenes=2, views=3, size=(12, 16), seed=0))
+    assert len(data.open_scenes(folder)) == 2
+    assert capsys.readouterr().out.splitlines() == [f"no data yet: writing 2 built-in rooms of 3 views to {folder}/"]
+    before = (tmp_path / folder / "rooms.json").stat().st_mtime_ns
+    assert len(data.open_scenes(tmp_path / folder)) == 2 and capsys.readouterr().out == ""
+    assert (tmp_path / folder / "rooms.json").stat().st_mtime_ns == before  # reading writes nothing
     with pytest.raises(data.DataError, match="no such folder"):
         data.open_scenes("elsewhere")
 

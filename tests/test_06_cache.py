@@ -563,6 +563,20 @@ def exported(rooms, tmp_path_factory):
     return pictures, views, d3r.write_scene(tmp_path_factory.mktemp("export") / "scene", pictures, maps)
 
 
+def test_photos_agree_where_geometry_and_cameras_are_theirs(rooms):
+    views = views_of(rooms[1], range(4))
+    points = [(lift.pixel_rays(v.K, *SMALL) * v.depth[..., None]).flatten(0, 1) for v in views]
+    colours = [v.image.permute(1, 2, 0).flatten(0, 1) for v in views]
+    focal, c2w = [v.K[0, 0] for v in views], torch.stack([v.c2w for v in views])
+    agree = lambda points, colours, c2w: d3r.agreement(points, colours, [v.image for v in views], focal, c2w)
+    true, nearer = agree(points, colours, c2w), agree([p / 2 for p in points], colours, c2w)
+    strangers = agree(points, [c[torch.randperm(len(c), generator=generator())] for c in colours], c2w)
+    assert true > nearer + 0.1 and true > agree(points, colours, torch.eye(4).expand_as(c2w)) + 0.1 and abs(strangers) < 0.05
+    assert agree(points, colours, c2w[:1].expand_as(c2w)) == pytest.approx(agree(points, colours, torch.eye(4).expand_as(c2w)), abs=1e-4)
+    same = [v.image for v in views[:1]] * 2  # one photo twice, from one camera: in every colour
+    assert d3r.agreement(points[:1] * 2, colours[:1] * 2, same, focal[:1] * 2, torch.eye(4).expand(2, 4, 4)) > 0.95
+
+
 def test_a_scene_that_no_pixel_vouches_for_is_refused(rooms, tmp_path):
     views = views_of(rooms[0], (0, 4))
     maps = [m._replace(conf_local=torch.full(SMALL, 1.2)) for m in d3r.GeometricTeacher(SMALL)(views, generator())]
@@ -625,6 +639,8 @@ def test_the_other_files_of_the_export(exported):
     assert confidence.shape == (48, 64) and (confidence[:7] == 43).all() and (confidence[7:] > 250).all()
     for name in ("cloud.png", "maps.png"):
         assert np.array(Image.open(out / name)).std() > 20
+    found, still = json.loads((out / "transforms.json").read_text())["agreement"]
+    assert found > max(0.6, still + 0.1)
     assert sorted(p.name for p in out.iterdir()) == [
         "cloud.ply", "cloud.png", "confidence", "depth", "images", "maps.png", "sparse", "transforms.json"]
 

@@ -71,10 +71,14 @@ def test_the_script_improves_on_its_start(whole_run, rooms):
     assert "samples written" in printed and "accuracy" in printed and str(out / "scene/cloud.png") in printed
 
 
-def test_what_infer_writes_is_a_scene(whole_run):
-    out, _ = whole_run
+def test_what_infer_writes_is_a_scene(whole_run, rooms_dir, tmp_path, capsys):
+    out = tmp_path
+    main("infer", "--scene_dir", rooms_dir, "--weights", whole_run[0] / "student", "--out", out, *SMALL)
+    assert "12 views" in (said := capsys.readouterr().out) and f"04_distill.py --scene_dir {out / 'scene'}" in said
     scene = data.load_scenes(out / "scene")[0]
-    assert len(scene) == 12 and scene.view(3).depth.shape == scene.view(3).image.shape[1:] == (48, 64)
+    assert len(scene) == 12 and scene.view(3).depth.shape == scene.view(3).image.shape[1:] == (96, 128)  # twice the maps' size
+    with Image.open(out / "scene/depth/003.png") as depth:
+        assert depth.size == (64, 48)
     assert (scene.view(3).depth > 0).float().mean() > 0.5
     with Image.open(out / "scene/cloud.png") as picture:
         assert picture.width > 900
@@ -186,6 +190,14 @@ def test_a_new_student_starts_at_the_pretrained_vit():
     student([images[0]])[0].points_global.sum().backward()
     assert {n for n, p in student.named_parameters() if p.requires_grad and p.grad is None} <= \
         {n for n, _ in student.named_parameters() if n.startswith("downstream_head_local")}
+
+
+def test_the_encoder_has_a_rate_of_its_own(cached, tmp_path):
+    main("train", *cached, "--max_steps", 2, "--encoder_lr", 0, "--out", tmp_path)
+    args = d3r.parse(["train", *map(str, cached)])
+    before, after = d3r.new_student(args).state_dict(), d3r.load_student(tmp_path / "student").state_dict()
+    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"decoder", "downstream_head", "downstream_head_local"}
 
 
 # ------------------------------------------------------------------------------------------------ runs that cannot be lost
