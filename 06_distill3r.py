@@ -1564,19 +1564,20 @@ def efficiency_table(costs: list[Cost]) -> str:
 
 class CameraError(NamedTuple):
     position: float  # median, in the unit of the true cameras, after a similarity of the centres
-    rotation: float  # median, degrees
+    rotation: float  # median over all pairs of cameras of how far the rotation between the two is off, degrees
     spread: float  # of the true centres: rms distance from their mean
 
     def __str__(self):
         return (f"position off by {self.position:.3f} (cameras spread {self.spread:.3f}), "
-                f"rotation by {self.rotation:.1f} degrees (medians)")
+                f"rotation between two by {self.rotation:.1f} degrees (medians)")
 
 
 def camera_error(c2w: Tensor, truth: Tensor) -> CameraError:  # (V, 4, 4) twice
     ours, theirs = c2w[:, :3, 3].double(), truth[:, :3, 3].double()
     s, R, t = similarity(ours, theirs)
-    turn = (R @ c2w[:, :3, :3].double()).mT @ truth[:, :3, :3].double()
-    angle = ((turn.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2).clamp(-1, 1).acos().rad2deg()
+    i, j = torch.triu_indices(len(c2w), len(c2w), 1)
+    found, true = (x[i, :3, :3].double().mT @ x[j, :3, :3].double() for x in (c2w, truth))
+    angle = (((found.mT @ true).diagonal(dim1=1, dim2=2).sum(1) - 1) / 2).clamp(-1, 1).acos().rad2deg()
     spread = (theirs - theirs.mean(0)).square().sum(1).mean().sqrt()
     return CameraError((s * ours @ R.T + t - theirs).norm(dim=1).median().item(), angle.median().item(), spread.item())
 

@@ -283,7 +283,7 @@ def test_camera_errors_are_those_of_a_known_disturbance():
     exact = d3r.camera_error(moved, c2w)
     assert exact.position < 1e-5 and exact.rotation < 0.1
     tilt = torch.linalg.matrix_exp(math.radians(10) * torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 0]]))
-    moved[:, :3, :3] = moved[:, :3, :3] @ tilt
+    moved[::2, :3, :3] = moved[::2, :3, :3] @ tilt  # every second one: 9 of 15 pairs
     assert d3r.camera_error(moved, c2w).rotation == pytest.approx(10, abs=0.01)
 
 
