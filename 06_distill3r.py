@@ -1547,15 +1547,15 @@ def efficiency(models: dict[str, PointmapNetwork], counts, size=(378, 518), at_o
 
 
 def efficiency_table(costs: list[Cost]) -> str:
-    """One line for each number of views and part: seconds and GB of each model, and how many times faster the last one is."""
+    """One line for each number of views and part: seconds and GB of each model, of two how many times faster the second is."""
     names, lines = list(dict.fromkeys(c.model for c in costs)), {}
     for c in costs:
         lines.setdefault((c.views, c.part), {})[c.model] = c
-    table = ["views  part     " + "".join(f"{name:>22}" for name in names) + "   faster"]
+    table = ["views  part     " + "".join(f"{name:>22}" for name in names) + "   faster" * (len(names) > 1)]
     for (views, part), of in lines.items():
         cells = "".join(f"{of[n].seconds:10.2f} s {of[n].gigabytes:6.2f} GB" if n in of else f"{'-':>22}" for n in names)
-        faster = of[names[0]].seconds / of[names[-1]].seconds if len(of) == len(names) else math.nan
-        table.append(f"{views:5}  {part:9}{cells}   {faster:5.1f}x")
+        both = len(names) > 1 and len(of) == len(names)
+        table.append(f"{views:5}  {part:9}{cells}" + (f"   {of[names[0]].seconds / of[names[-1]].seconds:5.1f}x" if both else ""))
     return "\n".join(table)
 
 
@@ -1668,7 +1668,8 @@ def infer(args):
 
 def table(args):
     """Table I of the published networks, whose speed does not depend on their weights."""
-    models = {"Fast3R": built(Fast3R), "student": built(Student, StudentConfig())}
+    models = {"Fast3R": built(Fast3R)} if "teacher" in args.models else {}
+    models |= {"student": built(Student, StudentConfig())} if "student" in args.models else {}
     for model in models.values():
         for p in model.to(args.device).eval().parameters():
             nn.init.normal_(p, std=0.02)
@@ -1730,7 +1731,7 @@ def parse(argv):
     add("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")
     flag("--resume", "go on from the checkpoint in --out")
     add("--models", nargs="+", choices=("mean", "student", "teacher"), default=["mean", "student", "teacher"],
-        help="what eval measures; mean is the mean pointmap of the cache")
+        help="what eval measures, and table but for mean; mean is the mean pointmap of the cache")
     add("--counts", type=splat.positive, nargs="+", help="numbers of views in table")
     flag("--skip_bad_frames", "leave out frames without an image or a valid pose")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torchrun gives each process its own")
