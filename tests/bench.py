@@ -6,6 +6,7 @@ Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/bench.py
         ... python tests/bench.py --section splat              rasterize against reference_raster.py, and how it scales; 5 minutes
         ... python tests/bench.py --section splat --large      the same with 1.02M Gaussians; 15 minutes, 9 GB
         ... python tests/bench.py --section operator           the splat operator at the paper's size, against the dense path; 2 minutes
+        ... python tests/bench.py --section student            memory of training Distill3R's student; 10 minutes, 6 GB
 """
 import argparse
 import ctypes
@@ -213,6 +214,27 @@ def published_size(preset, folder):
     return str(folder / preset)
 
 
+def measure_student(views, height, width):
+    """Seconds, and GB at most of the process, of a training step of Distill3R's student in fp32, activations computed twice."""
+    d3r = importlib.import_module("06_distill3r")
+    student, points, conf = d3r.Student().train(), torch.rand(height, width, 3) + 1, torch.full((height, width), 3.0)
+    student.recompute = True
+    optimiser = torch.optim.AdamW(student.parameters(), 1e-4)
+    targets, masks = [d3r.Pointmap(points, points, conf, conf)] * views, [conf > 0] * views
+    begin = time.perf_counter()
+    maps = student(list(torch.rand(views, 3, height, width)), generator=torch.Generator().manual_seed(0))
+    d3r.pointmap_loss(maps, targets, masks).total.backward()
+    optimiser.step()
+    return time.perf_counter() - begin, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def student_section():
+    print("published student, 224x518, one training step in fp32 with --grad_checkpoint\n\n| views | s | GB of the process |\n|---|---|---|")
+    for views in (5, 10, 20):
+        seconds, gb = apart("measure_student", views, 224, 518)
+        print(f"| {views} | {seconds:.0f} | {gb:.2f} |", flush=True)
+
+
 def step_section(preset, rounds, device, folder):
     """One step of 04_distill as it runs, part by part; what of it no implementation could leave out; and what was paid before."""
     tiny = preset == "tiny"
@@ -286,7 +308,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Medians of the parts of a training step.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--section", choices=["step", "mvsplat", "splat", "operator"], default="step")
+    parser.add_argument("--section", choices=["step", "mvsplat", "splat", "operator", "student"], default="step")
     parser.add_argument("--preset", choices=["tiny", "vits", "vitb"], default="tiny", help="step: whose")
     parser.add_argument("--large", action="store_true", help="splat: also 1.02M Gaussians in 584x876")
     args = parser.parse_args(argv)
@@ -294,6 +316,8 @@ def main(argv=None):
         return mvsplat_section(min(args.rounds, 5))
     if args.section == "splat":
         return splat_section(min(args.rounds, 5), args.large)
+    if args.section == "student":
+        return student_section()
     device = torch.device(args.device)
     if args.section == "operator":
         return operator_section(min(args.rounds, 5), device)
