@@ -498,7 +498,8 @@ def parse(argv):
     add("--lr", type=float, help="learning rate of what is trained of the ViT, cosine to 0; halve it when the loss jumps [p]")
     add("--head_lr", type=float, help="the head's; if large, the head learns the task in the ViT's place [p]")
     add("--rank", type=splat.positive, help="rank of the LoRA adapters [p]")
-    add("--full_finetune", action=argparse.BooleanOptionalAction, help="train the whole ViT instead of adapters, with a tenth of the --lr [p]")
+    add("--full_finetune", action=argparse.BooleanOptionalAction, help="train the whole ViT instead of adapters, "
+        "with a tenth of the --lr [p]")
     add("--hidden", type=splat.positive, help="width of the head's MLP [p]")
     add("--bottleneck", type=splat.positive, help="width of the head's bottleneck [p]")
     add("--prototypes", type=splat.positive, help="number of prototypes; lower it when memory runs out [p]")

@@ -57,9 +57,9 @@ SEAL = rb'{\"sha256\": \"'  # what stands before the checksum in the header of a
 
 PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samples in steps of 16
     "tiny": dict(encoder="tiny", size=(48, 64), views=4, stride=1, max_steps=1200, batch=1, lr=5e-4, final_lr=1e-5,
-                 encoder_lr=5e-5, warmup=100, mirror=True, bf16=False),
+                 encoder_share=0.1, warmup=100, mirror=True, bf16=False),
     "full": dict(encoder="dune_vitsmall14_448", size=(224, 518), views=20, stride=None, max_steps=84_375, batch=16, lr=1e-4,
-                 final_lr=5e-5, encoder_lr=1e-4, warmup=3_500, mirror=False, bf16=True)}
+                 final_lr=5e-5, encoder_share=1.0, warmup=3_500, mirror=False, bf16=True)}
 NOT_OF_TRAINING = ("command", "cache", "weights", "teacher", "models", "counts", "shard", "at_once", "stride", "images",
                    "scene_dir")  # flags that may differ between a run and its continuation
 
@@ -1120,7 +1120,7 @@ def train(args, rank, world):
     networks, weights = {"student": (student, set(trained))}, list(trained.values())
     # Differs: the paper has one rate; where there are few samples, a pretrained encoder keeps more of what it knows with less.
     encoder, rest = ([p for name, p in trained.items() if name.startswith("encoder.") == which] for which in (True, False))
-    groups = [dict(params=rest, share=1.0), dict(params=encoder, share=args.encoder_lr / args.lr)]
+    groups = [dict(params=rest, share=1.0), dict(params=encoder, share=args.encoder_share)]
     optimiser = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     print(f"{sum(p.numel() for p in weights) / 1e6:.1f} million parameters, {len(cached)} samples of up to {args.views} views, "
           f"{args.max_steps} steps of {args.batch}, on {args.device}")
@@ -1257,7 +1257,8 @@ def write_colmap(folder, names, sizes, K, c2w, points, colours):
 
 def agreement(points, colours, photos, focal, c2w) -> float:
     """How well neighbouring photos agree through the geometry: 1 where each point of one, as its camera sees it, meets its own
-    colour in the other, 0 where it meets as different ones as pixels drawn at random. V of (M, 3), (M, 3), (3, H, W); (V,), (V, 4, 4)"""
+    colour in the other, 0 where it meets as different ones as pixels drawn at random, or none. V of (M, 3), (M, 3), (3, H, W);
+    (V,) pixels, (V, 4, 4)"""
     off, some = torch.zeros(2), torch.Generator().manual_seed(0)
     for i, j in ((i, j) for i in range(len(photos)) for j in (i - 1, i + 1) if 0 <= j < len(photos)):
         motion, (h, w) = torch.linalg.inv(c2w[j]) @ c2w[i], photos[j].shape[1:]
@@ -1267,7 +1268,7 @@ def agreement(points, colours, photos, focal, c2w) -> float:
         there = F.grid_sample(photos[j][None], at[seen][None, None], align_corners=False)[0, :, 0].T
         strangers = there[torch.randperm(len(there), generator=some)]
         off += torch.stack([(colours[i][seen] - other).abs().sum() for other in (there, strangers)])
-    return 1 - (off[0] / off[1].clamp_min(1e-9)).item()
+    return 1 - (off[0] / off[1]).item() if off[1] > 0 else 0.0
 
 
 def draw_points(points, radii, colours, eye, at, up, focal, size) -> Tensor:
@@ -1287,11 +1288,12 @@ def cloud_picture(path, photos, points, radii, colours, c2w, agree, size=480):
     some = slice(None, None, len(points) // 1_000_000 + 1)
     points, radii, colours = points[some], radii[some] * some.step**0.5, colours[some]
     up = F.normalize(-c2w[:, :3, 1].mean(0), dim=0)
-    right = F.normalize(torch.linalg.cross(c2w[:, :3, 2].mean(0), up), dim=0)
+    right = F.normalize(torch.linalg.cross(c2w[0, :3, 2], up), dim=0)
     ahead, centres = torch.linalg.cross(up, right), c2w[:, :3, 3]
     low, high = (points[::len(points) // 100_000 + 1].quantile(q, 0) for q in (0.005, 0.995))  # a stray point makes all small
+    inside = ((points - (low + high) / 2).abs() < 0.55 * (high - low)).all(1)
+    low, high = torch.minimum(low, centres.amin(0)), torch.maximum(high, centres.amax(0))
     extent, middle = (high - low).norm(), (low + high) / 2
-    inside = ((points > low - 0.02 * extent) & (points < high + 0.02 * extent)).all(1)
     open_top = inside & (points @ up < (centres @ up).max() + 0.03 * extent)
     cloud = lambda keep: (torch.cat([points[keep], centres]), torch.cat([radii[keep], extent.expand(len(centres)) / 150]),
                           torch.cat([colours[keep], torch.tensor([1.0, 0.1, 0.1]).expand(len(centres), 3)]))
@@ -1300,8 +1302,9 @@ def cloud_picture(path, photos, points, radii, colours, c2w, agree, size=480):
     seen = [draw_points(*cloud(inside), aside, middle, up, 0.9 * size, size),
             draw_points(*cloud(open_top), middle + far * up, middle, ahead, 9 * size, size),
             draw_points(*cloud(inside), middle - far * ahead, middle, up, 9 * size, size)]
-    headings = ["from aside of the first photo", "from above, without what is over the cameras (red)", "from the side; "
-                f"photos agree to {100 * agree[0]:.0f} % ({100 * agree[1]:.0f} % without motion)"]
+    found, still = (100 * value for value in agree)
+    headings = ["from aside of the first photo", "from above, without what is over the cameras (red)",
+                "from the side" + f"; photos agree to {found:.0f} % ({still:.0f} % without motion)" * (len(c2w) > 1)]
     return data.picture_grid(path, headings, [seen, photos])
 
 
@@ -1643,8 +1646,8 @@ def infer(args):
     names = list(scene_folders(root))
     _, scene, index = open_scene(root, (data.split(names, "val") or names)[0], args.skip_bad_frames)
     shown, student = list(index.values())[::args.stride or 1], student_of(args)
-    if not args.command:
-        shown = shown[:args.views]  # a demonstration: one sample, as it was trained on
+    if not (args.command or args.scene_dir or args.images):
+        shown = shown[:args.views]  # the demonstration: one sample, as the student was trained on
     sizes = [(scene.frames[i].size, student.view_size(*scene.frames[i].size)) for i in shown]
     maps = student([scene.view(i, size) for i, (_, size) in zip(shown, sizes)], torch.Generator().manual_seed(args.seed))
     # Other stages want more pixels than the maps have: twice as many down and across, where the photo has them.
@@ -1658,10 +1661,11 @@ def infer(args):
     if len(views) > 1:
         found, still = (100 * value for value in meta["agreement"])
         print(f"photos agree with their neighbours to {found:.0f} % through this geometry, to {still:.0f} % if no camera had moved "
-              f"(100: in every colour, 0: as strangers){'' if found > still + 5 else ': the cameras are not to be trusted'}")
+              f"(100: in every colour, 0: as strangers)" + ": do not trust the cameras" * (found < still + 2))
     if isinstance(scene, data.Scene) and len(views) > 2:
-        error = camera_error(data.load_scenes(out)[0].c2w, scene.c2w[shown])
-        print(f"against the true poses, which were not used: {error}")
+        true = scene.c2w[shown]
+        error, still = (camera_error(c2w, true) for c2w in (data.load_scenes(out)[0].c2w, torch.eye(4).expand_as(true)))
+        print(f"against the true poses, which were not used: {error}; without motion by {still.rotation:.1f}")
     further = f"; python 04_distill.py --scene_dir {out} --geometry depth" if len(views) > 2 else ""
     print(f"  ->  {out / 'cloud.png'}, {out / 'cloud.ply'}{further}")
 
@@ -1670,6 +1674,8 @@ def table(args):
     """Table I of the published networks, whose speed does not depend on their weights."""
     models = {"Fast3R": built(Fast3R)} if "teacher" in args.models else {}
     models |= {"student": built(Student, StudentConfig())} if "student" in args.models else {}
+    if not models:
+        raise ValueError("table: give --models teacher, student or both")
     for model in models.values():
         for p in model.to(args.device).eval().parameters():
             nn.init.normal_(p, std=0.02)
@@ -1711,7 +1717,7 @@ def parse(argv):
     add("--batch", type=splat.positive, help="samples a step, over all processes; gradients add up one by one [p]")
     add("--lr", type=float, help="peak learning rate; halve it when the loss jumps [p]")
     add("--final_lr", type=float, help="at the end of the run [p]")
-    add("--encoder_lr", type=float, help="peak rate of the pretrained encoder, which falls alike [p]")
+    add("--encoder_share", type=float, help="learning rate of the pretrained encoder, in parts of the others' [p]")
     add("--warmup", type=splat.positive, help="steps until the peak [p]")
     add("--gamma", type=float, default=0.001, help="weight of the confidence loss, Eq. 6; 0 with --weight none is Table III's "
         "labels only")
@@ -1731,7 +1737,7 @@ def parse(argv):
     add("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")
     flag("--resume", "go on from the checkpoint in --out")
     add("--models", nargs="+", choices=("mean", "student", "teacher"), default=["mean", "student", "teacher"],
-        help="what eval measures, and table but for mean; mean is the mean pointmap of the cache")
+        help="those that eval measures (mean is the mean pointmap of the cache), or table (teacher, student)")
     add("--counts", type=splat.positive, nargs="+", help="numbers of views in table")
     flag("--skip_bad_frames", "leave out frames without an image or a valid pose")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torchrun gives each process its own")

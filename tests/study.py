@@ -59,7 +59,7 @@ TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
     "no weighting": ["--weight", "none"],
     "labels only": ["--weight", "none", "--gamma", "0"],
     "student's confidence weighs": ["--weight", "student", "--gamma", "0"]}
-CIRCLE_ROOMS = 48
+CIRCLE_ROOMS = dict(scenes=48, seed=1)  # rooms that Distill3R's student has not seen
 CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred"}
 KEPT, NOT_YET = "<!-- what follows is written by hand -->", "Not run yet."
 COLUMNS = [("depth", "AbsRel", "depth AbsRel ↓", 4), ("depth", "RMSE", "RMSE ↓", 4), ("normals", "RMSE", "normals RMSE ° ↓", 2),
@@ -185,12 +185,13 @@ def circle_scores(name, seed, args) -> dict:
     folder = Path(args.out) / "circle"
     pointmap_scores(next(iter(TABLE3)), 0, args)
     student = folder_of(f"pointmaps {next(iter(TABLE3))}", 0, args) / "student"
-    for room in data.split(data.open_scenes(args.scene_dir), "train")[:CIRCLE_ROOMS]:
-        meta = json.loads((Path(args.scene_dir) / room.name / "transforms.json").read_text())
+    data.make_rooms(folder / "rooms", **CIRCLE_ROOMS)
+    for room in sorted((folder / "rooms").glob("room_*")):
+        meta = json.loads((room / "transforms.json").read_text())
         for start in range(0, len(meta["frames"]) - 3, 4):
             true, inferred = (folder / kind / f"{room.name}_{start:02d}" for kind in ("true", "inferred"))
             if not true.exists():
-                copy_views(Path(args.scene_dir) / room.name, meta, slice(start, start + 4), true)
+                copy_views(room, meta, slice(start, start + 4), true)
             if not inferred.exists() and CIRCLE[name] == "inferred":
                 out = folder / "infer"
                 distill3r.main(["infer", "--preset", "tiny", "--images", str(true / "images"), "--weights", str(student), "--out", str(out),
@@ -231,6 +232,7 @@ def write_study(args):
     study, found = Path(args.study), {name: scores for name in (*RUNS, *CIRCLE) if (scores := written(name, "scores.json", args))}
     notes = study.read_text().partition(KEPT)[2] if study.exists() else "\n"
     flags = "\n".join(f"| {name} | {'the weights as they are' if f is None else f'`{chr(32).join(f)}`' if f else 'the defaults'} |" for name, f in RUNS.items())
+    flags = flags.replace("`--online`", "`--online`, and `undivided` of tests/study.py")
     targets = Path(args.out) / "targets.json"
     targets = {name: [scores] for name, scores in json.loads(targets.read_text()).items()} if targets.exists() else {}
     text = f"""# What each part brings

@@ -182,7 +182,7 @@ def test_rooms_are_not_written_among_other_files(tmp_path):
 
 
 @pytest.mark.parametrize("folder,settings", [("data", "DEFAULT_ROOMS"), ("data_small", "SMALL_ROOMS")])
-def test_missing_data_folder_is_filled_with_the_default_rooms(folder, settings, tmp_path, monkeypatch, capsys):
+def test_missing_data_folders_are_filled_with_their_rooms(folder, settings, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, settings, dict(scenes=2, views=3, size=(12, 16), seed=0))
     assert len(data.open_scenes(folder)) == 2

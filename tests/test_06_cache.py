@@ -573,6 +573,9 @@ def test_photos_agree_where_geometry_and_cameras_are_theirs(rooms):
     strangers = agree(points, [c[torch.randperm(len(c), generator=generator())] for c in colours], c2w)
     assert true > nearer + 0.1 and true > agree(points, colours, torch.eye(4).expand_as(c2w)) + 0.1 and abs(strangers) < 0.05
     assert agree(points, colours, c2w[:1].expand_as(c2w)) == pytest.approx(agree(points, colours, torch.eye(4).expand_as(c2w)), abs=1e-4)
+    assert d3r.agreement(points[:1], colours[:1], [views[0].image], focal, c2w[:1]) == 0.0
+    turned = torch.stack([torch.eye(4), torch.diag(torch.tensor([-1.0, 1, -1, 1]))])  # back to back: none sees the other's points
+    assert d3r.agreement(points[:2], colours[:2], [v.image for v in views[:2]], focal, turned) == 0.0
     same = [v.image for v in views[:1]] * 2  # one photo twice, from one camera: in every colour
     assert d3r.agreement(points[:1] * 2, colours[:1] * 2, same, focal[:1] * 2, torch.eye(4).expand(2, 4, 4)) > 0.95
 

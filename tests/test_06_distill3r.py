@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,8 +52,9 @@ def message(*arguments):
 
 @pytest.fixture(scope="module")
 def whole_run(rooms_dir, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "out"
-    return out, run("--scene_dir", rooms_dir, "--out", out, "--max_steps", 60, "--warmup", 10, *SMALL)
+    home = tmp_path_factory.mktemp("whole")
+    shutil.copytree(rooms_dir, home / "data_small")  # where the script looks by itself
+    return home / "out", run("--out", home / "out", "--max_steps", 60, "--warmup", 10, *SMALL, cwd=home)
 
 
 def test_the_script_improves_on_its_start(whole_run, rooms):
@@ -68,6 +70,7 @@ def test_the_script_improves_on_its_start(whole_run, rooms):
     log = log_of(out)
     assert [line["step"] for line in log] == list(range(60)) and log[-1]["heldout"] < 0.7 * log[9]["heldout"]
     assert log[0]["lr"] < log[10]["lr"] > log[-1]["lr"] and not any("room_003" in line["samples"][0] for line in log)
+    assert "room_003: 2 views" in printed and "photos agree" in printed
     assert "samples written" in printed and "accuracy" in printed and str(out / "scene/cloud.png") in printed
 
 
@@ -196,7 +199,7 @@ def test_a_new_student_starts_at_the_pretrained_vit():
 
 
 def test_the_encoder_has_a_rate_of_its_own(cached, tmp_path):
-    main("train", *cached, "--max_steps", 2, "--encoder_lr", 0, "--out", tmp_path)
+    main("train", *cached, "--max_steps", 2, "--encoder_share", 0, "--out", tmp_path)
     args = d3r.parse(["train", *map(str, cached)])
     before, after = d3r.new_student(args).state_dict(), d3r.load_student(tmp_path / "student").state_dict()
     moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
