@@ -1299,7 +1299,7 @@ def cloud_picture(path, photos, points, radii, colours, c2w, agree, size=480):
                           torch.cat([colours[keep], torch.tensor([1.0, 0.1, 0.1]).expand(len(centres), 3)]))
     far, first = 10 * extent, c2w[0, :3, 3]  # from so far there is no perspective
     aside = first + 0.35 * (first - middle) - 0.35 * (first - middle).norm() * (right - up)
-    seen = [draw_points(*cloud(inside), aside, middle, up, 0.9 * size, size),
+    seen = [draw_points(*cloud(inside), aside, middle, up, 0.75 * size, size),
             draw_points(*cloud(open_top), middle + far * up, middle, ahead, 9 * size, size),
             draw_points(*cloud(inside), middle - far * ahead, middle, up, 9 * size, size)]
     found, still = (100 * value for value in agree)
@@ -1647,7 +1647,7 @@ def infer(args):
     _, scene, index = open_scene(root, (data.split(names, "val") or names)[0], args.skip_bad_frames)
     shown, student = list(index.values())[::args.stride or 1], student_of(args)
     if not (args.command or args.scene_dir or args.images):
-        shown = shown[:args.views]  # the demonstration: one sample, as the student was trained on
+        shown = shown[max(0, len(shown) - args.views) // 2:][:args.views]  # the demonstration: one sample, as in training
     sizes = [(scene.frames[i].size, student.view_size(*scene.frames[i].size)) for i in shown]
     maps = student([scene.view(i, size) for i, (_, size) in zip(shown, sizes)], torch.Generator().manual_seed(args.seed))
     # Other stages want more pixels than the maps have: twice as many down and across, where the photo has them.
