@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -522,15 +523,20 @@ def same(out, whole):
     killed.same(out, whole, 12, "adapters.safetensors", "result.json", "heldout.png")
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_run_killed_at_random_points_resumes_bit_identically(undisturbed, tmp_path, seed):
-    """Five kill -9 each, anywhere: start, operators, a step, a write, the report. The last seed begins without operators."""
+def test_runs_killed_at_random_points_resume_bit_identically(undisturbed, tmp_path):
+    """Four runs, two at a time, with five kill -9 each, anywhere: start, operators, a step, a write, the report. The last one begins
+    without operators."""
     whole, seconds, common = undisturbed
-    common = common + (["--operators", tmp_path / "operators"] if seed == 3 else [])
-    rng = random.Random(seed)
-    kill_and_resume(lambda: fork(*common, "--out", tmp_path / "run", "--resume"), tmp_path / "run", 5,
-                    (rng.uniform(0.1, 0.9) * seconds for _ in itertools.count()))
-    same(tmp_path / "run", whole)
+
+    def survive(seed):
+        own = ["--operators", tmp_path / "operators"] if seed == 3 else []
+        out, rng = tmp_path / f"run_{seed}", random.Random(seed)
+        kill_and_resume(lambda: fork(*common, *own, "--out", out, "--resume"), out, 5,
+                        (rng.uniform(0.1, 0.9) * seconds for _ in itertools.count()))
+        same(out, whole)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(survive, range(4)))
 
 
 def dying_child(arguments, call, when):
@@ -551,18 +557,23 @@ def dying_child(arguments, call, when):
     killed.child("04_distill", arguments)
 
 
-@pytest.mark.parametrize("call,when", [(3, "before"), (4, "before"), (5, "before"), (5, "after")])
-def test_a_kill_within_the_writing_of_a_checkpoint(undisturbed, tmp_path, call, when):
+def test_a_kill_within_the_writing_of_a_checkpoint(undisturbed, tmp_path):
     """The second checkpoint is a new file, renamed from its temporary name (3); the old one steps aside (4); it takes its place (5)."""
     whole, _, common = undisturbed
-    process = killed.SERVER.Process(target=dying_child, args=([*common, "--out", tmp_path / "run"], call, when))
-    process.start()
-    assert finish(process) == -signal.SIGKILL
-    steps = [splat.read_run(path)[0] for path in splat.checkpoint_paths(tmp_path / "run") if path.exists()]
-    assert steps == ([2, 1] if when == "after" else [1])
-    assert finish(fork(*common, "--out", tmp_path / "run", "--resume")) == 0
-    same(tmp_path / "run", whole)
-    assert not list((tmp_path / "run").glob(".*"))
+
+    def survive(call, when):
+        out = tmp_path / f"{call}_{when}"
+        process = killed.SERVER.Process(target=dying_child, args=([*common, "--out", out], call, when))
+        process.start()
+        assert finish(process) == -signal.SIGKILL
+        steps = [splat.read_run(path)[0] for path in splat.checkpoint_paths(out) if path.exists()]
+        assert steps == ([2, 1] if when == "after" else [1])
+        assert finish(fork(*common, "--out", out, "--resume")) == 0
+        same(out, whole)
+        assert not list(out.glob(".*"))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(survive, (3, 4, 5, 5), ("before", "before", "before", "after")))
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(undisturbed, tmp_path):
@@ -750,11 +761,26 @@ def test_measured_depth_is_asked_for_by_name(rooms_dir):
     assert not {scene.name for scene, _ in triplets} & {scene.name for scene, _ in heldout}
 
 
-@pytest.mark.parametrize("name", ["posed_fox_instantngp", "colmap_bartoszek_statue", "rgbd_7scenes_redkitchen/original",
-                                  "rgbd_instances_apc_shelf", "posed_masks_dtu_scan24"])
-def test_real_scenes_run_without_flags(name, tmp_path):
-    folder = ROOT.parent / "shared" / "data" / name
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not here")
-    code, printed, err = run("--scene_dir", folder, "--out", tmp_path, "--operators", tmp_path / "operators", "--max_steps", 2, *SMALL)
+REAL = ["posed_fox_instantngp", "colmap_bartoszek_statue", "rgbd_7scenes_redkitchen/original", "rgbd_instances_apc_shelf",
+        "posed_masks_dtu_scan24"]
+
+
+@pytest.fixture(scope="module")
+def real_runs(tmp_path_factory):
+    """{name: code, what was printed, errors} of the scenes that are here, two at a time."""
+    def of(name):
+        out = tmp_path_factory.mktemp("real")
+        return run("--scene_dir", scenes[name], "--out", out, "--operators", out / "operators", "--max_steps", 2, *SMALL)
+
+    scenes = {name: ROOT.parent / "shared" / "data" / name for name in REAL}
+    names = [name for name, folder in scenes.items() if folder.is_dir()]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(names, pool.map(of, names)))
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_scenes_run_without_flags(name, real_runs):
+    if name not in real_runs:
+        pytest.skip(f"{ROOT.parent / 'shared' / 'data' / name} is not here")
+    code, printed, err = real_runs[name]
     assert code == 0 and "after:" in printed, err

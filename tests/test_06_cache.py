@@ -1,7 +1,6 @@
 """06_distill3r.py, the cache and what comes after the networks: every piece against a slow definition, files against damage."""
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+import killed
 
 data, lift, d3r = (importlib.import_module(name) for name in ("01_data", "02_lift", "06_distill3r"))
 Pointmap, DataError = d3r.Pointmap, data.DataError
@@ -404,19 +405,16 @@ def die_at(event, arguments):
     d3r.write_cache(d3r.GeometricTeacher(SMALL), *arguments, SMALL, views=1, stride=1)
 
 
-def test_runs_killed_at_20_points_and_continued_leave_the_same_files(few_rooms, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent))))
-    start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload([Path(__file__).stem])  # torch is imported once, not by each of the twenty
+def test_runs_killed_at_20_points_and_continued_leave_the_same_files(few_rooms, tmp_path):
     d3r.write_cache(d3r.GeometricTeacher(SMALL), few_rooms, tmp_path / "whole", SMALL, views=1, stride=1)
-    leftovers, killed = 0, 0
+    leftovers, dead = 0, 0
     for event in [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 2, 3]:
-        child = start.Process(target=die_at, args=(event, (few_rooms, tmp_path / "killed")))
+        child = killed.SERVER.Process(target=die_at, args=(event, (few_rooms, tmp_path / "killed")))
         child.start()
         child.join(60)
-        killed += child.exitcode == -signal.SIGKILL
+        dead += child.exitcode == -signal.SIGKILL
         leftovers += len(list((tmp_path / "killed").rglob(".*")))
-    assert killed == 20 and leftovers >= 10
+    assert dead == 20 and leftovers >= 10
     d3r.write_cache(d3r.GeometricTeacher(SMALL), few_rooms, tmp_path / "killed", SMALL, views=1, stride=1)
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed") and len(contents(tmp_path / "whole")) == 25
 
