@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on shared cores its waiting threads would spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are small, and some tests start two processes at a time
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import importlib
