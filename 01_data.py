@@ -42,7 +42,7 @@ IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".JPG", ".JPEG", ".PNG")
 MAPS = ("mask", "depth", "normal", "label")
 CLASSES = ("floor", "ceiling", "wall", "table", "chair", "sofa", "cabinet", "lamp", "plant", "picture")
 DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
-SMALL_ROOMS = DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))  # variety in place of pixels, for 06_distill3r.py
+BUILT_IN = {"data": DEFAULT_ROOMS, "data_small": DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))}  # the latter for 06_distill3r.py
 
 # 7-Scenes was recorded with one Kinect whose depth is not registered to its colour: the commonly published calibration.
 KINECT_DEPTH_F, KINECT_COLOUR_F = 585.0, 525.0
@@ -1055,9 +1055,9 @@ def open_scenes(scene_dir, skip_bad_frames=False):
     """What every stage does first: read `scene_dir`, making built-in rooms where data/ or data_small/ is missing or unfinished."""
     folder = Path(scene_dir)
     settings = rooms_made(folder)
-    built_in = {Path("data").resolve(): DEFAULT_ROOMS, Path("data_small").resolve(): SMALL_ROOMS}
-    if not settings and folder.resolve() in built_in and is_empty(folder):
-        settings = built_in[folder.resolve()]
+    built_in = next((rooms for name, rooms in BUILT_IN.items() if folder.resolve() == Path(name).resolve()), None)
+    if not settings and built_in and is_empty(folder):
+        settings = built_in
         print(f"no data yet: writing {settings['scenes']} built-in rooms of {settings['views']} views to {folder}/")
     if settings:
         make_rooms(folder, **settings)

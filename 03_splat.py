@@ -347,11 +347,11 @@ def walk(
         alpha = buffer[: place.numel() * basis.shape[1]].view(CHUNK, len(blocks), -1)
         torch.mm(coefficients.flatten(1).T, basis, out=alpha.flatten(0, 1)).exp2_()
         torch.nn.functional.threshold_(alpha, MIN_ALPHA / RANGE, 0.0).clamp_(max=MAX_ALPHA / RANGE)
-        before = ()
+        kept = ()
         if backward:
             opaque = (columns[7] > math.log2(MAX_ALPHA / RANGE)).nonzero().T
-            before = light.clone(), opaque, alpha[*opaque] >= MAX_ALPHA / RANGE
-        yield Step(blocks, centre, ids.view(place.shape), rows, columns, composite(alpha, light), *before)
+            kept = light.clone(), opaque, alpha[*opaque] >= MAX_ALPHA / RANGE
+        yield Step(blocks, centre, ids.view(place.shape), rows, columns, composite(alpha, light), *kept)
         at = at + CHUNK
         going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
         blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
@@ -1267,6 +1267,12 @@ def between(a: Tensor, b: Tensor, count: int) -> Tensor:
     return poses
 
 
+def looking(forward: Tensor, up: Tensor) -> Tensor:
+    """Of a camera that looks along `forward` (..., 3), unit, its axes in the world as columns (..., 3, 3): right, down, forward."""
+    right = normalize(torch.linalg.cross(forward, up.expand_as(forward)), dim=-1)
+    return torch.stack([right, torch.linalg.cross(forward, right), forward], -1)
+
+
 def orbit(means: Tensor, count: int) -> Tensor:
     """Camera poses (count, 4, 4) once around the median of `means` (G, 3). Files of Gaussians do not say what is up: -y (as from
     COLMAP) or z is taken, along whichever they spread less."""
@@ -1276,9 +1282,8 @@ def orbit(means: Tensor, count: int) -> Tensor:
     x = means.new_tensor([1, 0, 0])
     angle = 2 * math.pi * torch.arange(count).to(means)[:, None] / count
     forward = -normalize(angle.cos() * x + angle.sin() * torch.linalg.cross(up, x) + 0.4 * up)
-    right = normalize(torch.linalg.cross(forward, up.expand_as(forward)))
     poses = torch.eye(4).to(means).repeat(count, 1, 1)
-    poses[:, :3, :3] = torch.stack([right, torch.linalg.cross(forward, right), forward], 2)
+    poses[:, :3, :3] = looking(forward, up)
     poses[:, :3, 3] = centre - 2.5 * (means - centre).norm(dim=1).median() * forward
     return poses
 

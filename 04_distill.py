@@ -2,7 +2,7 @@
 
 Paper   Splat and Distill (SnD) Sec. 3.1-3.5, Eq. 1-5, Table 5, Appendix A.3.
 In      posed views (01_data), a pretrained ViT and a geometry (02_lift). Masks are optional: superpixels stand in.
-Out     out/04_distill/: student/ (a Hugging Face DINOv2 folder, LoRA merged), log.jsonl, pictures, checkpoints; adapters if there are.
+Out     out/04_distill/: student/ (a Hugging Face DINOv2 folder, LoRA merged), log.jsonl, pictures, checkpoints, any adapters.
 Run     python 04_distill.py --preset tiny              built-in rooms, no downloads: minutes on a 2-core CPU
         python 04_distill.py --scene_dir my_scene       your own posed images; on a CUDA machine with the paper's setting
         python 04_distill.py --resume                   goes on after a kill, where the last checkpoint was

@@ -1273,18 +1273,16 @@ def agreement(points, colours, photos, focal, c2w) -> float:
 
 def draw_points(points, radii, colours, eye, at, up, focal, size) -> Tensor:
     """(M, 3), (M,), (M, 3) -> (3, size, size): every point a small round Gaussian, seen from `eye` (3,) towards `at` (3,)."""
-    ahead = F.normalize(at - eye, dim=0)
-    right = F.normalize(torch.linalg.cross(ahead, up), dim=0)
-    R = torch.stack([right, torch.linalg.cross(ahead, right), ahead])  # of world to camera: x right, y down, z ahead
-    w2c, K = torch.eye(4), torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
-    w2c[:3, :3], w2c[:3, 3] = R, -R @ eye
+    c2w, K = torch.eye(4), torch.tensor([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
+    c2w[:3, :3], c2w[:3, 3] = splat.looking(F.normalize(at - eye, dim=0), up), eye
     gaussians = points, radii.square()[:, None, None] * torch.eye(3), torch.full_like(radii, 0.9), colours
-    return splat.rasterize(*gaussians, w2c, K, size, size, background=torch.full((3,), 0.12)).features.permute(2, 0, 1)
+    return splat.rasterize(*gaussians, torch.linalg.inv(c2w), K, size, size, background=torch.full((3,), 0.12)).features.permute(2, 0, 1)
 
 
 def cloud_picture(path, photos, points, radii, colours, c2w, agree, size=480):
     """The cloud from behind the first photo's camera and aside of it; from above, cut off over the cameras as a ceiling would
-    hide the room; and from the side, the cameras in red. Below, three of the photos. (M, 3), (M,), (M, 3), (V, 4, 4), two of `agreement`"""
+    hide the room; and from the side, the cameras in red. Below, three of the photos. points, radii, colours and c2w are (M, 3),
+    (M,), (M, 3), (V, 4, 4); `agree` is the `agreement` through these cameras, and without any motion."""
     some = slice(None, None, len(points) // 1_000_000 + 1)
     points, radii, colours = points[some], radii[some] * some.step**0.5, colours[some]
     up = F.normalize(-c2w[:, :3, 1].mean(0), dim=0)
@@ -1649,10 +1647,11 @@ def infer(args):
     if not (args.command or args.scene_dir or args.images):
         shown = shown[max(0, len(shown) - args.views) // 2:][:args.views]  # the demonstration: one sample, as in training
     sizes = [(scene.frames[i].size, student.view_size(*scene.frames[i].size)) for i in shown]
-    maps = student([scene.view(i, size) for i, (_, size) in zip(shown, sizes)], torch.Generator().manual_seed(args.seed))
+    views = [scene.view(i, size) for i, (_, size) in zip(shown, sizes)]
+    maps = student(views, torch.Generator().manual_seed(args.seed))
     # Other stages want more pixels than the maps have: twice as many down and across, where the photo has them.
-    fine = [2 if 2 * h <= full_h and 2 * w <= full_w else 1 for (full_h, full_w), (h, w) in sizes]
-    views = [scene.view(i, (h * n, w * n)) for i, (_, (h, w)), n in zip(shown, sizes, fine)]
+    views = [scene.view(i, (2 * h, 2 * w)) if 2 * h <= full_h and 2 * w <= full_w else view
+             for view, i, ((full_h, full_w), (h, w)) in zip(views, shown, sizes)]
     out = write_scene(Path(args.out, "scene"), views, maps, args.tau)
     meta = json.loads((out / "transforms.json").read_text())
     trusted = torch.cat([(certainty(m.conf_local) >= args.tau).flatten() for m in maps]).float().mean()
@@ -1772,7 +1771,7 @@ def run(args):
     if rank:
         sys.stdout = open(os.devnull, "w")  # one voice
         dist.barrier()  # until rank 0 has made or fetched what is missing
-    if args.command != "table" and not args.images and source_of(args) in (Path("data"), Path("data_small")):
+    if args.command != "table" and not args.images and str(source_of(args)) in data.BUILT_IN:
         data.open_scenes(source_of(args))  # makes them
     if world > 1 and not rank:
         lift.load_vit(args.encoder)

@@ -138,9 +138,10 @@ def splat_section(rounds, large):
                 row.append(f"{other * chunk / seconds:.1f}x, {other_mb:.0f} MB" + " (12 x 32 channels)" * (chunk > 1))
             what = f"C = {C} forward" + " + backward" * backward
             print(f"| {what} | {height}x{width} | {2 * height * width} | " + " | ".join(row) + " |", flush=True)
-    if not GARDEN.exists():
-        print(f"| garden crop: {GARDEN} is not here, third-party points |")
-    for backward in (False, True) if GARDEN.exists() else ():
+    for backward in (False, True):
+        if not GARDEN.exists():
+            print(f"| garden crop | {GARDEN} is not here: third-party points | | | | |")
+            break
         (seconds, mb), *others = (apart("measure_garden", method, backward, 4 * rounds) for method in ("rasterize", "textbook", "standard"))
         row = [f"{1000 * seconds:.1f} ms, {mb:.0f} MB"] + [f"{other / seconds:.1f}x, {other_mb:.0f} MB" for other, other_mb in others]
         print(f"| garden crop, C = 3 forward{' + backward' * backward} | 60x80 | 4629 | " + " | ".join(row) + " |", flush=True)

@@ -42,6 +42,7 @@ TABLE5 = {
     "context views (E)": ["--target", "context"],
     "superpixels (F)": ["--masks", "superpixels"],
     "basic variant (H)": ["--frozen_teacher", *PLAIN]}
+UNDIVIDED = "not divided by alpha"  # with `undivided` below; --online alone comes to the same as the defaults
 OTHERS = {
     "adapters": ["--no-full_finetune", "--lr", "3e-3"],
     "three times the steps and triplets": ["--max_steps", "600", "--triplets", "900"],
@@ -51,7 +52,7 @@ OTHERS = {
     "measured depth": ["--geometry", "depth"],
     "unmatched pixels dropped": ["--drop_unmatched"],
     "shared head": ["--shared_head"],
-    "not divided by alpha": ["--online"],  # and with `undivided`; --online alone comes to the same as the defaults
+    UNDIVIDED: ["--online"],
     "mean over patches": ["--downscale", "area"]}
 RUNS = MAIN | TABLE5 | OTHERS
 TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
@@ -85,7 +86,7 @@ def scores_of(name, seed, args, flags) -> dict:
     if flags is not None:
         student = f"tiny+{trained / 'student'}" if name in BESIDE else trained / "student"
         if not (trained / "result.json").exists():
-            with undivided() if name == "not divided by alpha" else contextlib.nullcontext():
+            with undivided() if name == UNDIVIDED else contextlib.nullcontext():
                 distill.main(["--preset", "tiny", "--scene_dir", args.scene_dir, "--out", str(trained), "--operators",
                               str(Path(args.out) / "operators"), "--seed", str(seed), "--device", args.device, "--resume", *flags])
     asked = asked_of_probes(args, student, folder / "probe")
@@ -227,12 +228,17 @@ def pointmap_table(args) -> str:
     return "\n".join(lines) if found else NOT_YET
 
 
+def in_words(name) -> str:
+    flags = RUNS[name]
+    words = "the weights as they are" if flags is None else f"`{' '.join(flags)}`" if flags else "the defaults"
+    return words + ", with `undivided` of tests/study.py" * (name == UNDIVIDED)
+
+
 def write_study(args):
     """All that is finished so far. What was written by hand below `KEPT` stays."""
     study, found = Path(args.study), {name: scores for name in (*RUNS, *CIRCLE) if (scores := written(name, "scores.json", args))}
     notes = study.read_text().partition(KEPT)[2] if study.exists() else "\n"
-    flags = "\n".join(f"| {name} | {'the weights as they are' if f is None else f'`{chr(32).join(f)}`' if f else 'the defaults'} |" for name, f in RUNS.items())
-    flags = flags.replace("`--online`", "`--online`, and `undivided` of tests/study.py")
+    flags = "\n".join(f"| {name} | {in_words(name)} |" for name in RUNS)
     targets = Path(args.out) / "targets.json"
     targets = {name: [scores] for name, scores in json.loads(targets.read_text()).items()} if targets.exists() else {}
     text = f"""# What each part brings

@@ -181,10 +181,10 @@ def test_rooms_are_not_written_among_other_files(tmp_path):
             data.open_scenes(tmp_path)
 
 
-@pytest.mark.parametrize("folder,settings", [("data", "DEFAULT_ROOMS"), ("data_small", "SMALL_ROOMS")])
-def test_missing_data_folders_are_filled_with_their_rooms(folder, settings, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("folder", ["data", "data_small"])
+def test_missing_data_folders_are_filled_with_their_rooms(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, settings, dict(scenes=2, views=3, size=(12, 16), seed=0))
+    monkeypatch.setitem(data.BUILT_IN, folder, dict(scenes=2, views=3, size=(12, 16), seed=0))
     assert len(data.open_scenes(folder)) == 2
     assert capsys.readouterr().out.splitlines() == [f"no data yet: writing 2 built-in rooms of 3 views to {folder}/"]
     before = (tmp_path / folder / "rooms.json").stat().st_mtime_ns
