@@ -564,6 +564,12 @@ def processes(args):
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
+def few_threads(args):
+    """The tensors of preset tiny are so small that a second thread costs more than it brings: 23 s for 40 steps, 19 s without."""
+    if args.preset == "tiny" and args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 def prepare(args):  # -> training triplets, held-out triplets, where they come from
     scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
     if args.geometry == "depth":
@@ -632,6 +638,7 @@ def learn(batch, model, student, teacher, args, world):
 def run(args):
     out, (rank, world) = Path(args.out), processes(args)
     first = rank == 0
+    few_threads(args)
     if not first:
         sys.stdout = open(os.devnull, "w")  # one voice
         dist.barrier()  # until rank 0 has made or fetched what is missing

@@ -1121,7 +1121,7 @@ def train(args, rank, world):
     # Differs: the paper has one rate; where there are few samples, a pretrained encoder keeps more of what it knows with less.
     encoder, rest = ([p for name, p in trained.items() if name.startswith("encoder.") == which] for which in (True, False))
     groups = [dict(params=rest, share=1.0), dict(params=encoder, share=args.encoder_share)]
-    optimiser = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     print(f"{sum(p.numel() for p in weights) / 1e6:.1f} million parameters, {len(cached)} samples of up to {args.views} views, "
           f"{args.max_steps} steps of {args.batch}, on {args.device}")
     if stored:
@@ -1778,6 +1778,7 @@ def run(args):
         dist.barrier()
     for command in [args.command] if args.command else ["cache", "train", "eval", "infer"]:
         if command in ("cache", "train"):
+            distill.few_threads(args)
             {"cache": cache, "train": train}[command](args, rank, world)
         elif not rank:
             {"eval": measure, "infer": infer, "table": table}[command](args)

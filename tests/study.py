@@ -46,6 +46,8 @@ UNDIVIDED = "not divided by alpha"  # with `undivided` below; --online alone com
 OTHERS = {
     "adapters": ["--no-full_finetune", "--lr", "3e-3"],
     "three times the steps and triplets": ["--max_steps", "600", "--triplets", "900"],
+    "ten times the steps and triplets": ["--max_steps", "2000", "--triplets", "3000"],
+    "2D control, ten times": ["--max_steps", "2000", "--triplets", "3000", "--target", "image", *PLAIN],
     "temperatures 1 and 1": ["--tau_student", "1", "--tau_teacher", "1"],
     "temperatures 0.05 and 0.02": ["--tau_student", "0.05", "--tau_teacher", "0.02"],
     "plane sweep": ["--geometry", "sweep"],

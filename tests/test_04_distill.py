@@ -505,6 +505,20 @@ def test_presets_hold_the_numbers_of_the_paper(tmp_path, monkeypatch):
     assert distill.parse([]).preset == ("vits" if torch.cuda.is_available() else "tiny")
 
 
+def test_small_tensors_get_one_thread(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for flags in (["--preset", "vits"], ["--preset", "tiny", "--device", "cuda"]):
+        distill.few_threads(distill.parse(flags))
+    assert not asked
+    distill.few_threads(distill.parse(["--preset", "tiny", "--device", "cpu"]))
+    assert asked == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # who names a number gets it
+    distill.few_threads(distill.parse(["--preset", "tiny", "--device", "cpu"]))
+    assert asked == [1]
+
+
 # ------------------------------------------------------------------------------------------------ runs that cannot be lost
 
 
