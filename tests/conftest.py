@@ -36,7 +36,7 @@ def pytest_sessionfinish(session):
         if session.exitstatus == pytest.ExitCode.INTERRUPTED:
             process.terminate()
         codes = {session.exitstatus, process.wait()} - {pytest.ExitCode.NO_TESTS_COLLECTED}  # of one half, with -k
-        session.exitstatus = max(codes, default=pytest.ExitCode.NO_TESTS_COLLECTED)
+        session.exitstatus = max(map(abs, codes), default=pytest.ExitCode.NO_TESTS_COLLECTED)  # below 0: killed by a signal
 
 
 def pytest_terminal_summary(terminalreporter, config):
