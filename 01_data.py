@@ -196,6 +196,11 @@ def split(scenes, part):
     return [s for i, s in enumerate(scenes) if (i in held_out) == (part == "val")]
 
 
+def held_out_views(scene) -> list[int]:
+    """Where there is a single scene: every eighth of its views is held out, from the third on."""
+    return list(range(min(2, len(scene) - 1), len(scene), 8))
+
+
 # ------------------------------------------------------------------------------------------------ pixels and lenses
 
 
@@ -209,6 +214,8 @@ def decode(path, colour=False):
         raise DataError(f"{path}: cannot be decoded ({reason}); restore the file or pass --skip_bad_frames") from None
     if colour and image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if colour and image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB") if colour else image
 
 
@@ -411,7 +418,7 @@ def problem_of_maps(frame, thorough):
             continue
         if not path.exists():
             return f"{path} does not exist, but {frame.name} names it"
-        map_h, map_w = whole_size(path, thorough, one_channel=kind == "depth")
+        map_h, map_w = whole_size(path, thorough, CHANNELS.get(kind))
         if kind == "depth" and abs(map_w / map_h - width / height) < 0.02 * width / height:
             continue  # sensors often measure depth at another resolution of the same field of view
         if (map_h, map_w) != (height, width):
@@ -427,13 +434,18 @@ def header(path):  # -> (H, W, C) of a picture, not decoded; None where even tha
         return None
 
 
-def whole_size(path, thorough, one_channel=False):  # -> (H, W) of a file that seems whole, decoded to its end if `thorough`
+CHANNELS = {"depth": "1", "normal": "3 or 4"}  # of the maps that have a fixed number; ids may be grey or colours
+
+
+def whole_size(path, thorough, channels=None):  # -> (H, W) of a file that seems whole, decoded to its end if `thorough`
     if path.suffix == ".npy":
         shape = decode_map(path).shape
     elif not (shape := header(path)) or thorough or not whole_file(path):
         shape = np.array(decode(path)).shape
-    if len(shape) < 2 or 0 in shape or (one_channel and shape[2:] not in ((), (1,))):
-        raise DataError(f"{path}: its shape is {shape}, not {'(H, W)' if one_channel else '(H, W) or (H, W, C)'}; write it again")
+    count = 1 if len(shape) == 2 else shape[-1]
+    if len(shape) not in (2, 3) or 0 in shape or (channels and str(count) not in channels):
+        wanted = f" with C = {channels}" if channels else ""
+        raise DataError(f"{path}: its shape is {tuple(shape)}, not (H, W) or (H, W, C){wanted}; write it again")
     return shape[:2]
 
 

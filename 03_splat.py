@@ -1050,24 +1050,33 @@ def has_triplet(scene, target=None) -> bool:
         return False
 
 
-def hold_out(scenes, count: int, seed: int):
-    """-> training scenes, [(scene, triplet)] held out: `val` scenes, or of a single scene every eighth view, as a target."""
+def hold_out(scenes, count: int, seed: int, whole=None):
+    """-> training scenes, [(scene, triplet)] held out: `val` scenes, or of a single scene every eighth view, as a target.
+
+    `whole`: the scenes as they were read, where `scenes` lacks some of them or some views: what is held out does not depend on
+    what can be used, so that whatever looks at the same folder (05_probe.py) holds out the same.
+    """
     data, _ = companions()
+    whole = whole or scenes
     usable = [scene for scene in scenes if has_triplet(scene)]
     for scene in scenes:
         if scene not in usable:
             print(f"{scene.name}: left out, no three views overlap with a usable baseline")
     if not usable:
         raise data.DataError(f"{scenes[0].name}: no three views overlap with a usable baseline; add views in between")
-    train, places = data.split(usable, "train"), [(scene, None) for scene in data.split(usable, "val")]
-    if len(usable) == 1:
-        (scene,) = usable
-        able = [i for i in range(len(scene)) if has_triplet(scene, i)]
-        hidden = able[min(2, len(able) // 2) :: 8]
-        train, places = [scene.subset([i for i in range(len(scene)) if i not in hidden])], [(scene, hidden)]
-        if len(train[0]) < 3 or not has_triplet(train[0]):
-            print(f"{scene.name}: too few views to hold one out, so what is measured below are training views")
-            train, places = [scene], [(scene, None)]
+    hidden = {scene.name for scene in data.split(whole, "val")}
+    train, places = ([scene for scene in usable if (scene.name in hidden) == part] for part in (False, True))
+    places = [(scene, None) for scene in places]
+    if len(usable) == 1 and not places:
+        (scene,), (as_read,) = usable, [s for s in whole if s.name == usable[0].name]
+        hidden = {as_read.frames[i].name for i in data.held_out_views(as_read)}
+        parts = [[i for i, frame in enumerate(scene.frames) if (frame.name in hidden) == part] for part in (False, True)]
+        train, places = [scene.subset(parts[0])], [(scene, [i for i in parts[1] if has_triplet(scene, i)])]
+        if len(parts[0]) < 3 or not has_triplet(train[0]) or not places[0][1]:
+            train = []
+    if not train or not places:
+        print(f"{usable[0].name}: too few views to hold any out, so what is measured below are training views")
+        train, places = usable, [(scene, None) for scene in usable]
     generator, found = torch.Generator().manual_seed(1000 + seed), []
     for n in range(4 * count):  # distinct triplets, fewer than `count` where the scenes have no more
         scene, targets = places[n % len(places)]

@@ -571,7 +571,7 @@ def few_threads(args):
 
 
 def prepare(args):  # -> training triplets, held-out triplets, where they come from
-    scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
+    scenes = whole = data.open_scenes(args.scene_dir, args.skip_bad_frames)
     if args.geometry == "depth":
         scenes = [scene.subset([i for i, frame in enumerate(scene.frames) if frame.depth]) for scene in scenes]
         scenes = [scene for scene in scenes if len(scene) >= 3]
@@ -581,7 +581,7 @@ def prepare(args):  # -> training triplets, held-out triplets, where they come f
     if args.masks == "files" and not any(frame.mask for scene in scenes for frame in scene.frames):
         print("no instance masks: SLIC superpixels stand in (folder masks/ beside images/ is read when it is there)")
     source = Source(scenes, args, lift.load_vit(args.model).patch)
-    scenes, heldout = splat.hold_out(scenes, args.heldout, args.seed)
+    scenes, heldout = splat.hold_out(scenes, args.heldout, args.seed, whole)
     # Differs: a fresh triplet a step in the paper; here --triplets of them, again and again, so that operators are reused.
     count = min(args.triplets, args.max_steps * args.batch)
     return draw_triplets(scenes, count, args.seed, args.target == "context"), heldout, source

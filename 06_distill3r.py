@@ -1678,7 +1678,7 @@ def table(args):
     for model in models.values():
         for p in model.to(args.device).eval().parameters():
             nn.init.normal_(p, std=0.02)
-    costs = efficiency(models, args.counts, args.size, args.at_once)
+    costs = efficiency(models, args.counts, args.size, args.at_once, args.repeats)
     path = Path(args.out, "table.json")
     splat.write_whole(path, json.dumps([cost._asdict() for cost in costs], indent=1).encode())
     print(f"{efficiency_table(costs)}\n  ->  {path}")
@@ -1738,6 +1738,7 @@ def parse(argv):
     add("--models", nargs="+", choices=("mean", "student", "teacher"), default=["mean", "student", "teacher"],
         help="those that eval measures (mean is the mean pointmap of the cache), or table (teacher, student)")
     add("--counts", type=splat.positive, nargs="+", help="numbers of views in table")
+    add("--repeats", type=splat.positive, default=2, help="passes of each in table, of which the fastest counts")
     flag("--skip_bad_frames", "leave out frames without an image or a valid pose")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torchrun gives each process its own")
     add("--seed", type=int, default=0)

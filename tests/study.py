@@ -6,10 +6,12 @@ Out     STUDY.md; out/study/: the runs, their scores, the operators that they sh
 """
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -42,13 +44,14 @@ TABLE5 = {
     "context views (E)": ["--target", "context"],
     "superpixels (F)": ["--masks", "superpixels"],
     "basic variant (H)": ["--frozen_teacher", *PLAIN]}
-UNDIVIDED = "not divided by alpha"  # with `undivided` below; --online alone comes to the same as the defaults
-OTHERS = {
-    "adapters": ["--no-full_finetune", "--lr", "3e-3"],
+BUDGET = {
     "three times the steps and triplets": ["--max_steps", "600", "--triplets", "900"],
     "ten times the steps and triplets": ["--max_steps", "2000", "--triplets", "3000"],
     "ten times, a third of the rate": ["--max_steps", "2000", "--triplets", "3000", "--lr", "1e-4"],
-    "2D control, ten times": ["--max_steps", "2000", "--triplets", "3000", "--lr", "1e-4", "--target", "image", *PLAIN],
+    "2D control, ten times": ["--max_steps", "2000", "--triplets", "3000", "--lr", "1e-4", "--target", "image", *PLAIN]}
+UNDIVIDED = "not divided by alpha"  # with `undivided` below; --online alone comes to the same as the defaults
+OTHERS = {
+    "adapters": ["--no-full_finetune", "--lr", "3e-3"],
     "temperatures 1 and 1": ["--tau_student", "1", "--tau_teacher", "1"],
     "temperatures 0.05 and 0.02": ["--tau_student", "0.05", "--tau_teacher", "0.02"],
     "plane sweep": ["--geometry", "sweep"],
@@ -57,7 +60,7 @@ OTHERS = {
     "shared head": ["--shared_head"],
     UNDIVIDED: ["--online"],
     "mean over patches": ["--downscale", "area"]}
-RUNS = MAIN | TABLE5 | OTHERS
+RUNS = MAIN | TABLE5 | BUDGET | OTHERS
 TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
     "teacher's confidence weighs (Eq. 2)": [],
     "no weighting": ["--weight", "none"],
@@ -66,8 +69,9 @@ TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
 CIRCLE_ROOMS = dict(scenes=48, seed=1)  # rooms that Distill3R's student has not seen
 CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred"}
 KEPT, NOT_YET = "<!-- what follows is written by hand -->", "Not run yet."
-COLUMNS = [("depth", "AbsRel", "depth AbsRel ↓", 4), ("depth", "RMSE", "RMSE ↓", 4), ("normals", "RMSE", "normals RMSE ° ↓", 2),
-           ("segmentation", "mIoU", "mIoU % ↑", 2), ("segmentation", "mAcc", "mAcc % ↑", 2),
+NO_CLS = "depth of patches"  # a probe beside those of 05_probe.py: its depth, without the CLS token, which no loss of 04_distill.py holds
+COLUMNS = [("depth", "AbsRel", "depth AbsRel ↓", 4), ("depth", "RMSE", "RMSE ↓", 4), (NO_CLS, "RMSE", "RMSE, no CLS ↓", 4), ("normals", "RMSE", "normals RMSE ° ↓", 2),
+           ("segmentation", "mIoU", "mIoU % ↑", 2),
            *(("correspondence", f"1.5 patches{bin}", f"recall{bin or ', all'} % ↑", 1) for bin in ("", *(f" {b}" for b in probes.VIEWPOINTS)))]
 
 
@@ -87,14 +91,16 @@ def scores_of(name, seed, args, flags) -> dict:
         return json.loads((folder / "scores.json").read_text())
     student, trained = "tiny", folder_of(BESIDE.get(name, name), seed, args)
     if flags is not None:
-        student = f"tiny+{trained / 'student'}" if name in BESIDE else trained / "student"
+        student = f"tiny+{trained / 'student'}" if name in BESIDE else str(trained / "student")
         if not (trained / "result.json").exists():
             with undivided() if name == UNDIVIDED else contextlib.nullcontext():
                 distill.main(["--preset", "tiny", "--scene_dir", args.scene_dir, "--out", str(trained), "--operators",
                               str(Path(args.out) / "operators"), "--seed", str(seed), "--device", args.device, "--resume", *flags])
     asked = asked_of_probes(args, student, folder / "probe")
-    models, *views = probes.prepare(asked)  # the same heads and pairs for all seeds: what varies is the training
-    scores = probes.probe(models, *views, asked)["model"].scores
+    train, val, pairs = views_of(args.scene_dir, args.views, args.device)
+    scores = probes.probe({"model": student}, train, val, pairs, asked)["model"].scores
+    tokens = [probes.extract(student, v.images, asked.layer, folder / "probe" / "features", args.device) for v in (train, val)]
+    scores[NO_CLS] = depth_of_patches(asked, tokens[0], train.depth, tokens[1], val.depth)
     shutil.rmtree(folder / "probe")
     lift.write_whole(folder / "scores.json", json.dumps(scores).encode())
     for checkpoint in folder.glob("checkpoint*"):
@@ -113,6 +119,16 @@ def undivided():
 
 def asked_of_probes(args, model, out):
     return probes.parse(["--scene_dir", args.scene_dir, "--models", f"model={model}", "--views", str(args.views), "--out", str(out), "--device", args.device])
+
+
+def depth_of_patches(asked, *tokens_and_truth) -> dict:
+    return probes.depth_probe(*tokens_and_truth, asked.depth._replace(device=asked.device), with_cls=False)[0]
+
+
+@functools.cache
+def views_of(scene_dir, views, device):  # -> training views, held-out views, pairs: the same for all models
+    args = argparse.Namespace(scene_dir=scene_dir, views=views, device=device)
+    return probes.prepare(asked_of_probes(args, "tiny", ""))[1:]
 
 
 @torch.no_grad()
@@ -154,14 +170,16 @@ def probes_of_targets(args) -> dict:
         for name, (tokens, val_tokens) in zip(found, zip(*(part.values() for part in features))):
             recipe = getattr(asked, kind)._replace(device=args.device)
             found[name][kind] = probes.PROBES[kind](tokens, truth, val_tokens, val_truth, recipe)[0]
+            if kind == "depth":
+                found[name][NO_CLS] = depth_of_patches(asked, tokens, truth, val_tokens, val_truth)
     lift.write_whole(path, json.dumps(found).encode())
     return found
 
 
-def table(names, found) -> str:
-    """Mean and, of several seeds, the standard deviation of each score."""
+def table(names, found, beside=()) -> str:
+    """Mean and, of several seeds, the standard deviation of each score; first the rows that these are to be seen `beside`."""
     lines = ["| | seeds | " + " | ".join(heading for *_, heading, _ in COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
-    for name in names:
+    for name in (*beside, *names):
         if name in found:  # the others have not been run yet
             cells = []
             for probe, score, _, digits in COLUMNS:
@@ -169,7 +187,7 @@ def table(names, found) -> str:
                 spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and name != "start" else ""
                 cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
             lines.append(f"| {name} | {len(found[name])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) if len(lines) > 2 else NOT_YET
+    return "\n".join(lines) if any(name in found for name in names) else NOT_YET
 
 
 def pointmap_scores(name, seed, args) -> dict:
@@ -237,44 +255,65 @@ def in_words(name) -> str:
     return words + ", with `undivided` of tests/study.py" * (name == UNDIVIDED)
 
 
+def sections(text) -> dict:  # {heading: text}; what is before the first heading has an empty one
+    return {part.partition("\n")[0] if part.startswith("## ") else "": part for part in re.split("^(?=## )", text, flags=re.M)}
+
+
 def write_study(args):
-    """All that is finished so far. What was written by hand below `KEPT` stays."""
+    """All that is finished so far. Sections of which nothing has been run here, and what was written by hand below `KEPT`, stay."""
     study, found = Path(args.study), {name: scores for name in (*RUNS, *CIRCLE) if (scores := written(name, "scores.json", args))}
-    notes = study.read_text().partition(KEPT)[2] if study.exists() else "\n"
+    before, _, notes = study.read_text().partition(KEPT) if study.exists() else ("", "", "\n")
     flags = "\n".join(f"| {name} | {in_words(name)} |" for name in RUNS)
     targets = Path(args.out) / "targets.json"
     targets = {name: [scores] for name, scores in json.loads(targets.read_text()).items()} if targets.exists() else {}
+    when = (f"*{args.date}, {platform.machine()} with {os.cpu_count()} cores, shared, {torch.get_num_threads()} thread(s), on {args.device}; "
+            f"{args.rooms} rooms, {args.views} views a room for the probes.*")
     text = f"""# What each part brings
 
-`python tests/study.py`, {platform.machine()}, {torch.get_num_threads()} CPU thread(s) of a shared 2-core machine, {args.date}. Preset `tiny` of
-`04_distill.py` on {args.rooms} built-in rooms, every eighth held out. Heads of `05_probe.py` ({args.views} views a room) trained on the training rooms and
-scored on the held-out ones; recall is within 1.5 patches. Means and standard deviations over the seeds of the training; the same heads,
-views and pairs for all.
+`python tests/study.py`: preset `tiny` of `04_distill.py` on built-in rooms, every eighth held out. Heads of `05_probe.py` trained on the
+training rooms and scored on the held-out ones; recall is within 1.5 patches. Means and standard deviations over the seeds of the
+training; the same heads, views and pairs for all.
 
 ## Splat and Distill and its controls
+
+{when}
 
 {table(MAIN, found)}
 
 ## SnD's Table 5 in miniature
 
-{table(["SnD", *TABLE5], found)}
+{when}
+
+{table(TABLE5, found, ["SnD", "feature rendering (G)"])}
+
+## More steps
+
+{when}
+
+{table(BUDGET, found, ["start", "SnD"])}
 
 ## Other choices
 
-{table(["SnD", *OTHERS], found)}
+{when}
+
+{table(OTHERS, found, ["SnD"])}
 
 ## What the student is taught
 
-Heads on the targets of the first step in place of features: what a student that learned one round exactly would score. "The view
-itself" are the starting backbone's own tokens of the same views. No training, so no seeds.
+{when} Heads on the targets of the first step in place of features: what a student that learned one round exactly would score. "The
+view itself" are the starting backbone's own tokens of the same views. No training, so no seeds.
 
 {table(targets, targets)}
 
 ## Distill3R's Table III in miniature
 
+{when}
+
 {pointmap_table(args)}
 
 ## Poses from pictures: Distill3R, then Splat and Distill
+
+{when}
 
 {table(CIRCLE, found)}
 
@@ -285,7 +324,19 @@ itself" are the starting backbone's own tokens of the same views. No training, s
 {flags}
 
 {KEPT}"""
+    before = sections(before)
+    text = "".join(before.get(heading, part) if NOT_YET in part else part for heading, part in sections(text).items())
     lift.write_whole(study, (text + notes).encode())
+
+
+def check_settings(args):
+    """What lies in --out and was run otherwise is not to stand in one table with what follows."""
+    path, how = Path(args.out) / "settings.json", dict(rooms=args.rooms, views=args.views, heads=probes.PRESETS["tiny"], preset=distill.PRESETS["tiny"])
+    how = json.loads(json.dumps(how))
+    if path.exists() and (before := json.loads(path.read_text())) != how:
+        differ = ", ".join(f"{key} {before.get(key)}" for key in how if before.get(key) != how[key])
+        raise SystemExit(f"{path}: what is here was run with other settings ({differ}); give another --out")
+    lift.write_whole(path, json.dumps(how, indent=1).encode())
 
 
 def main(argv=None):
@@ -303,6 +354,7 @@ def main(argv=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.date = importlib.import_module("datetime").date.today().isoformat()
+    check_settings(args)
     if not Path(args.scene_dir).exists():
         data.make_rooms(args.scene_dir, scenes=args.rooms)
     for seed in range(args.seeds):

@@ -124,15 +124,51 @@ def some_tokens(count=24, channels=6, seed=0):
     return probe.Features(randn(count, channels, seed=seed + 1).half(), randn(count, 3, 4, channels, seed=seed).half())
 
 
+def slow_whitening(x, floor):  # by NumPy's singular values
+    x = x.double().numpy()
+    x = (x - x.mean(0)) / x.std(0)
+    _, s, v = np.linalg.svd(x, full_matrices=False)
+    return torch.from_numpy(x @ v.T / np.sqrt(s**2 / len(x) + floor))
+
+
 def test_upscaling_after_the_linear_layer_is_upscaling_before_it():
     tokens = some_tokens()
     head = probe.LinearHead(tokens, 5, True, 0)
     ours = probe.four_times(head(*(x[:2].float() for x in tokens)))
-    standard = lambda x, dims: (x - x.mean(dims)) / x.std(dims, correction=0)
-    x = torch.cat([standard(tokens.patches.float(), (0, 1, 2)), standard(tokens.cls.float(), 0)[:, None, None].expand(-1, 3, 4, -1)], -1)[:2]
+    white = lambda x, name: (x.float() - getattr(head, f"{name}_mean")) @ getattr(head, f"{name}_whiten")
+    x = torch.cat([white(tokens.patches, "patch"), white(tokens.cls, "cls")[:, None, None].expand(-1, 3, 4, -1)], -1)[:2]
     x = F.interpolate(x.permute(0, 3, 1, 2), scale_factor=4, mode="bilinear")
     slow = F.conv2d(x, head.linear.weight[:, :, None, None], head.linear.bias)
     assert ours.shape == (2, 5, 12, 16) and torch.allclose(ours, slow, atol=1e-5) and ours.std() > 1e-3
+
+
+def test_heads_whiten_patches_and_in_part_cls():
+    tokens = some_tokens()
+    head = probe.LinearHead(tokens, 5, True, 0)
+    for name, x, floor in (("patch", tokens.patches.flatten(0, 2), 0.01), ("cls", tokens.cls, 1.0)):
+        mean, whiten = probe.whitening(x.float(), floor)
+        assert torch.equal(getattr(head, f"{name}_mean"), mean) and torch.equal(getattr(head, f"{name}_whiten"), whiten)
+    single = probe.LinearHead(probe.Features(*(x[:1] for x in tokens)), 5, True, 0)  # of one image: CLS cannot be told from its mean
+    assert ((tokens.cls[1:].float() - single.cls_mean) @ single.cls_whiten).abs().max() < 10
+
+
+@pytest.mark.parametrize("floor", [0.01, 1.0])
+def test_whitening_against_singular_values(floor):
+    x = randn(500, 5) @ randn(5, 5, seed=1) * torch.tensor([1, 10, 0.1, 1, 1]) + 3
+    mean, whiten = probe.whitening(x, floor)
+    ours, slow = (x - mean) @ whiten, slow_whitening(x, floor)
+    assert torch.allclose(mean, x.mean(0)) and torch.allclose(ours.abs().double(), slow.flip(1).abs(), atol=1e-3)  # to the sign of a direction
+    flat = torch.cat([x, torch.full((500, 1), 7.0), x[:, :1] + x[:, 1:2]], 1)  # a channel that never changes, one that two others give
+    mean, whiten = probe.whitening(flat, floor)
+    assert ((flat - mean) @ whiten).isfinite().all() and ((flat - mean) @ whiten).var(0).max() < 1.01
+
+
+def test_a_head_does_not_mind_how_channels_are_mixed():
+    (tokens, truth), recipe = readable("normals"), probe.Recipe(200, 2e-2, 8)
+    mix = torch.ones(6, 6) + 0.1 * torch.eye(6)  # channels that are nearly one and the same
+    mixed = probe.Features(tokens.cls, (tokens.patches.float() @ mix).half())
+    scores = [probe.normal_probe(f, truth, f, truth, recipe)[0]["RMSE"] for f in (tokens, mixed)]
+    assert abs(scores[0] - scores[1]) < 0.1 * scores[0], scores
 
 
 def readable(kind):  # -> tokens and truth that a linear layer can read off them
@@ -262,14 +298,12 @@ def test_errors_of_matches_against_loops():
             one, two = (project(p, z) for z in (2.0, 3.0))
             (x, y), (u, v) = one[:2] / one[2], two[:2] / two[2]
             return abs((u - x) * (y - q[1]) - (x - q[0]) * (v - y)) / math.hypot(u - x, v - y)
-
-        def back(pixel, z):
-            return K_a @ (a_to_b[:3, :3].T @ (np.linalg.solve(K_b, [*pixel, 1]) * z - a_to_b[:3, 3]))
-        distances.append((to_line(p, q, project) + to_line(q, p, back)) / 2)
+        distances.append(to_line(p, q, project))
     cameras = [torch.from_numpy(x).float() for x in (K_a, K_b, a_to_b)]
     ours = probe.reprojection_error(a, b, depth, *cameras)
     assert ours[0] == math.inf and torch.allclose(ours[1:], torch.tensor(expected[1:]), rtol=1e-3)
-    assert torch.allclose(probe.epipolar_error(a, b, *cameras), torch.tensor(distances).float(), rtol=1e-3, atol=1e-3)
+    lines = probe.epipolar_error(a, b, *cameras)
+    assert torch.allclose(lines, torch.tensor(distances).float(), rtol=1e-3, atol=1e-3) and (lines <= ours + 1e-3).all()  # a bound
 
 
 # ------------------------------------------------------------------------------------------------ features and views
@@ -310,15 +344,18 @@ def test_features_are_cached_by_content(tmp_path, monkeypatch):
     assert len(keys | {probe.content_key(vit, "block", images)}) == 4
 
 
-def test_models_of_other_patches_see_the_same_views_and_do_not_concatenate(tmp_path):
+def test_models_of_other_patches_see_the_same_views_and_do_not_concatenate(tmp_path, rooms_dir):
     other = lift.VisionTransformer(patch=10, dim=64, depth=1, heads=1, grid=4)
     for p in other.parameters():
         torch.nn.init.normal_(p, std=0.05)
     lift.save_vit(other, tmp_path / "other")
     features = probe.extract(str(tmp_path / "other"), images_of(), "block", tmp_path, "cpu")
     assert features.patches.shape == (3, 2, 3, 64)  # 24x32 is rescaled to 20x30
-    with pytest.raises(ValueError, match="patch grids differ"):
-        probe.extract(f"tiny+{tmp_path / 'other'}", images_of(), "block", tmp_path, "cpu")
+    asked = lambda *models: probe.parse(["--scene_dir", str(rooms_dir), "--views", "1", "--models", *models])
+    with pytest.raises(ValueError, match="patches of 8 and 10 pixels"):
+        probe.prepare(asked(f"tiny+{tmp_path / 'other'}"))
+    with pytest.raises((ValueError, data.DataError), match="nowhere"):  # before the first model has been probed
+        probe.prepare(asked("tiny", "nowhere.pth"))
 
 
 def write_plain(root, count, seed=0):
@@ -359,6 +396,37 @@ def test_of_a_single_scene_every_eighth_view_is_held_out(rooms_dir):
     (train,), (val,) = probe.open_split(probe.parse(["--scene_dir", str(rooms_dir / "room_001")]))
     names = [[f.name for f in scene.frames] for scene in (train, val)]
     assert names[1] == ["images/002.png", "images/010.png"] and len(names[0]) == 10 and not set(names[0]) & set(names[1])
+
+
+def test_bad_maps_and_lists_are_one_line(tmp_path, rooms):
+    write_plain(tmp_path / "plain", 4)
+    asked = lambda path: probe.prepare(probe.parse(["--scene_dir", str(path)]))
+    label = sorted((tmp_path / "plain" / "labels").iterdir())[0]
+    whole, ids = label.read_bytes(), np.array(Image.open(label)).astype(np.uint16)
+    ids[0] = 65535
+    Image.fromarray(ids).save(label)
+    assert (asked(tmp_path / "plain")[1].label[0, 0] == 255).all()  # 65535, where ids have 16 bits, is unknown too
+    ids[0] = 40_000
+    Image.fromarray(ids).save(label)
+    with pytest.raises(data.DataError, match="class 40000; labels are ids"):
+        asked(tmp_path / "plain")
+    label.write_bytes(whole)
+    (tmp_path / "plain" / "normals").mkdir()
+    np.save(tmp_path / "plain" / "normals" / f"{label.stem}.npy", np.zeros(ids.shape, np.float32))
+    with pytest.raises(data.DataError, match="C = 3 or 4"):
+        asked(tmp_path / "plain")
+    (tmp_path / "pairs.txt").write_text("\n\n")
+    with pytest.raises(data.DataError, match="no pairs in it"):
+        asked(tmp_path / "pairs.txt")
+
+
+def test_views_are_shown_where_something_is_known(tmp_path):
+    write_plain(tmp_path, 32)
+    val = probe.prepare(probe.parse(["--scene_dir", str(tmp_path)]))[2]
+    truth = torch.zeros_like(val.depth)
+    truth[2] = 1.0
+    assert probe.shown_views(truth, 0).tolist() == [2]
+    assert probe.shown_views(val.depth, 0).tolist() == list(range(4))
 
 
 def test_pairs_without_depth_are_scored_by_epipolar_lines(tmp_path, rooms):
