@@ -548,11 +548,11 @@ def settle(args):  # fills in what the preset sets, and says in args.because why
     return args
 
 
-def processes(args):
-    """-> (rank, world): (0, 1) alone, else as torchrun has started us."""
+def processes(args, batch):
+    """-> (rank, world): (0, 1) alone, else as torchrun has started us; a step's `batch` is shared by all."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch % world:
-        raise ValueError(f"--batch {args.batch} cannot be shared by {world} processes; make it a multiple of {world}")
+    if batch % world:
+        raise ValueError(f"--batch {batch} cannot be shared by {world} processes; make it a multiple of {world}")
     if world > 1:
         cuda = args.device.startswith("cuda")
         if cuda:
@@ -636,7 +636,7 @@ def learn(batch, model, student, teacher, args, world):
 
 
 def run(args):
-    out, (rank, world) = Path(args.out), processes(args)
+    out, (rank, world) = Path(args.out), processes(args, args.batch)
     first = rank == 0
     few_threads(args)
     if not first:

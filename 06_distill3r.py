@@ -3,11 +3,11 @@
 Paper   Distill3R Sec. III-A to III-D (Eq. 1-6), IV and Tables I-III; Fast3R (Yang et al. 2025) for the teacher.
 In      a folder of photos or video frames, or posed views (01_data); weights of Fast3R and DUNE where there are any.
 Out     out/06_distill3r/: cache/, student/, scene/ (point cloud, depth, cameras: 01_data reads it), pictures, log.jsonl.
-Run     python 06_distill3r.py            cache, train, eval and infer on built-in rooms, no downloads: minutes on a 2-core CPU
+Run     python 06_distill3r.py --preset tiny     cache, train, eval, infer on built-in rooms, no downloads: minutes on 2 cores
         python 06_distill3r.py cache --images photos/ --teacher model.safetensors     once; --shard 0/4 does a quarter of it
         python 06_distill3r.py train --images photos/ --encoder dune_vitsmall14_448.pth            torchrun for several GPUs
         python 06_distill3r.py infer --images holiday/ --weights out/06_distill3r/student            photos -> a posed scene
-        python 06_distill3r.py eval  --scene_dir my_scene --models teacher student       accuracy, completeness, calibration
+        python 06_distill3r.py eval  --scene_dir my_scene --models student               accuracy, completeness, calibration
         python 06_distill3r.py table                                              Table I: time and memory over the views
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py weights/tiny_vit.safetensors
 Not     training of the teacher, bundle adjustment of the cameras, metric scale where the teacher has none.
@@ -40,7 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -331,9 +331,10 @@ class StudentConfig(NamedTuple):
     widths: tuple = (96, 192, 384, 768)  # of the DPT's four levels
     features: int = 256
     published: bool = True  # see Student
+    size: tuple = (224, 518)  # (H, W) of the landscape pictures that it was trained on
 
 
-StudentConfig.tiny = StudentConfig(8, 192, 3, 6, 2, 0, 16, 192, 3, 4, (24, 48, 96, 192), 32, False)  # on top of the `tiny` ViT
+StudentConfig.tiny = StudentConfig(8, 192, 3, 6, 2, 0, 16, 192, 3, 4, (24, 48, 96, 192), 32, False, (48, 64))  # on the `tiny` ViT
 STUDENTS = {"tiny": StudentConfig.tiny, "full": StudentConfig()}
 
 
@@ -425,6 +426,15 @@ def load_student(path) -> Student:
     except TypeError as error:
         raise ValueError(f"{path.with_name('config.json')}: not of a student ({error}); copy it again") from None
     return lift.load_strictly(built(Student, config), network_tensors(path, "student."), path)
+
+
+def trained_size(path) -> tuple:
+    """The size of pictures that a student at `path` was trained on; the published checkpoint has no config.json to tell."""
+    config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+    try:
+        return tuple(json.loads(config.read_text())["size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return StudentConfig().size
 
 
 # ------------------------------------------------------------------------------------------------ loss (Distill3R Eq. 1-6)
@@ -600,33 +610,43 @@ class GeometricTeacher:
 class Photo(NamedTuple):
     image: Path
     size: tuple  # (H, W) the right way up
+    turn: Image.Transpose | None = None  # what brings it there: cameras store portrait photos lying, with a note to turn them
 
 
 class Photos:
     """Pictures of one place without poses: as much of `data.Scene` as a pointmap network needs."""
 
     def __init__(self, name, paths):
-        self.name, self.frames = name, [Photo(path, upright_size(path)) for path in paths]
+        self.name, self.frames = name, [photo_at(path) for path in paths]
 
     def __len__(self):
         return len(self.frames)
 
     def view(self, i, size=None) -> data.View:
         """Picture i, scaled to cover `size` (H, W) and centre-cropped, as `data.Scene.view` does it; no camera, no maps."""
-        path, stored = self.frames[i]
+        path, stored, turn = self.frames[i]
         height, width = size or stored
         _, box = data.covering_crop(stored, (height, width))
-        image = ImageOps.exif_transpose(data.decode(path, colour=True)).resize((width, height), Image.BICUBIC, box=box)
+        image = data.decode(path, colour=True)
+        image = (image if turn is None else image.transpose(turn)).resize((width, height), Image.BICUBIC, box=box)
         return data.View(path.name, torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 255, *[None] * 6)
 
 
-def upright_size(path):  # -> (H, W); cameras store portrait photos lying, with a note to turn them
+TURNS = dict(enumerate((Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE, Image.ROTATE_270,
+                        Image.TRANSVERSE, Image.ROTATE_90), 2))  # by the EXIF orientation
+
+
+def photo_at(path) -> Photo:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
+            try:
+                note = int(image.getexif().get(0x0112, 1))
+            except Exception:  # whatever a damaged note makes the reader raise, the picture is as it is
+                note = 1
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise data.DataError(f"{path}: not a picture; restore it or pass --skip_bad_frames") from None
+    return Photo(path, (width, height) if note in (5, 6, 7, 8) else (height, width), TURNS.get(note))
 
 
 def photos_in(folder):
@@ -649,10 +669,13 @@ def scene_folders(root):
     found = [folder for folder, _ in data.find_scenes(root)]
     if not found:
         folders = [root, *(d for d in root.rglob("*") if d.is_dir() and "/." not in f"/{d.relative_to(root).as_posix()}")]
-        found = sorted((folder for folder in folders if photos_in(folder)), key=data.natural)
+        maps = lambda folder: folder.name in ("masks", "depth", "normals", "labels") and folder.with_name("images").is_dir()
+        found = sorted((folder for folder in folders if photos_in(folder) and not maps(folder)), key=data.natural)
     if not found:
         raise data.DataError(f"{root}: no picture in here (.png, .jpg, .jpeg); of a video, extract the frames first")
-    return {folder.relative_to(root).as_posix() if folder != root else root.resolve().name: folder for folder in found}
+    own = root.resolve().name  # of pictures in `root` itself, unless a folder in it has that name
+    own = "." if root / own in found else own
+    return {folder.relative_to(root).as_posix() if folder != root else own: folder for folder in found}
 
 
 @lru_cache(64)
@@ -1057,7 +1080,7 @@ def new_student(args) -> Student:
     registers = 0 if vit.register_tokens is None else vit.register_tokens.shape[1]
     config = STUDENTS[args.preset]._replace(
         patch=vit.patch, enc_dim=vit.dim, enc_heads=vit.heads, enc_depth=len(vit.blocks), mlp_ratio=vit.mlp_ratio,
-        registers=registers, grid=vit.grid, published=False)
+        registers=registers, grid=vit.grid, published=False, size=tuple(args.size))
     torch.manual_seed(args.seed)
     student = Student(config)
     student.encoder.load_state_dict(vit.state_dict())
@@ -1320,6 +1343,8 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
     if farthest == 0:
         raise ValueError(f"{out}: not one pixel is trusted at --tau {tau:g}; lower it, or look at other pictures")
     unit = 10.0 ** math.ceil(math.log10(farthest / 65000))  # 16 bits hold the farthest
+    for file in [out / "transforms.json", *(f for part in ("images", "depth", "confidence") for f in out.glob(f"{part}/[0-9]*.*"))]:
+        file.unlink(missing_ok=True)  # of a scene that was here before: from now on it is none
     names = [f"images/{k:03d}.jpg" for k in range(len(views))]
     sizes, K, frames, points, radii, colours, small = [], [], [], [], [], [], []
     for k, (view, m, depth) in enumerate(zip(views, maps, depths, strict=True)):
@@ -1616,15 +1641,21 @@ def cache(args, rank, world):
           f"{len(files)} samples, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB  ->  {args.cache}")
 
 
+def unseen(args, scenes):
+    """Those of `scenes` that the student was not trained on: held-out ones of what was cached, all of any other folder."""
+    record = args.cache / "root.json"
+    cached = record.exists() and json.loads(record.read_text()) == str(source_of(args).resolve())
+    return (data.split(scenes, "val") or scenes) if cached else scenes
+
+
 def measure(args):
     """Accuracy, completeness, scale, calibration and speed of the models, on scenes that the student has not seen."""
-    root = source_of(args)
-    scenes, record = data.open_scenes(root, args.skip_bad_frames), args.cache / "root.json"
-    cached = record.exists() and json.loads(record.read_text()) == str(root.resolve())
-    scenes = (data.split(scenes, "val") or scenes) if cached else scenes  # those of another folder are all unseen
+    scenes = unseen(args, data.open_scenes(source_of(args), args.skip_bad_frames))
     make = {"teacher": lambda: teacher_of(args), "student": lambda: student_of(args),
             "mean": lambda: MeanTeacher(cached_part(args, "train"))}
     results = {name: evaluate(make[name](), scenes, args.size, args.views, args.seed) for name in args.models}
+    if "teacher" in args.models and args.teacher == "geometry":
+        print("teacher: measured depth with a network's errors, as no weights are given (--teacher model.safetensors)")
     lines = [f"{len(scenes)} scenes, up to {args.views} views each; distances in their unit",
              f"{'':10}{'accuracy':>20}{'completeness':>20}{'scale':>8}{'conf. rank':>12}{'views/s':>9}",
              f"{'':10}{'mean':>10}{'median':>10}{'mean':>10}{'median':>10}"]
@@ -1641,8 +1672,13 @@ def measure(args):
 def infer(args):
     """Photos without poses -> a scene with poses, depth and a point cloud, for 01_data and for other tools."""
     root = source_of(args)
-    names = list(scene_folders(root))
-    _, scene, index = open_scene(root, (data.split(names, "val") or names)[0], args.skip_bad_frames)
+    out, names = Path(args.out, "scene"), list(scene_folders(root))
+    if out.resolve() in (root.resolve(), *root.resolve().parents):
+        raise ValueError(f"{root}: lies in {out}, which infer writes anew; give another --out")
+    chosen = unseen(args, names)[0]
+    if len(names) > 1 and args.command:
+        print(f"{root}: {len(names)} scenes in here, this is {chosen}; give the folder of another one for that")
+    _, scene, index = open_scene(root, chosen, args.skip_bad_frames)
     shown, student = list(index.values())[::args.stride or 1], student_of(args)
     if not (args.command or args.scene_dir or args.images):
         shown = shown[max(0, len(shown) - args.views) // 2:][:args.views]  # the demonstration: one sample, as in training
@@ -1652,7 +1688,7 @@ def infer(args):
     # Other stages want more pixels than the maps have: twice as many down and across, where the photo has them.
     views = [scene.view(i, (2 * h, 2 * w)) if 2 * h <= full_h and 2 * w <= full_w else view
              for view, i, ((full_h, full_w), (h, w)) in zip(views, shown, sizes)]
-    out = write_scene(Path(args.out, "scene"), views, maps, args.tau)
+    write_scene(out, views, maps, args.tau)
     meta = json.loads((out / "transforms.json").read_text())
     trusted = torch.cat([(certainty(m.conf_local) >= args.tau).flatten() for m in maps]).float().mean()
     print(f"{scene.name}: {len(views)} views, {100 * trusted:.0f} % of the pixels trusted, focal length "
@@ -1704,9 +1740,8 @@ def parse(argv):
         "errors")
     add("--encoder", help="ViT that the student starts from: 'tiny', a published name, a file or folder [p]")
     add("--weights", help="student for eval and infer; default: student/ in --out")
-    add("--size", type=splat.positive, nargs=2, metavar=("H", "W"),
-        help="of landscape pictures, multiples of the patch; lower it "
-        "when memory runs out [p]")
+    add("--size", type=splat.positive, nargs=2, metavar=("H", "W"), help="of landscape pictures, multiples of the patch; lower it "
+        "when memory runs out; infer and eval take what the student was trained on [p]")
     add("--views", type=splat.positive, help="views a sample, N; lower it when memory runs out [p]")
     add("--stride", type=splat.positive, help="take every n-th picture; default in full: cache finds it by overlap, infer "
         "takes all [p]")
@@ -1758,24 +1793,28 @@ def settle(args):  # fills in what the preset sets
     preset = dict(PRESETS[args.preset])
     if args.command == "table":
         preset["size"], args.counts = (378, 518), args.counts or ([12, 32, 64, 96, 128] if cuda else [2, 4, 8])
+    args.cache, args.weights = Path(args.cache or f"{args.out}/cache"), args.weights or f"{args.out}/student"
+    if args.command in ("infer", "eval") and "student" in args.models:
+        preset["size"] = trained_size(args.weights)
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.size = list(args.size)  # as a checkpoint gives it back
-    args.cache, args.weights = Path(args.cache or f"{args.out}/cache"), args.weights or f"{args.out}/student"
     args.eval_every = args.eval_every or max(1, args.max_steps // 6)
     return args
 
 
 def run(args):
-    rank, world = distill.processes(args)
+    training = args.command in (None, "train")
+    rank, world = distill.processes(args, args.batch if training else 0)
     if rank:
         sys.stdout = open(os.devnull, "w")  # one voice
         dist.barrier()  # until rank 0 has made or fetched what is missing
     if args.command != "table" and not args.images and str(source_of(args)) in data.BUILT_IN:
         data.open_scenes(source_of(args))  # makes them
     if world > 1 and not rank:
-        lift.load_vit(args.encoder)
+        if training:
+            lift.load_vit(args.encoder)
         dist.barrier()
     for command in [args.command] if args.command else ["cache", "train", "eval", "infer"]:
         if command in ("cache", "train"):

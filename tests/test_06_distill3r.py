@@ -14,6 +14,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from killed import finish, kill_and_resume, log_of
 
 data, lift, splat, d3r = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat", "06_distill3r"))
 ROOT = Path(__file__).parents[1]
+TORCHRUN = "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"
 SMALL = ["--size", "48", "64", "--views", "2", "--stride", "1", "--heldout", "2", "--no-mirror", "--device", "cpu"]
 
 fork = functools.partial(killed.fork, "06_distill3r")
@@ -269,15 +271,46 @@ def test_recomputed_activations_change_nothing(undisturbed, tmp_path):
 def test_two_processes_are_one(undisturbed, tmp_path):
     """Two gloo processes with a sample each give the loss curve and the student of one, to rounding."""
     whole, _, common = undisturbed
-    launcher = "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"
-    code, _, err = run(*common, "--out", tmp_path / "two", launcher=launcher)
+    code, _, err = run(*common, "--out", tmp_path / "two", launcher=TORCHRUN)
     assert code == 0, err
     one, two = log_of(whole), log_of(tmp_path / "two")
     assert [line["samples"] for line in one] == [line["samples"] for line in two] and len(one[0]["samples"]) == 2
     assert [line["total"] for line in two] == pytest.approx([line["total"] for line in one], rel=1e-3)
 
 
+def test_two_processes_share_the_cache(rooms_dir, tmp_path):
+    arguments = ["cache", "--preset", "tiny", "--scene_dir", rooms_dir, "--encoder", tmp_path / "nowhere", *SMALL]  # which caching has no use for
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        code, out, err = run(*arguments, "--cache", tmp_path / name, launcher=launcher)
+        assert code == 0 and out.count("samples written") == 1, err
+    files = {name: {f.relative_to(tmp_path / name): f.read_bytes() for f in (tmp_path / name).rglob("*") if f.is_file()} for name in ("one", "two")}
+    assert len(files["one"]) > 5 and files["one"] == files["two"]
+
+
 # ------------------------------------------------------------------------------------------------ small pieces, bad input
+
+
+def test_a_student_is_asked_at_the_size_that_it_was_trained_on(tmp_path):
+    student = d3r.Student(d3r.StudentConfig.tiny._replace(size=(24, 40)))
+    d3r.save_student(student, tmp_path / "student")
+    asked = lambda *flags: d3r.parse(["infer", "--weights", str(tmp_path / "student"), *flags]).size
+    assert asked() == asked("--preset", "full") == [24, 40] and asked("--size", "48", "64") == [48, 64]
+    assert d3r.load_student(tmp_path / "student").config == student.config
+    assert d3r.parse(["infer", "--weights", str(tmp_path / "published.ckpt"), "--preset", "tiny"]).size == [224, 518]
+
+
+def test_infer_leaves_no_picture_of_a_scene_before(rooms_dir, tmp_path, capsys):
+    d3r.save_student(d3r.Student(d3r.StudentConfig.tiny), tmp_path / "student")
+    infer = lambda *flags: ["infer", "--weights", tmp_path / "student", "--out", tmp_path / "out", "--tau", 0, "--device", "cpu", *flags]
+    monkey = lambda maps: [m._replace(points_local=m.points_local + m.points_local.new_tensor([0, 0, 5.0])) for m in maps]  # before the camera
+    with mock.patch.object(d3r.Student, "forward", lambda self, *a, forward=d3r.Student.forward, **k: monkey(forward(self, *a, **k))):
+        main(*infer("--scene_dir", rooms_dir / "room_000", "--stride", 2))
+        main(*infer("--scene_dir", rooms_dir, "--stride", 5))
+    scene = tmp_path / "out" / "scene"
+    frames = json.loads((scene / "transforms.json").read_text())["frames"]
+    assert len(frames) == 3 and all(len(list((scene / part).iterdir())) == 3 for part in ("images", "depth", "confidence"))
+    assert "4 scenes in here, this is room_000" in capsys.readouterr().out
+    assert "give another --out" in message(*infer("--images", scene / "images")) and (scene / "transforms.json").exists()
 
 
 def test_camera_errors_are_those_of_a_known_disturbance():
