@@ -501,6 +501,7 @@ def pointmap_loss(
     """
     assert weight in WEIGHTS and mean in ("pixels", "views") and global_target in ("direct", "aligned"), \
         f"no such loss: weight {weight!r}, mean {mean!r}, global_target {global_target!r}"
+    # Differs: Eq. 1-6 as written; the official code clamps w, takes means of views, and aligns local targets to be global ones.
     # Differs: "the entire batch" of Eq. 4 is one scene, as in the official code; scenes have no scale in common.
     if global_target == "aligned":
         target = [view._replace(points_global=aligned_global(view, mask)) for view, mask in zip(target, masks)]
