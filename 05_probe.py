@@ -225,7 +225,8 @@ def whitening(x: Tensor, floor):
     """(M, C) -> mean (C,) and a map (C, C). A direction of the standardised channels whose variance is v, 1 on average, has
     v / (v + floor) in (x - mean) @ map: a small floor makes all directions alike but those that hardly vary."""
     mean, deviation = x.mean(0), x.std(0, correction=0)
-    deviation = torch.where(deviation > 1e-3, deviation, 1.0)  # a channel that never varies, as CLS of a single image, stays small
+    varies = deviation > max(1e-3 * deviation.max(), 1e-6)
+    deviation = torch.where(varies, deviation, 1.0)  # a channel that never varies, as CLS of a single image, is only centred
     x = (x - mean) / deviation
     variance, directions = torch.linalg.eigh(x.T @ x / len(x))
     return mean, directions / (variance.clamp_min(0) + floor).sqrt() / deviation[:, None]
