@@ -2,7 +2,7 @@
 
 Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/study.py          all runs, three seeds: 4 to 6 minutes each
         ... python tests/study.py --only SnD "2D control" --seeds 1               some of them, beside another process too
-Out     STUDY.md; out/study/: the runs, their scores, the operators that they share.
+Out     STUDY.md; docs/study/: the scores of each run and seed, which are kept; out/study/: the runs, the operators that they share.
 """
 import argparse
 import contextlib
@@ -79,6 +79,10 @@ def folder_of(name, seed, args):
     return Path(args.out) / f"{name.partition(' (')[0].replace(' ', '_')}_{seed}"
 
 
+def scores_file(name, seed, args):
+    return Path(args.scores) / f"{folder_of(name, seed, args).name}.json"
+
+
 def written(name, file, args) -> list:
     """What is in the files of this name of all its seeds, whichever process has made them."""
     return [json.loads(path.read_text()) for path in sorted(Path(args.out).glob(f"{folder_of(name, '[0-9]', args).name}/{file}"))]
@@ -86,9 +90,9 @@ def written(name, file, args) -> list:
 
 def scores_of(name, seed, args, flags) -> dict:
     """Train, probe, remember: {probe: {score: value}}. `flags` None: the backbone as it is."""
-    folder = folder_of(name, seed, args)
-    if (folder / "scores.json").exists():
-        return json.loads((folder / "scores.json").read_text())
+    folder, file = folder_of(name, seed, args), scores_file(name, seed, args)
+    if file.exists():
+        return json.loads(file.read_text())
     student, trained = "tiny", folder_of(BESIDE.get(name, name), seed, args)
     if flags is not None:
         student = f"tiny+{trained / 'student'}" if name in BESIDE else str(trained / "student")
@@ -102,7 +106,7 @@ def scores_of(name, seed, args, flags) -> dict:
     tokens = [probes.extract(student, v.images, asked.layer, folder / "probe" / "features", args.device) for v in (train, val)]
     scores[NO_CLS] = depth_of_patches(asked, tokens[0], train.depth, tokens[1], val.depth)
     shutil.rmtree(folder / "probe")
-    lift.write_whole(folder / "scores.json", json.dumps(scores).encode())
+    lift.write_whole(file, json.dumps(scores).encode())
     for checkpoint in folder.glob("checkpoint*"):
         checkpoint.unlink()
     return scores
@@ -261,7 +265,10 @@ def sections(text) -> dict:  # {heading: text}; what is before the first heading
 
 def write_study(args):
     """All that is finished so far. Sections of which nothing has been run here, and what was written by hand below `KEPT`, stay."""
-    study, found = Path(args.study), {name: scores for name in (*RUNS, *CIRCLE) if (scores := written(name, "scores.json", args))}
+    study, found = Path(args.study), {}
+    for name in (*RUNS, *CIRCLE):
+        files = sorted(Path(args.scores).glob(scores_file(name, "[0-9]", args).name))
+        found |= {name: [json.loads(file.read_text()) for file in files]} if files else {}
     before, _, notes = study.read_text().partition(KEPT) if study.exists() else ("", "", "\n")
     flags = "\n".join(f"| {name} | {in_words(name)} |" for name in RUNS)
     targets = Path(args.out) / "targets.json"
@@ -330,12 +337,12 @@ view itself" are the starting backbone's own tokens of the same views. No traini
 
 
 def check_settings(args):
-    """What lies in --out and was run otherwise is not to stand in one table with what follows."""
-    path, how = Path(args.out) / "settings.json", dict(rooms=args.rooms, views=args.views, heads=probes.PRESETS["tiny"], preset=distill.PRESETS["tiny"])
+    """What lies in --scores and was run otherwise is not to stand in one table with what follows."""
+    path, how = Path(args.scores) / "settings.json", dict(rooms=args.rooms, views=args.views, heads=probes.PRESETS["tiny"], preset=distill.PRESETS["tiny"])
     how = json.loads(json.dumps(how))
     if path.exists() and (before := json.loads(path.read_text())) != how:
         differ = ", ".join(f"{key} {before.get(key)}" for key in how if before.get(key) != how[key])
-        raise SystemExit(f"{path}: what is here was run with other settings ({differ}); give another --out")
+        raise SystemExit(f"{path}: what is here was run with other settings ({differ}); give another --scores and --study")
     lift.write_whole(path, json.dumps(how, indent=1).encode())
 
 
@@ -349,6 +356,7 @@ def main(argv=None):
     parser.add_argument("--views", type=int, default=4, help="views a room that the probes see")
     parser.add_argument("--out", default="out/study")
     parser.add_argument("--study", default="STUDY.md")
+    parser.add_argument("--scores", default="docs/study", help="what has been measured, a file a run and seed: these are not run again")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
