@@ -434,7 +434,7 @@ def header(path):  # -> (H, W, C) of a picture, not decoded; None where even tha
         return None
 
 
-CHANNELS = {"depth": "1", "normal": "3 or 4"}  # of the maps that have a fixed number; ids may be grey or colours
+CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
 
 
 def whole_size(path, thorough, channels=None):  # -> (H, W) of a file that seems whole, decoded to its end if `thorough`
@@ -443,8 +443,8 @@ def whole_size(path, thorough, channels=None):  # -> (H, W) of a file that seems
     elif not (shape := header(path)) or thorough or not whole_file(path):
         shape = np.array(decode(path)).shape
     count = 1 if len(shape) == 2 else shape[-1]
-    if len(shape) not in (2, 3) or 0 in shape or (channels and str(count) not in channels):
-        wanted = f" with C = {channels}" if channels else ""
+    if len(shape) not in (2, 3) or 0 in shape or (channels and count not in channels):
+        wanted = f" with C = {' or '.join(map(str, channels))}" if channels else ""
         raise DataError(f"{path}: its shape is {tuple(shape)}, not (H, W) or (H, W, C){wanted}; write it again")
     return shape[:2]
 
