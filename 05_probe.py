@@ -822,7 +822,8 @@ def web_page(result, columns, figures) -> str:
             html_table(*table(scores, columns))]
     for title, columns in RECALLS.items():
         if any("correspondence" in s for s in scores.values()):
-            page.append(f"<h2>{title.replace('Recall', 'Recall' if result['measured'] else EPIPOLAR)}</h2>{html_table(*table(scores, columns))}")
+            title = title if result["measured"] else title.replace("Recall", EPIPOLAR)
+            page.append(f"<h2>{title}</h2>{html_table(*table(scores, columns))}")
     for title, caption, path in figures:
         source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
         least = min(800, Image.open(path).width * 3 // 4)
