@@ -288,7 +288,8 @@ def fit(name, head: LinearHead, tokens: Features, truth: Tensor, known: Tensor, 
 
     @torch.no_grad()
     def predict(tokens: Features, finish=lambda maps: maps):
-        return torch.cat([finish(run(some)).cpu() for some in zip(*(x.split(16) for x in tokens))])
+        views = max(1, 2**18 // math.prod(size))  # at once: the scores of 150 classes are large
+        return torch.cat([finish(run(some)).cpu() for some in zip(*(x.split(views) for x in tokens))])
     return predict
 
 
@@ -367,8 +368,9 @@ def segmentation_metrics(label: Tensor, truth: Tensor, classes) -> dict:
 
     mIoU is over classes that truth or prediction has, mAcc over those that truth has; the IoU of the others is None.
     """
-    pairs = truth[truth != 255].long() * classes + label[truth != 255].long()
-    confusion = pairs.bincount(minlength=classes**2).view(classes, classes).double()
+    confusion = torch.zeros(classes, classes, dtype=torch.double)
+    for true, said in zip(truth, label):
+        confusion += (true[true != 255].long() * classes + said[true != 255].long()).bincount(minlength=classes**2).view(classes, classes)
     hit, true, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     iou = 100 * hit / (true + said - hit)  # NaN where neither has the class
     scores = dict(aAcc=100 * hit.sum() / true.sum(), mIoU=iou.nanmean(), mAcc=(100 * hit / true).nanmean())
@@ -503,6 +505,10 @@ def match_pair(tokens: Features, views: Views, pair: Pair, device) -> Matches:
     depths = [views.depth[i] if pair.measured else torch.ones_like(views.depth[i]) for i in (pair.a, pair.b)]
     (points_a, features_a, depth), (points_b, features_b, _) = (
         sample_points(tokens.patches[i].to(device).float(), z) for i, z in zip((pair.a, pair.b), depths))
+    if min(len(points_a), len(points_b)) < 2:
+        (scene, i), (_, j) = views.where[pair.a], views.where[pair.b]
+        raise ValueError(f"{scene.name}: {scene.frames[i].name} or {scene.frames[j].name} has depth at less than two of the points "
+                         "that are matched; change --pixels, or remove their depth to score by epipolar lines")
     index_a, index_b = match(features_a, features_b)
     cameras = views.K[pair.a], views.K[pair.b], torch.linalg.inv(views.c2w[pair.b]) @ views.c2w[pair.a]
     a, b = points_a[index_a], points_b[index_b]
@@ -726,7 +732,8 @@ def matches_picture(path, results, val: Views, pairs):
     shown = [pairs[n] for n in shown_pairs(pairs)]
     draw = lambda p, m: draw_matches(val.images[p.a], val.images[p.b], m, zoom)
     rows = [[draw(p, results[m].matches[k]) for m in models] for k, p in enumerate(shown)]
-    entries = [(error_colour(e), f"{e} px off" + " or more" * (e == 20)) for e in (0, 10, 20)]
+    off = "px off" if shown[0].measured else "px off the epipolar line"
+    entries = [(error_colour(e), f"{e} {off}" + " or more" * (e == 20)) for e in (0, 10, 20)]
     return data.picture_grid(path, models, rows, scale=1, below=lambda width: legend(width, entries))
 
 
@@ -818,7 +825,7 @@ def web_page(result, columns, figures) -> str:
     items = lambda title, texts: f"<h2>{title}</h2><ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>"
     page = [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>Probes of frozen features</title><style>{STYLE}</style><h1>Probes of frozen features</h1>"
-            f"<p>{html.escape(result['about'])} Depth RMSE is in the data's unit; bold is the best model.</p>",
+            f"<p>{html.escape(result['about'])} {'Depth RMSE is in the unit of the data; ' * any('depth' in s for s in scores.values())}Bold is the best model.</p>",
             html_table(*table(scores, columns))]
     for title, columns in RECALLS.items():
         if any("correspondence" in s for s in scores.values()):
@@ -861,7 +868,8 @@ LAYOUTS = """
 Images without poses: a folder with images/, and beside it depth/ normals/ labels/ (PNG or .npy, named like the image), all of
 that once in train/ and once in val/, or once alone: then every eighth image is held out.
   NYUv2       images/: the 480x640 frames
-              depth/: 16-bit PNG in millimetres; normals/: PNG or .npy; labels/: class ids, 255 = ignore
+              depth/: 16-bit PNG in millimetres; labels/: class ids, 255 = ignore
+              normals/: unit vectors x right, y down, z forward, towards the camera; .npy, or PNG with -1 ... 1 as 0 ... 255
               --max_depth 10 --crop 0.09375 0.98125 0.0640625 0.9390625   (Eigen's crop)
   KITTI       images/: the frames of image_02
               depth/: the 16-bit PNG of the depth benchmark, 256 a metre

@@ -1303,6 +1303,10 @@ def draw_points(points, radii, colours, eye, at, up, focal, size) -> Tensor:
     return splat.rasterize(*gaussians, torch.linalg.inv(c2w), K, size, size, background=torch.full((3,), 0.12)).features.permute(2, 0, 1)
 
 
+def doubt(agree) -> str:  # where cameras that never moved explain the photos as well as those that were found
+    return ": do not trust the cameras" * (agree[0] < agree[1] + 0.02)
+
+
 def cloud_picture(path, photos, points, radii, colours, c2w, agree, size=480):
     """The cloud from behind the first photo's camera and aside of it; from above, cut off over the cameras as a ceiling would
     hide the room; and from the side, the cameras in red. Below, three of the photos. points, radii, colours and c2w are (M, 3),
@@ -1324,9 +1328,8 @@ def cloud_picture(path, photos, points, radii, colours, c2w, agree, size=480):
     seen = [draw_points(*cloud(inside), aside, middle, up, 0.75 * size, size),
             draw_points(*cloud(open_top), middle + far * up, middle, ahead, 9 * size, size),
             draw_points(*cloud(inside), middle - far * ahead, middle, up, 9 * size, size)]
-    found, still = (100 * value for value in agree)
     headings = ["from aside of the first photo", "from above, without what is over the cameras (red)",
-                "from the side" + f"; photos agree to {found:.0f} % ({still:.0f} % without motion)" * (len(c2w) > 1)]
+                "from the side" + f"{doubt(agree)}; photos agree to {100 * agree[0]:.0f} % ({100 * agree[1]:.0f} without motion)" * (len(c2w) > 1)]
     return data.picture_grid(path, headings, [seen, photos])
 
 
@@ -1695,9 +1698,9 @@ def infer(args):
     print(f"{scene.name}: {len(views)} views, {100 * trusted:.0f} % of the pixels trusted, focal length "
           f"{meta['frames'][0]['fl_x']:.0f} pixels at a width of {views[0].image.shape[2]}")
     if len(views) > 1:
-        found, still = (100 * value for value in meta["agreement"])
-        print(f"photos agree with their neighbours to {found:.0f} % through this geometry, to {still:.0f} % if no camera had moved "
-              f"(100: in every colour, 0: as strangers)" + ": do not trust the cameras" * (found < still + 2))
+        found, still = meta["agreement"]
+        print(f"photos agree with their neighbours to {100 * found:.0f} % through this geometry, to {100 * still:.0f} % if no camera had "
+              f"moved (100: in every colour, 0: as strangers){doubt(meta['agreement'])}")
     if isinstance(scene, data.Scene) and len(views) > 2:
         true = scene.c2w[shown]
         error, still = (camera_error(c2w, true) for c2w in (data.load_scenes(out)[0].c2w, torch.eye(4).expand_as(true)))

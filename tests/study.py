@@ -2,16 +2,16 @@
 
 Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/study.py          all runs, three seeds: 4 to 6 minutes each
         ... python tests/study.py --only SnD "2D control" --seeds 1               some of them, beside another process too
-Out     STUDY.md; docs/study/: the scores of each run and seed, which are kept; out/study/: the runs, the operators that they share.
+Out     STUDY.md; docs/study/: the scores of each run and seed, with date and machine; out/study/: the runs, the operators that they share.
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import importlib
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
 import sys
@@ -61,13 +61,15 @@ OTHERS = {
     UNDIVIDED: ["--online"],
     "mean over patches": ["--downscale", "area"]}
 RUNS = MAIN | TABLE5 | BUDGET | OTHERS
+EQ2 = "student, teacher's confidence weighs (Eq. 2)"
 TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
-    "teacher's confidence weighs (Eq. 2)": [],
-    "no weighting": ["--weight", "none"],
-    "labels only": ["--weight", "none", "--gamma", "0"],
-    "student's confidence weighs": ["--weight", "student", "--gamma", "0"]}
+    EQ2: [],
+    "student, no weighting": ["--weight", "none"],
+    "student, labels only": ["--weight", "none", "--gamma", "0"],
+    "student, student's confidence weighs": ["--weight", "student", "--gamma", "0"]}
 CIRCLE_ROOMS = dict(scenes=48, seed=1)  # rooms that Distill3R's student has not seen
 CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred"}
+TARGETS = "targets"
 KEPT, NOT_YET = "<!-- what follows is written by hand -->", "Not run yet."
 NO_CLS = "depth of patches"  # a probe beside those of 05_probe.py: its depth, without the CLS token, which no loss of 04_distill.py holds
 COLUMNS = [("depth", "AbsRel", "depth AbsRel ↓", 4), ("depth", "RMSE", "RMSE ↓", 4), (NO_CLS, "RMSE", "RMSE, no CLS ↓", 4), ("normals", "RMSE", "normals RMSE ° ↓", 2),
@@ -83,16 +85,20 @@ def scores_file(name, seed, args):
     return Path(args.scores) / f"{folder_of(name, seed, args).name}.json"
 
 
-def written(name, file, args) -> list:
-    """What is in the files of this name of all its seeds, whichever process has made them."""
-    return [json.loads(path.read_text()) for path in sorted(Path(args.out).glob(f"{folder_of(name, '[0-9]', args).name}/{file}"))]
+def remember(name, seed, args, scores):
+    on = f"{platform.machine()} with {os.cpu_count()} cores, shared, {torch.get_num_threads()} thread(s), on {args.device}"
+    record = {"date": datetime.date.today().isoformat(), "on": on, "scores": scores}
+    lift.write_whole(scores_file(name, seed, args), json.dumps(record).encode())
 
 
-def scores_of(name, seed, args, flags) -> dict:
-    """Train, probe, remember: {probe: {score: value}}. `flags` None: the backbone as it is."""
-    folder, file = folder_of(name, seed, args), scores_file(name, seed, args)
-    if file.exists():
-        return json.loads(file.read_text())
+def remembered(name, args, seed="[0-9]") -> list:
+    """The records of this name's seeds, whichever process has made them."""
+    return [json.loads(path.read_text()) for path in sorted(Path(args.scores).glob(scores_file(name, seed, args).name))]
+
+
+def score_run(name, seed, args, flags):
+    """Train, probe, remember {probe: {score: value}}. `flags` None: the backbone as it is."""
+    folder = folder_of(name, seed, args)
     student, trained = "tiny", folder_of(BESIDE.get(name, name), seed, args)
     if flags is not None:
         student = f"tiny+{trained / 'student'}" if name in BESIDE else str(trained / "student")
@@ -106,10 +112,9 @@ def scores_of(name, seed, args, flags) -> dict:
     tokens = [probes.extract(student, v.images, asked.layer, folder / "probe" / "features", args.device) for v in (train, val)]
     scores[NO_CLS] = depth_of_patches(asked, tokens[0], train.depth, tokens[1], val.depth)
     shutil.rmtree(folder / "probe")
-    lift.write_whole(file, json.dumps(scores).encode())
+    remember(name, seed, args, scores)
     for checkpoint in folder.glob("checkpoint*"):
         checkpoint.unlink()
-    return scores
 
 
 def undivided():
@@ -153,12 +158,9 @@ def taught(source, vit, scene, triplet) -> dict:
     return {name: (cls[2].half().cpu(), x.half().unflatten(0, grid).cpu()) for name, x in found.items()}
 
 
-def probes_of_targets(args) -> dict:
+def score_targets(name, seed, args):
     """What heads read of the features that a student is taught, before anything is trained: {name: scores}. They bound what one
     round of distillation can bring: a student that learned its lesson exactly would score so."""
-    path = Path(args.out) / "targets.json"
-    if path.exists():
-        return json.loads(path.read_text())
     asked, vit, views, features = asked_of_probes(args, "tiny", Path(args.out) / "probe"), lift.load_vit("tiny").to(args.device), [], []
     vit.norm = torch.nn.Identity()  # tokens are taken where the probes read them, after the last block
     for scenes in probes.open_split(asked):
@@ -176,8 +178,7 @@ def probes_of_targets(args) -> dict:
             found[name][kind] = probes.PROBES[kind](tokens, truth, val_tokens, val_truth, recipe)[0]
             if kind == "depth":
                 found[name][NO_CLS] = depth_of_patches(asked, tokens, truth, val_tokens, val_truth)
-    lift.write_whole(path, json.dumps(found).encode())
-    return found
+    remember(name, seed, args, found)
 
 
 def table(names, found, beside=()) -> str:
@@ -194,23 +195,22 @@ def table(names, found, beside=()) -> str:
     return "\n".join(lines) if any(name in found for name in names) else NOT_YET
 
 
-def pointmap_scores(name, seed, args) -> dict:
+def score_pointmaps(name, seed, args):
     """Distill3R's miniature with one loss of Table III: trained on the cache that all share, measured on held-out rooms."""
-    folder, out = Path(args.out) / "cache", folder_of(f"pointmaps {name}", seed, args)
+    folder, out = Path(args.out) / "cache", folder_of(name, seed, args)
     common = ["--preset", "tiny", "--scene_dir", args.scene_dir, "--cache", str(folder), "--out", str(out), "--device", args.device]
-    if not (out / "result.json").exists():
-        distill3r.main(["cache", *common])
-        distill3r.main(["train", *common, "--seed", str(seed), "--resume", *TABLE3[name]])
-        distill3r.main(["eval", *common, "--models", *(["mean", "student", "teacher"] if name == next(iter(TABLE3)) else ["student"])])
-    return json.loads((out / "result.json").read_text())
+    distill3r.main(["cache", *common])
+    distill3r.main(["train", *common, "--seed", str(seed), "--resume", *TABLE3[name]])
+    distill3r.main(["eval", *common, "--models", *(["mean", "student", "teacher"] if name == EQ2 else ["student"])])
+    remember(name, seed, args, json.loads((out / "result.json").read_text()))
 
 
-def circle_scores(name, seed, args) -> dict:
+def score_circle(name, seed, args):
     """Splat and Distill on four neighbouring views of a few rooms, with measured depth. "inferred": poses and depth are what
     Distill3R's student has found in the pictures alone; "true": they are the rooms' own."""
-    folder = Path(args.out) / "circle"
-    pointmap_scores(next(iter(TABLE3)), 0, args)
-    student = folder_of(f"pointmaps {next(iter(TABLE3))}", 0, args) / "student"
+    folder, student = Path(args.out) / "circle", folder_of(EQ2, 0, args) / "student"
+    if not student.exists():
+        score_pointmaps(EQ2, 0, args)
     data.make_rooms(folder / "rooms", **CIRCLE_ROOMS)
     for room in sorted((folder / "rooms").glob("room_*")):
         meta = json.loads((room / "transforms.json").read_text())
@@ -224,7 +224,7 @@ def circle_scores(name, seed, args) -> dict:
                                 "--device", args.device])
                 inferred.parent.mkdir(exist_ok=True)
                 (out / "scene").rename(inferred)
-    return scores_of(name, seed, args, ["--geometry", "depth", "--masks", "superpixels", "--scene_dir", str(folder / CIRCLE[name])])
+    score_run(name, seed, args, ["--geometry", "depth", "--masks", "superpixels", "--scene_dir", str(folder / CIRCLE[name])])
 
 
 def copy_views(room, meta, which, target):
@@ -238,19 +238,15 @@ def copy_views(room, meta, which, target):
     aside.rename(target)
 
 
-def pointmap_table(args) -> str:
+def pointmap_table(found) -> str:
     lines = ["| | seeds | accuracy ↓ | median | completeness ↓ | median | scale | conf. rank |", "|---" * 8 + "|"]
-    found = {}
-    for name in TABLE3:
-        for results in written(f"pointmaps {name}", "result.json", args):
-            for model, r in results.items():
-                label = f"student, {name}" if model == "student" else {"mean": "mean pointmap", "teacher": "teacher (geometry with errors)"}[model]
-                found.setdefault(label, []).append([*r["mean"].values(), r["calibration"]["rank"]])
-    for label, rows in found.items():
-        one = len(rows) == 1 or not label.startswith("student")
-        cells = [f"{statistics.mean(v):.3f}" + ("" if one else f" ± {statistics.stdev(v):.3f}") for v in zip(*rows)]
-        lines.append(f"| {label} | {len(rows) if label.startswith('student') else ''} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) if found else NOT_YET
+    rows = {"mean pointmap": [r["mean"] for r in found.get(EQ2, [])[:1]], "teacher (geometry with errors)": [r["teacher"] for r in found.get(EQ2, [])[:1]]}
+    rows |= {name: [r["student"] for r in found[name]] for name in TABLE3 if name in found}
+    for label, results in rows.items():
+        values = list(zip(*([*r["mean"].values(), r["calibration"]["rank"]] for r in results)))
+        cells = [f"{statistics.mean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if len(v) > 1 else "") for v in values]
+        lines.append(f"| {label} | {len(results) if label in TABLE3 else ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) if EQ2 in found else NOT_YET
 
 
 def in_words(name) -> str:
@@ -259,70 +255,67 @@ def in_words(name) -> str:
     return words + ", with `undivided` of tests/study.py" * (name == UNDIVIDED)
 
 
-def sections(text) -> dict:  # {heading: text}; what is before the first heading has an empty one
-    return {part.partition("\n")[0] if part.startswith("## ") else "": part for part in re.split("^(?=## )", text, flags=re.M)}
-
-
 def write_study(args):
-    """All that is finished so far. Sections of which nothing has been run here, and what was written by hand below `KEPT`, stay."""
-    study, found = Path(args.study), {}
-    for name in (*RUNS, *CIRCLE):
-        files = sorted(Path(args.scores).glob(scores_file(name, "[0-9]", args).name))
-        found |= {name: [json.loads(file.read_text()) for file in files]} if files else {}
-    before, _, notes = study.read_text().partition(KEPT) if study.exists() else ("", "", "\n")
+    """All that is finished so far; what was written by hand below `KEPT` stays."""
+    study, names = Path(args.study), (*RUNS, TARGETS, *TABLE3, *CIRCLE)
+    records = {name: found for name in names if (found := remembered(name, args))}
+    found = {name: [record["scores"] for record in records[name]] for name in records}
+    targets = {name: [scores] for name, scores in found.get(TARGETS, [{}])[0].items()}
+    _, _, notes = study.read_text().partition(KEPT) if study.exists() else ("", "", "\n")
     flags = "\n".join(f"| {name} | {in_words(name)} |" for name in RUNS)
-    targets = Path(args.out) / "targets.json"
-    targets = {name: [scores] for name, scores in json.loads(targets.read_text()).items()} if targets.exists() else {}
-    when = (f"*{args.date}, {platform.machine()} with {os.cpu_count()} cores, shared, {torch.get_num_threads()} thread(s), on {args.device}; "
-            f"{args.rooms} rooms, {args.views} views a room for the probes.*")
+
+    def when(*names):
+        dates, machines = (sorted({record[key] for name in names for record in records.get(name, [])}) for key in ("date", "on"))
+        return f"*{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {'; '.join(machines)}; {args.rooms} rooms.*" if dates else ""
+
     text = f"""# What each part brings
 
-`python tests/study.py`: preset `tiny` of `04_distill.py` on built-in rooms, every eighth held out. Heads of `05_probe.py` trained on the
-training rooms and scored on the held-out ones; recall is within 1.5 patches. Means and standard deviations over the seeds of the
-training; the same heads, views and pairs for all.
+`python tests/study.py`: preset `tiny` of `04_distill.py` on built-in rooms, every eighth held out. Heads of `05_probe.py` trained on
+{args.views} views of each training room and scored on {args.views} of each held-out one; recall is within 1.5 patches. Means and standard
+deviations over the seeds of the training; the same heads, views and pairs for all.
 
 ## Splat and Distill and its controls
 
-{when}
+{when(*MAIN)}
 
 {table(MAIN, found)}
 
 ## SnD's Table 5 in miniature
 
-{when}
+{when(*TABLE5)}
 
 {table(TABLE5, found, ["SnD", "feature rendering (G)"])}
 
 ## More steps
 
-{when}
+{when(*BUDGET)}
 
 {table(BUDGET, found, ["start", "SnD"])}
 
 ## Other choices
 
-{when}
+{when(*OTHERS)}
 
 {table(OTHERS, found, ["SnD"])}
 
 ## What the student is taught
 
-{when} Heads on the targets of the first step in place of features: what a student that learned one round exactly would score. "The
-view itself" are the starting backbone's own tokens of the same views. No training, so no seeds.
+{when(TARGETS)} Heads on the targets of the first step in place of features: what a student that learned one round exactly would score.
+"The view itself" are the starting backbone's own tokens of the same views. No training, so no seeds.
 
 {table(targets, targets)}
 
 ## Distill3R's Table III in miniature
 
-{when}
+{when(*TABLE3)}
 
-{pointmap_table(args)}
+{pointmap_table(found)}
 
 ## Poses from pictures: Distill3R, then Splat and Distill
 
-{when}
+{when(*CIRCLE)}
 
-{table(CIRCLE, found)}
+{table(CIRCLE, found, ["start"])}
 
 ## The runs
 
@@ -331,8 +324,6 @@ view itself" are the starting backbone's own tokens of the same views. No traini
 {flags}
 
 {KEPT}"""
-    before = sections(before)
-    text = "".join(before.get(heading, part) if NOT_YET in part else part for heading, part in sections(text).items())
     lift.write_whole(study, (text + notes).encode())
 
 
@@ -347,9 +338,8 @@ def check_settings(args):
 
 
 def main(argv=None):
-    parts = {name: lambda seed, name=name: scores_of(name, seed, args, RUNS[name]) for name in RUNS}
-    parts |= {name: lambda seed, name=name: pointmap_scores(name, seed, args) for name in TABLE3}
-    parts |= {"targets": lambda seed: probes_of_targets(args)} | {name: lambda seed, name=name: circle_scores(name, seed, args) for name in CIRCLE}
+    parts = {name: functools.partial(score_run, flags=flags) for name, flags in RUNS.items()}
+    parts |= {TARGETS: score_targets} | dict.fromkeys(TABLE3, score_pointmaps) | dict.fromkeys(CIRCLE, score_circle)
     parser = argparse.ArgumentParser(description="Train and probe every variant; write STUDY.md.")
     parser.add_argument("--scene_dir", default="out/study/rooms", help="made if it is missing")
     parser.add_argument("--rooms", type=int, default=400)
@@ -361,16 +351,15 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    args.date = importlib.import_module("datetime").date.today().isoformat()
     check_settings(args)
     if not Path(args.scene_dir).exists():
         data.make_rooms(args.scene_dir, scenes=args.rooms)
     for seed in range(args.seeds):
         for name in args.only:
-            if seed == 0 or name not in ("start", "targets"):
+            if not remembered(name, args, seed) and (seed == 0 or name not in ("start", TARGETS)):
                 print(f"-- {name}, seed {seed}", flush=True)
-                parts[name](seed)
-                write_study(args)
+                parts[name](name, seed, args)
+            write_study(args)
     print(f"  ->  {args.study}")
 
 

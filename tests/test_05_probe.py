@@ -279,6 +279,15 @@ def test_points_lie_at_pixels_of_known_depth_and_features_between_patches():
         assert torch.allclose(features[n], sum(w * tokens[at] for at, w in weights.items()), atol=1e-5)
 
 
+def test_a_pair_with_depth_at_none_of_the_matched_points_is_named(room_views):
+    depth, tokens = torch.zeros_like(room_views.depth), probe.Features(None, randn(len(room_views.images), 12, 16, 3))
+    depth[:, ::6] = room_views.depth[:, ::6]  # rows 0, 6, ...; of patches of 8 pixels rows 1, 3, 5, ... are matched
+    views, pair = room_views._replace(depth=depth), probe.choose_pairs(room_views, 1, seed=0)[0]
+    assert probe.measured(views, pair.a, pair.b)
+    with pytest.raises(ValueError, match=f"{views.where[pair.a][0].name}: .* less than two of the points"):
+        probe.correspondence(tokens, views, [pair])
+
+
 def test_errors_of_matches_against_loops():
     K_a, K_b = (np.array([[f, 0, 60.0], [0, f + 3, 50.0], [0, 0, 1]]) for f in (90.0, 110.0))
     c, s = math.cos(0.3), math.sin(0.3)
