@@ -46,9 +46,16 @@ TABLE5 = {
     "basic variant (H)": ["--frozen_teacher", *PLAIN]}
 BUDGET = {
     "three times the steps and triplets": ["--max_steps", "600", "--triplets", "900"],
-    "ten times the steps and triplets": ["--max_steps", "2000", "--triplets", "3000"],
     "ten times, a third of the rate": ["--max_steps", "2000", "--triplets", "3000", "--lr", "1e-4"],
+    "twenty times, a third of the rate": ["--max_steps", "4000", "--triplets", "3000", "--lr", "1e-4"],
     "2D control, ten times": ["--max_steps", "2000", "--triplets", "3000", "--lr", "1e-4", "--target", "image", *PLAIN]}
+CURVES = {  # {name: {steps: run}}, drawn over the steps
+    "SnD": {0: "start", 200: "SnD", 600: "three times the steps and triplets", 2000: "ten times, a third of the rate",
+            4000: "twenty times, a third of the rate"},
+    "2D control": {0: "start", 200: "2D control", 2000: "2D control, ten times"}}
+AIMS = {  # (probe, score) -> the aim, from what the start has
+    ("depth", "RMSE"): lambda start: 0.88 * start, ("normals", "RMSE"): lambda start: 0.94 * start,
+    ("segmentation", "mIoU"): lambda start: start + 2, ("correspondence", "1.5 patches"): lambda start: start}
 UNDIVIDED = "not divided by alpha"  # with `undivided` below; --online alone comes to the same as the defaults
 OTHERS = {
     "adapters": ["--no-full_finetune", "--lr", "3e-3"],
@@ -173,11 +180,11 @@ def score_targets(name, seed, args):
         features.append({name: probes.Features(*map(torch.stack, zip(*(row[name] for row in rows)))) for name in rows[0]})
     found = {name: {} for name in features[0]}
     for kind, (truth, val_truth) in probes.truths(*views).items():
-        for name, (tokens, val_tokens) in zip(found, zip(*(part.values() for part in features))):
+        for scores, (tokens, val_tokens) in zip(found.values(), zip(*(part.values() for part in features))):
             recipe = getattr(asked, kind)._replace(device=args.device)
-            found[name][kind] = probes.PROBES[kind](tokens, truth, val_tokens, val_truth, recipe)[0]
+            scores[kind] = probes.PROBES[kind](tokens, truth, val_tokens, val_truth, recipe)[0]
             if kind == "depth":
-                found[name][NO_CLS] = depth_of_patches(asked, tokens, truth, val_tokens, val_truth)
+                scores[NO_CLS] = depth_of_patches(asked, tokens, truth, val_tokens, val_truth)
     remember(name, seed, args, found)
 
 
@@ -193,6 +200,17 @@ def table(names, found, beside=()) -> str:
                 cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
             lines.append(f"| {name} | {len(found[name])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) if any(name in found for name in names) else NOT_YET
+
+
+def budget_picture(found, path):
+    """Each score over the steps of training, and the aim."""
+    charts, steps = [], max(max(runs) for runs in CURVES.values())
+    mean = lambda run, probe, score: statistics.mean(scores[probe][score] for scores in found[run])
+    for (probe, score), aim in AIMS.items():
+        curves = {name: [(x, mean(run, probe, score)) for x, run in runs.items() if run in found] for name, runs in CURVES.items()}
+        curves["aim"] = [(x, aim(mean("start", probe, score))) for x in (0, steps)]
+        charts.append(data.line_chart(f"{probe}, {score} (over steps of four triplets)", curves))
+    return data.picture_grid(path, ["", ""], [charts[:2], charts[2:]], scale=1)
 
 
 def score_pointmaps(name, seed, args):
@@ -263,6 +281,8 @@ def write_study(args):
     targets = {name: [scores] for name, scores in found.get(TARGETS, [{}])[0].items()}
     _, _, notes = study.read_text().partition(KEPT) if study.exists() else ("", "", "\n")
     flags = "\n".join(f"| {name} | {in_words(name)} |" for name in RUNS)
+    if "start" in found:
+        budget_picture(found, Path(args.scores) / "budget.png")
 
     def when(*names):
         dates, machines = (sorted({record[key] for name in names for record in records.get(name, [])}) for key in ("date", "on"))
@@ -291,6 +311,8 @@ deviations over the seeds of the training; the same heads, views and pairs for a
 {when(*BUDGET)}
 
 {table(BUDGET, found, ["start", "SnD"])}
+
+![each score over the steps of training, and the aim]({args.scores}/budget.png)
 
 ## Other choices
 
