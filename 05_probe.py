@@ -90,7 +90,7 @@ def load_views(scenes, size, args) -> Views:
         if v.normal is not None:
             normal = v.normal.masked_fill(outside[..., None], 0).half()
         if v.label is not None:
-            label = v.label.masked_fill(outside | (v.label == args.ignore_label) | (v.label == 65535), 255)
+            label = v.label.masked_fill(outside | (v.label == args.ignore_label) | (v.label == 65535) | (v.label < 0), 255)
             if label.max() > MAX_CLASS:
                 raise data.DataError(f"{scene.frames[i].label}: class {label.max()}; labels are ids from 0 to {MAX_CLASS}, 255 = "
                                      "ignore, in a grey or palette picture")
@@ -128,20 +128,21 @@ class ListedPair(data.Scene):
 def read_pairs(file, args):
     """SuperGlue's list, a line nameA nameB rotA rotB K_A(9) K_B(9) T_AB(16), X_B = T_AB X_A: a ListedPair a line."""
     root, scenes = file.parent / "images" if (file.parent / "images").is_dir() else file.parent, []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         names, numbers = line.split()[:2], line.split()[2:]
         try:
             values = np.array(numbers, float)
             assert len(values) == 36 and not values[:2].any()
-        except (AssertionError, ValueError):
+            poses = np.eye(4), np.linalg.inv(values[20:].reshape(4, 4))
+        except (AssertionError, ValueError, np.linalg.LinAlgError):
             raise data.DataError(f"{file}: line {number} is not two names, two zeros and 34 numbers, as SuperGlue writes pairs "
                                  "(what it turns must be upright already)") from None
         frames = []
-        for name, K, w2c in zip(names, values[2:20].reshape(2, 3, 3), (np.eye(4), values[20:].reshape(4, 4))):
+        for name, K, c2w in zip(names, values[2:20].reshape(2, 3, 3), poses):
             image = data.inside(root / name, root, str(file))
-            frames.append(data.Frame(name, image, K, np.linalg.inv(w2c), None, **data.maps_beside(image, file.parent)))
+            frames.append(data.Frame(name, image, K, c2w, None, **data.maps_beside(image, file.parent)))
             if problem := data.problem_of(frames[-1]):
                 raise data.DataError(f"{file}: line {number}: {problem}")
         scenes.append(ListedPair(f"pair {number}", frames, args.depth_scale))
@@ -172,8 +173,13 @@ class Features(NamedTuple):
     patches: Tensor  # (I, h, w, C) float16
 
 
-def parts_of(path):  # of `a+b`: the models whose channels stand side by side
-    return [path] if Path(path).exists() else path.split("+")
+def parts_of(path):  # of `a+b`: the models whose channels stand side by side; a path that exists may have a + in it
+    pieces, parts = path.split("+"), []
+    while pieces:
+        count = next((n for n in range(len(pieces), 1, -1) if Path("+".join(pieces[:n])).exists()), 1)
+        parts.append("+".join(pieces[:count]))
+        pieces = pieces[count:]
+    return parts
 
 
 def content_key(vit, layer, images: Tensor) -> str:
@@ -378,7 +384,7 @@ def segmentation_metrics(label: Tensor, truth: Tensor, classes) -> dict:
 
 
 def class_count(*labels):
-    return 1 + max(int(x[x != 255].max()) for x in labels)
+    return 1 + max(int(torch.where(view == 255, 0, view).max()) for x in labels for view in x)
 
 
 def segmentation_probe(tokens: Features, truth: Tensor, val_tokens: Features, val_truth: Tensor, r: Recipe):
@@ -386,7 +392,7 @@ def segmentation_probe(tokens: Features, truth: Tensor, val_tokens: Features, va
     classes = class_count(truth, val_truth)
     loss = lambda scores, truth: F.cross_entropy(scores, truth.long(), ignore_index=255)
     predict = fit("segmentation", LinearHead(tokens, classes, False, r.seed), tokens, truth, truth != 255, resize, loss, r)
-    label = predict(val_tokens, lambda scores: scores.argmax(1))
+    label = predict(val_tokens, lambda scores: scores.argmax(1).short())
     return segmentation_metrics(label, val_truth, classes), label
 
 
@@ -419,22 +425,27 @@ def covisible(views: Views, a, b) -> float:
 def choose_pairs(views: Views, per_bin, seed) -> list[Pair]:
     """Up to `per_bin` pairs of views of one scene in each range of viewpoint change, those with depth if there are any."""
     # Differs: pairs share a fifth of what they see, and each range has as many; in the paper SuperGlue's list of ScanNet pairs.
-    found, generator, of_scene = [], torch.Generator().manual_seed(seed), {}
+    generator, of_scene = torch.Generator().manual_seed(seed), {}
     for i, (scene, _) in enumerate(views.where):
         if views.c2w[i].isfinite().all():
             of_scene.setdefault(scene, []).append(i)
     a, b = torch.cat([torch.empty(0, 2).long(), *(torch.combinations(torch.tensor(members)) for members in of_scene.values())]).T
     R = views.c2w[:, :3, :3].double()
     angle = (((R[a] * R[b]).sum((1, 2)) - 1) / 2).clamp(-1, 1).acos().rad2deg()  # that sum is the trace of R_a' R_b
-    for low, high in VIEWPOINTS.values():
-        inside, good = ((low <= angle) & (angle < high)).nonzero()[:, 0], []
-        for n in inside[torch.randperm(len(inside), generator=generator)[:40 * per_bin]].tolist():
-            i, j = a[n].item(), b[n].item()
-            listed = isinstance(views.where[i][0], ListedPair)
-            if len(good) < per_bin and (listed or covisible(views, i, j) >= 0.2):
-                good.append(Pair(i, j, angle[n].item(), measured(views, i, j)))
-        found += good
-    return [p for p in found if p.measured] or found
+    deep = torch.tensor([measured(views, i) for i in range(len(views.images))])[torch.stack([a, b])].all(0)
+    for is_measured, candidates in ((True, deep), (False, ~deep)):
+        found = []
+        for low, high in VIEWPOINTS.values():
+            inside, good = (candidates & (low <= angle) & (angle < high)).nonzero()[:, 0], []
+            for n in inside[torch.randperm(len(inside), generator=generator)[:40 * per_bin]].tolist():
+                i, j = a[n].item(), b[n].item()
+                listed = isinstance(views.where[i][0], ListedPair)
+                if len(good) < per_bin and (listed or covisible(views, i, j) >= 0.2):
+                    good.append(Pair(i, j, angle[n].item(), is_measured))
+            found += good
+        if found:
+            return found
+    return []
 
 
 def sample_points(tokens: Tensor, depth: Tensor):
@@ -488,6 +499,8 @@ def epipolar_error(a: Tensor, b: Tensor, K_a: Tensor, K_b: Tensor, a_to_b: Tenso
     """Where depth is unknown: how many pixels of view b each match is from the epipolar line of its point of view a, (M,). The
     true point lies on that line, so no match is farther from the line than it is wrong, and recall is an upper bound."""
     x, y, z = a_to_b[:3, 3].tolist()
+    if x == y == z == 0:  # the camera only turned: where the point is does not depend on its depth
+        return reprojection_error(a, b, torch.ones_like(a[:, 0]), K_a, K_b, a_to_b)
     essential = a_to_b.new_tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ a_to_b[:3, :3]
     fundamental = torch.linalg.inv(K_b).T @ essential @ torch.linalg.inv(K_a)
     lines = F.pad(a, (0, 1), value=1.0) @ fundamental.T
@@ -579,12 +592,13 @@ def constants(maps: dict) -> dict:
     scores = {}
     for name, (truth, val) in maps.items():
         if name == "depth":
-            scores[name] = depth_metrics(truth[truth > 0].mean().expand(val.shape), val)
+            scores[name] = depth_metrics((sum(z.double().sum() for z in truth) / (truth > 0).sum()).float().expand(val.shape), val)
         elif name == "normals":
-            scores[name] = normal_metrics(F.normalize(truth.float().flatten(0, 2).mean(0), dim=0).expand(val.shape), val)
+            scores[name] = normal_metrics(F.normalize(sum(n.float().sum((0, 1)) for n in truth), dim=0).expand(val.shape), val)
         else:
-            most = truth[truth != 255].long().bincount().argmax()
-            scores[name] = segmentation_metrics(most.expand(val.shape), val, class_count(truth, val))
+            classes = class_count(truth, val)
+            counts = sum(view[view != 255].long().bincount(minlength=classes) for view in truth)
+            scores[name] = segmentation_metrics(counts.argmax().expand(val.shape), val, classes)
     return scores
 
 
@@ -657,7 +671,8 @@ def html_table(headings, rows) -> str:
 
 # ------------------------------------------------------------------------------------------------ pictures
 
-COLOURS = torch.tensor([[150, 150, 150], [31, 119, 180], [214, 39, 40], [44, 160, 44], [148, 103, 189], [255, 127, 14]]) / 255
+COLOURS = torch.tensor([[150, 150, 150], [31, 119, 180], [214, 39, 40], [44, 160, 44], [148, 103, 189], [255, 127, 14], [140, 86, 75],
+                        [227, 119, 194], [188, 189, 34], [23, 190, 207], [0, 0, 0]]) / 255  # the first is that of "no features"
 
 
 def to_tensor(picture) -> Tensor:  # a Pillow image -> (3, H, W) in [0, 1]
@@ -692,7 +707,7 @@ def colour_map(kind, map: Tensor, like: Tensor) -> Tensor:  # -> (3, H, W); dept
 
 def meanings(kind, maps, like, names):  # -> {text: an example (1, 1, ...) of what it stands for}
     if kind == "depth":
-        levels = torch.linspace(*like[like > 0].quantile(torch.tensor([0.02, 0.98])).tolist(), 5)
+        levels = torch.linspace(*data.usual_range(like).tolist(), 5)
         return {f"{z:.1f}" + " in the data's unit" * (n == 4): z.view(1, 1) for n, z in enumerate(levels)}
     if kind == "normals":
         axes = torch.tensor([1.0, -1, -1]).diag().view(3, 1, 1, 3)
@@ -740,7 +755,7 @@ def matches_picture(path, results, val: Views, pairs):
 def recall_picture(path, scores: dict, measured=True, limit="10 px", width=480, height=340):
     """Recall over viewpoint change (SnD Fig. 7), a line a model, grey at random. Drawn twice as large for smooth lines."""
     sheet, font = Image.new("RGB", (2 * width, 2 * height), "white"), ImageFont.load_default(28)
-    draw, colours = ImageDraw.Draw(sheet), {m: COLOURS[n % len(COLOURS)] for n, m in enumerate(scores)}
+    draw, colours = ImageDraw.Draw(sheet), {m: COLOURS[n and 1 + (n - 1) % (len(COLOURS) - 1)] for n, m in enumerate(scores)}
     at = lambda n, percent: (2 * (64 + n * (width - 110) / 3), 2 * (height - 42 - percent * (height - 84) / 100))
     limits = limit if measured else f"{limit} of the epipolar line"
     draw.text((24, 12), f"% of matches within {limits}, by viewpoint change", fill="black", font=font)
@@ -796,10 +811,14 @@ th,td{border-bottom:1px solid #ccc;padding:4px 7px;text-align:right;vertical-ali
 th:first-child,td:first-child{text-align:left;white-space:nowrap;position:sticky;left:0;background:#fff}"""
 
 
+def in_words(setting) -> str:
+    return "{0} steps of {2} views, learning rate {1:g}".format(*setting) if isinstance(setting, Recipe) else str(setting)
+
+
 def changed_constants(args) -> list:  # what differs from Appendix A.4, in words
-    say = lambda x: f"{x.steps} steps of {x.batch} views, learning rate {x.lr:g}" if isinstance(x, Recipe) else str(x)
-    return [f"{name}: {say(getattr(args, name))} (paper: {say(paper)})" for name, paper in PRESETS["paper"].items()
-            if getattr(args, name) != paper]
+    changed = [f"{name}: {in_words(getattr(args, name))} (paper: {in_words(paper)})" for name, paper in PRESETS["paper"].items()
+               if getattr(args, name) != paper]
+    return changed + ["depth reads patch tokens alone (paper: CLS beside each)"] * args.no_cls
 
 
 def draw_all(results, train, val, pairs, args):  # -> (title, caption, path) of each picture
@@ -855,7 +874,8 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
     elif pairs:
         about += " No depth: matches are scored by the epipolar lines of the true pose, so recall is an upper bound."
         columns = [(*c[:2], ("epipolar " if c[0] == "correspondence" else "") + c[2].removeprefix("recall "), c[3]) for c in COLUMNS]
-    settings = {key: value for key, value in vars(args).items() if key != "command"} | {"torch": torch.__version__}
+    settings = {key: in_words(value) if isinstance(value, Recipe) else value for key, value in vars(args).items() if key != "command"}
+    settings["torch"] = torch.__version__
     result = dict(command=args.command, about=about, measured=measured, settings=settings, changed=changed_constants(args), scores=scores)
     lift.write_whole(out / "results.json", json.dumps(result, indent=1).encode())
     lift.write_whole(out / "report.html", web_page(result, columns, draw_all(results, train, val, pairs, args)).encode())
@@ -897,7 +917,8 @@ def parse(argv):
     parser.add_argument("--scene_dir", default="data", help="scenes, images with maps or a list of pairs (below)")
     parser.add_argument("--out", default="out/05_probe", help="report, numbers, and features/, a cache that can be deleted")
     parser.add_argument("--models", nargs="+", help="'tiny', published names, files, folders; a+b puts features of two side "
-                        "by side, name=a gives it a name (default: tiny, and out/04_distill/student if it is there)")
+                        "by side, name=a gives it a name; views are sized to the first's patches (default: tiny, and out/04_distill/student "
+                        "if it is there)")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="how heads train, and flags marked [preset]")
     parser.add_argument("--pixels", type=positive, help="pixels a view; raise it for models of larger patches [preset]")
     parser.add_argument("--views", type=positive, help="views a scene; lower it when memory runs out [preset]")
@@ -914,6 +935,11 @@ def parse(argv):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the heads and of the choice of pairs")
     args = parser.parse_args(argv)
+    (top, bottom, left, right), deepest = args.crop, args.max_depth
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        parser.error("--crop: give shares, 0 <= TOP < BOTTOM <= 1 and 0 <= LEFT < RIGHT <= 1")
+    if deepest is not None and not deepest > 0:
+        parser.error(f"--max_depth: {deepest:g} is not above 0")
     for name, value in PRESETS[args.preset].items():
         value = value._replace(steps=min(value.steps, args.max_steps or value.steps)) if isinstance(value, Recipe) else value
         setattr(args, name, getattr(args, name, None) or value)
@@ -925,7 +951,7 @@ def parse(argv):
 
 def prepare(args):
     """-> {name: path}, training views or None, held-out views, pairs: what `probe` takes. Views fit the first's patches."""
-    models = dict(text.split("=", 1) if "=" in text else (text, text) for text in args.models)
+    models = dict(text.split("=", 1) if "=" in text and not Path(text).exists() else (text, text) for text in args.models)
     if len(models) < len(args.models) or "no features" in models:
         raise ValueError("--models: two models have one name; name=path gives another")
     patches = {path: [lift.load_vit(part).patch for part in parts_of(path)] for path in models.values()}  # a wrong path ends it here

@@ -52,6 +52,7 @@ VIEW_IDS = 1000  # rows in Fast3R's table of view codes, and so the most views i
 SHARPER = math.sqrt(math.log(137) / math.log(20))  # 1.28: by so much the published student's logits grow in evaluation
 PEAK = Path("/proc/self/clear_refs")  # Linux: writing "5" makes the process' peak memory its present one
 FAST3R_PAGE, STUDENT_PAGE = "huggingface.co/jedyang97/Fast3R_ViT_Large_512", "github.com/TheFourthKaramazov/Distill3R"
+FAR = 20.0  # in typical distances: what is farther is sky, or a mistake
 CACHE_FORMAT = "pointmaps 1"  # to be raised with every change of the file's layout or of what is in it
 SEAL = rb'{\"sha256\": \"'  # what stands before the checksum in the header of a cached sample
 
@@ -270,7 +271,7 @@ class PointmapNetwork(nn.Module):
 
     def checked_ids(self, images, view_ids, generator):  # -> V ids, or ValueError for what cannot be run
         if not 0 < len(images) <= VIEW_IDS:
-            raise ValueError(f"{len(images)} views in one call, but there are ids for 1 to {VIEW_IDS}; leave some out, or run "
+            raise ValueError(f"{len(images)} views in one call, but there are ids for 1 to {VIEW_IDS}; leave some out (--stride 2), or run "
                              "groups that begin with the same view: all have its frame then, each with a scale of its own")
         for index, image in enumerate(images):
             if image.ndim != 3 or len(image) != 3 or any(side < 1 or side % self.patch for side in image.shape[1:]):
@@ -588,10 +589,11 @@ class GeometricTeacher:
         return depth * (1 + self.strength * error), self.strength * far * (noise**2 + pull**2 + smear**2).sqrt()
 
     def __call__(self, views, generator) -> list[Pointmap]:
+        for view in views:
+            if view.depth is None or view.c2w is None:
+                raise data.DataError(f"{view.name}: no measured depth for the geometric teacher; give --teacher a network")
         world_to_first, maps = torch.linalg.inv(views[0].c2w), []
         for k, view in enumerate(views):
-            if view.depth is None:
-                raise data.DataError(f"{view.name}: no measured depth for the geometric teacher; give --teacher a network")
             known, rays, pose = view.depth > 0, lift.pixel_rays(view.K, *view.depth.shape), world_to_first @ view.c2w
             typical = view.depth[known].median() if known.any() else torch.tensor(1.0)
             (z, error), (z_global, error_global) = (self.disturbed(view.depth, typical, generator) for _ in range(2))
@@ -668,6 +670,8 @@ def scene_folders(root):
     if not root.is_dir():
         raise data.DataError(f"{root}: no such folder; give a folder of photos, a scene, or a folder of scenes")
     found = [folder for folder, _ in data.find_scenes(root)]
+    if found and root not in found and photos_in(root):
+        print(f"{root}: the {len(photos_in(root))} pictures in it are left out, as there are posed scenes below")
     if not found:
         folders = [root, *(d for d in root.rglob("*") if d.is_dir() and "/." not in f"/{d.relative_to(root).as_posix()}")]
         maps = lambda folder: folder.name in ("masks", "depth", "normals", "labels") and folder.with_name("images").is_dir()
@@ -719,7 +723,7 @@ def choose_stride(scene, order, views, enough=0.5):
         posed = isinstance(scene, data.Scene)
         return data.overlap(scene, i, j) if posed else picture_overlap(thumbnail(i), thumbnail(j))
     stride = 1
-    for step in range(2, len(order) // views + 1):
+    for step in range(2, min(len(order) // views, len(order) - 1) + 1):
         starts = np.linspace(0, len(order) - 1 - step, 8).astype(int)
         if np.median([shared(order[i], order[i + step]) for i in starts]) < enough:
             break
@@ -728,7 +732,8 @@ def choose_stride(scene, order, views, enough=0.5):
 
 
 def make_manifest(root, views=20, stride=None, skip_bad_frames=False) -> list[dict]:
-    """One line a view: dataset, scene, sample, view, size (H, W), path relative to `root`; N = `views` views a sample.
+    """One line a view: dataset, scene, sample, view, size (H, W), path relative to `root`, and the file's number of bytes, which
+    tells whether another picture has taken its name; N = `views` views a sample.
 
     `stride` n takes every n-th picture; by default it is what `choose_stride` finds. The tail of a scene is a sample of fewer
     views, and so is a short scene.
@@ -741,7 +746,7 @@ def make_manifest(root, views=20, stride=None, skip_bad_frames=False) -> list[di
         step = stride or choose_stride(scene, list(index.values()), views)
         for n, (path, i) in enumerate(list(index.items())[::step]):
             lines.append(dict(dataset=root.resolve().name, scene=name, sample=f"{name}/{n // views:03d}", view=n % views,
-                              size=list(scene.frames[i].size), path=path))
+                              size=list(scene.frames[i].size), path=path, bytes=scene.frames[i].image.stat().st_size))
     return lines
 
 
@@ -758,6 +763,9 @@ def load_views(root, lines, size_of, skip_bad_frames=False, images_alone=False):
     lost = next((Path(root, line["path"]) for line in lines if line["path"] not in index), None)
     if lost:
         raise data.DataError(f"{lost}: in the manifest, but no longer in its scene; restore it or make the cache again")
+    other = next((Path(root, line["path"]) for line in lines if Path(root, line["path"]).stat().st_size != line["bytes"]), None)
+    if other:
+        raise data.DataError(f"{other}: not the picture that the manifest lists; restore it or make the cache again")
     source = images if images_alone else scene
     return [source.view(index[line["path"]], size_of(*line["size"])) for line in lines]
 
@@ -958,11 +966,12 @@ def unpack_sample(path):
 
 
 def keep_manifest(out, lines, first):
-    """Write the manifest beside the samples, by the first shard alone; refuse to mix it with another one."""
+    """Write the manifest beside the samples, by the first shard alone; refuse to mix samples of another one with these."""
     path, content = out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode()
-    if path.exists() and path.read_bytes() != content:
+    changed = path.exists() and path.read_bytes() != content
+    if changed and any(out.rglob("*.safetensors")):
         raise data.DataError(f"{path}: lists other pictures or samples than are here now; give another --out or remove {out}")
-    if first and not path.exists():
+    if first and (changed or not path.exists()):
         remove_leftovers(path)
         splat.write_whole(path, content)
 
@@ -1014,6 +1023,8 @@ def write_cache(
     for path, sample in tqdm(todo.items(), desc=f"cache -> {out}", unit="sample", disable=not todo):
         remove_leftovers(path)
         maps = ask(teacher, root, sample, size, seed, skip_bad_frames)
+        if not any((certainty(m.conf_local) >= tau).any() for m in maps):
+            print(f"{path}: not one pixel is trusted at --tau {tau:g}, so nothing will be learned from it; lower it")
         splat.write_whole(path, pack_sample(maps, sample, settings))
     return list(todo)
 
@@ -1038,10 +1049,14 @@ class CachedViews(torch.utils.data.Dataset):
             self.samples = list(samples_of(line for line in lines if scenes is None or line["scene"] in scenes).items())
         except (ValueError, KeyError, TypeError):
             raise data.DataError(f"{manifest}: not a manifest; remove it and run the cache command again") from None
+        if not self.samples:
+            raise data.DataError(f"{self.cache}: no sample in it is of {self.root}; cache that folder, with an --out of its own")
         missing = [name for name, _ in self.samples if not (self.cache / f"{name}.safetensors").exists()]
-        if missing or not self.samples:
+        if missing:
             raise data.DataError(f"{self.cache}: {len(missing)} of {len(self.samples)} samples are not there yet"
                                  f" ({', '.join(missing[:3])}); run the cache command to its end")
+        self.settings = check_sample(self.cache / f"{self.samples[0][0]}.safetensors")[0]["settings"]
+        self.identity = hashlib.sha256(manifest.read_bytes() + json.dumps(self.settings).encode()).hexdigest()[:16]
 
     def __len__(self):
         return len(self.samples)
@@ -1058,11 +1073,17 @@ class CachedViews(torch.utils.data.Dataset):
         return CachedSample(name, [view.image for view in views], targets, masks)
 
 
+def cached_size(cache):  # (H, W) of what a cache holds, or None
+    path = next(Path(cache).rglob("*.safetensors"), None)
+    with contextlib.suppress(data.DataError):  # a damaged one is named where it is read
+        return tuple(check_sample(path)[0]["settings"]["size"]) if path else None
+
+
 # ------------------------------------------------------------------------------------------------ training (Sec. IV)
 
 
-def cached_part(args, part) -> CachedViews:  # "train" or "val": every eighth scene is held out
-    root = source_of(args)
+def cached_part(args, part, root=None) -> CachedViews:  # "train" or "val": every eighth scene is held out
+    root = root or source_of(args)
     return CachedViews(root, args.cache, data.split(list(scene_folders(root)), part), args.skip_bad_frames)
 
 
@@ -1135,7 +1156,9 @@ def train(args, rank, world):
     """Trains the student on the cache alone and leaves it in out/student. Goes on exactly where a killed run was."""
     out, first, root = Path(args.out), rank == 0, source_of(args)
     cached, heldout = cached_part(args, "train"), cached_part(args, "val") if len(scene_folders(root)) > 1 else None
-    run = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in NOT_OF_TRAINING})
+    if cached.settings["size"] != args.size:
+        raise data.DataError(f"{args.cache}: made at {cached.settings['size']}, not {args.size}; leave --size out, or make the cache again")
+    run = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in NOT_OF_TRAINING}, cached=cached.identity)
     found = [splat.find_checkpoint(run) if first else None]
     if world > 1:
         dist.broadcast_object_list(found)
@@ -1221,18 +1244,22 @@ class Cameras(NamedTuple):
     c2w: Tensor  # (V, 4, 4) the world is the frame of the global maps
 
 
-def estimate_cameras(maps: list[Pointmap], tau=0.3) -> Cameras:
+def estimate_cameras(maps: list[Pointmap], tau=0.3, names=None) -> Cameras:
     """Where each picture was taken: the similarity that carries its local map to its global one (weighted Procrustes).
 
-    Pictures of one size are taken to be of one camera. Raises ValueError for a view without three usable points.
+    Pictures of one size are taken to be of one camera. Raises ValueError, with its name, for a view without three usable points.
     """
     focals, scales, poses = [], [], torch.eye(4).repeat(len(maps), 1, 1)
     for k, m in enumerate(maps):
         known = m.points_local.isfinite().all(-1) & m.points_global.isfinite().all(-1) & (m.points_local[..., 2] > 0)
+        for points in (m.points_local, m.points_global) if known.any() else ():  # sky and mistakes would outweigh all the others
+            length = points.norm(dim=-1)
+            known &= length <= FAR * length[known].median()
         trusted = known & (certainty(torch.minimum(m.conf_local, m.conf_global)) >= tau)
         use = trusted if trusted.sum() >= 100 else known  # better a poor pose than none
         if use.sum() < 3:
-            raise ValueError(f"view {k}: fewer than three points are known and before the camera; leave this picture out")
+            raise ValueError(f"{names[k] if names else f'view {k}'}: fewer than three of its points are known and before the camera; leave "
+                             "this picture out, or train the student for longer")
         use &= (use.flatten().cumsum(0) % (use.sum() // 20_000 + 1) == 0).view(use.shape)  # so many decide as well as all
         s, R, t = robust_similarity(m.points_local[use], m.points_global[use], m.conf_global[use])
         poses[k, :3] = torch.cat([R, t[:, None]], 1)
@@ -1340,12 +1367,14 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
     transforms.json (nerfstudio), sparse/0 (COLMAP text), cloud.ply, cloud.png, maps.png. A view's image may be of any
     multiple of its map's size. The world is the frame of view 0, in the unit of the global maps.
     """
-    out, cameras = Path(out), estimate_cameras(maps, tau)
+    out, cameras = Path(out), estimate_cameras(maps, tau, [view.name for view in views])
     depths = [torch.where(certainty(m.conf_local) >= tau, s * m.points_local[..., 2], 0.0).nan_to_num().clamp_min(0)
               for m, s in zip(maps, cameras.scale)]
-    farthest = max(depth.max().item() for depth in depths)
-    if farthest == 0:
+    known = torch.cat([depth[depth > 0] for depth in depths])
+    if not len(known):
         raise ValueError(f"{out}: not one pixel is trusted at --tau {tau:g}; lower it, or look at other pictures")
+    depths = [torch.where(depth <= FAR * known.median(), depth, 0.0) for depth in depths]
+    farthest = max(depth.max().item() for depth in depths)
     unit = 10.0 ** math.ceil(math.log10(farthest / 65000))  # 16 bits hold the farthest
     for file in [out / "transforms.json", *(f for part in ("images", "depth", "confidence") for f in out.glob(f"{part}/[0-9]*.*"))]:
         file.unlink(missing_ok=True)  # of a scene that was here before: from now on it is none
@@ -1363,7 +1392,8 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
         frames.append(dict(file_path=names[k], depth_file_path=f"depth/{k:03d}.png", source=view.name, w=width, h=height,
                            fl_x=f, fl_y=f, cx=width / 2, cy=height / 2,
                            transform_matrix=(cameras.c2w[k].double().numpy() @ data.OPENGL).tolist()))
-        points.append(cameras.scale[k] * m.points_local[depth > 0])
+        K_map = torch.tensor([[cameras.focal[k], 0, depth.shape[1] / 2], [0, cameras.focal[k], depth.shape[0] / 2], [0, 0, 1]])
+        points.append((lift.pixel_rays(K_map, *depth.shape) * depth[..., None])[depth > 0])  # as other tools will see it
         radii.append(0.6 * depth[depth > 0] / cameras.focal[k])  # of a pixel there
         small.append(F.interpolate(view.image[None], depth.shape, mode="bilinear", antialias=True)[0].clamp(0, 1))
         colours.append(small[-1].permute(1, 2, 0)[depth > 0])
@@ -1517,7 +1547,7 @@ class Cost(NamedTuple):
     views: int
     part: str  # encoder, fusion, heads or all
     seconds: float
-    gigabytes: float  # at the peak, the model's weights included
+    gigabytes: float  # at the peak, weights and pictures included
 
 
 def start_peak(device):
@@ -1536,7 +1566,7 @@ def peak_memory(device) -> float:  # bytes, the most since start_peak; on a CPU 
 
 
 @torch.no_grad()
-def cost_of_parts(model: PointmapNetwork, images, at_once) -> dict[str, tuple]:  # part -> seconds, bytes beyond the weights
+def cost_of_parts(model: PointmapNetwork, images, at_once) -> dict[str, tuple]:  # part -> seconds, bytes beyond weights and pictures
     device, ids, result, costs = images[0].device, list(range(len(images))), None, {}
     parts = {"encoder": lambda _: model.encode(images, at_once), "fusion": lambda tokens: model.fuse(tokens, ids),
              "heads": lambda levels: model.decode(images, levels, at_once)}
@@ -1564,7 +1594,7 @@ def efficiency(models: dict[str, PointmapNetwork], counts, size=(378, 518), at_o
             device = next(model.parameters()).device
             shape = [max(1, round(side / model.patch)) * model.patch for side in size]
             images = list(torch.rand(count, 3, *shape, generator=torch.Generator().manual_seed(0)).to(device))
-            weights = sum(p.numel() * p.element_size() for p in model.parameters())
+            held = sum(x.numel() * x.element_size() for x in [*model.parameters(), *images])
             try:
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     runs = [cost_of_parts(model, images, at_once) for _ in range(repeats)]
@@ -1572,7 +1602,7 @@ def efficiency(models: dict[str, PointmapNetwork], counts, size=(378, 518), at_o
             except torch.OutOfMemoryError:
                 rows = {"encoder": (math.inf, math.inf)}
             rows["all"] = sum(seconds for seconds, _ in rows.values()), max(peak for _, peak in rows.values())
-            costs += [Cost(name, count, part, seconds, (weights + peak) / 1e9) for part, (seconds, peak) in rows.items()]
+            costs += [Cost(name, count, part, seconds, (held + peak) / 1e9) for part, (seconds, peak) in rows.items()]
     return costs
 
 
@@ -1612,11 +1642,17 @@ def camera_error(c2w: Tensor, truth: Tensor) -> CameraError:  # (V, 4, 4) twice
     return CameraError((s * ours @ R.T + t - theirs).norm(dim=1).median().item(), angle.median().item(), spread.item())
 
 
-def source_of(args) -> Path:  # the pictures' folder: as asked for, or that of the cache
+def cached_root(args) -> Path | None:  # the folder whose pictures are cached
     record = args.cache / "root.json"
+    try:
+        return Path(json.loads(record.read_text())) if record.exists() else None
+    except (ValueError, TypeError):
+        raise data.DataError(f"{record}: damaged; run the cache command again, with --scene_dir or --images") from None
+
+
+def source_of(args) -> Path:  # the pictures' folder: as asked for, or that of the cache
     given = args.images or args.scene_dir
-    built_in = Path("data_small" if args.preset == "tiny" else "data")
-    return Path(given) if given else Path(json.loads(record.read_text())) if record.exists() else built_in
+    return Path(given) if given else cached_root(args) or Path("data_small" if args.preset == "tiny" else "data")
 
 
 def teacher_of(args):
@@ -1647,20 +1683,25 @@ def cache(args, rank, world):
 
 def unseen(args, scenes):
     """Those of `scenes` that the student was not trained on: held-out ones of what was cached, all of any other folder."""
-    record = args.cache / "root.json"
-    cached = record.exists() and json.loads(record.read_text()) == str(source_of(args).resolve())
-    return (data.split(scenes, "val") or scenes) if cached else scenes
+    return (data.split(scenes, "val") or scenes) if cached_root(args) == source_of(args).resolve() else scenes
 
 
 def measure(args):
     """Accuracy, completeness, scale, calibration and speed of the models, on scenes that the student has not seen."""
     scenes = unseen(args, data.open_scenes(source_of(args), args.skip_bad_frames))
     make = {"teacher": lambda: teacher_of(args), "student": lambda: student_of(args),
-            "mean": lambda: MeanTeacher(cached_part(args, "train"))}
-    results = {name: evaluate(make[name](), scenes, args.size, args.views, args.seed) for name in args.models}
-    if "teacher" in args.models and args.teacher == "geometry":
+            "mean": lambda: MeanTeacher(cached_part(args, "train", cached_root(args)))}
+    models = [name for name in args.models if name != "mean" or cached_root(args)]
+    if not models:
+        raise data.DataError(f"{args.cache}: the mean pointmap is that of a cache, and there is none; run the cache command first")
+    results = {name: evaluate(make[name](), scenes, args.size, args.views, args.seed) for name in models}
+    if len(models) < len(args.models):
+        print(f"mean: left out, as {args.cache} holds no cache to take the mean of")
+    if cached_root(args) == source_of(args).resolve() and len(scenes) == 1 == len(scene_folders(source_of(args))):
+        print("student: has been trained on this very scene, as there is no other in the cache")
+    if "teacher" in models and args.teacher == "geometry":
         print("teacher: measured depth with a network's errors, as no weights are given (--teacher model.safetensors)")
-    lines = [f"{len(scenes)} scenes, up to {args.views} views each; distances in their unit",
+    lines = [f"{len(results[models[0]]['scenes'])} scenes, up to {args.views} views each; distances in their unit",
              f"{'':10}{'accuracy':>20}{'completeness':>20}{'scale':>8}{'conf. rank':>12}{'views/s':>9}",
              f"{'':10}{'mean':>10}{'median':>10}{'mean':>10}{'median':>10}"]
     for name, r in results.items():
@@ -1677,8 +1718,8 @@ def infer(args):
     """Photos without poses -> a scene with poses, depth and a point cloud, for 01_data and for other tools."""
     root = source_of(args)
     out, names = Path(args.out, "scene"), list(scene_folders(root))
-    if out.resolve() in (root.resolve(), *root.resolve().parents):
-        raise ValueError(f"{root}: lies in {out}, which infer writes anew; give another --out")
+    if out.resolve() in (root.resolve(), *root.resolve().parents) or root.resolve() in out.resolve().parents:
+        raise ValueError(f"{out}: the scene that infer writes would lie among the pictures of {root}, or over them; give another --out")
     chosen = unseen(args, names)[0]
     if len(names) > 1 and args.command:
         print(f"{root}: {len(names)} scenes in here, this is {chosen}; give the folder of another one for that")
@@ -1749,7 +1790,7 @@ def parse(argv):
     add("--views", type=splat.positive, help="views a sample, N; lower it when memory runs out [p]")
     add("--stride", type=splat.positive, help="take every n-th picture; default in full: cache finds it by overlap, infer "
         "takes all [p]")
-    add("--tau", type=float, default=0.3, help="least certainty 1 - 1/C of a pixel that counts")
+    add("--tau", type=below_one, default=0.3, help="least certainty 1 - 1/C of a pixel that counts")
     add("--shard", type=shard, default=(0, 1), metavar="I/N", help="cache the I-th of N parts (I from 0) in this process")
     add("--max_steps", type=splat.positive, help="training steps [p]")
     add("--batch", type=splat.positive, help="samples a step, over all processes; gradients add up one by one [p]")
@@ -1791,6 +1832,12 @@ def shard(text):
     return which, count
 
 
+def below_one(text):
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return float(text)
+
+
 def settle(args):  # fills in what the preset sets
     cuda = torch.cuda.is_available()
     args.preset = args.preset or ("full" if cuda else "tiny")
@@ -1798,8 +1845,10 @@ def settle(args):  # fills in what the preset sets
     if args.command == "table":
         preset["size"], args.counts = (378, 518), args.counts or ([12, 32, 64, 96, 128] if cuda else [2, 4, 8])
     args.cache, args.weights = Path(args.cache or f"{args.out}/cache"), args.weights or f"{args.out}/student"
-    if args.command in ("infer", "eval") and "student" in args.models:
+    if args.command == "infer" or args.command == "eval" and "student" in args.models:
         preset["size"] = trained_size(args.weights)
+    if args.command == "train" and not args.size:
+        preset["size"] = cached_size(args.cache) or preset["size"]
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

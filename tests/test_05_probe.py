@@ -171,6 +171,46 @@ def test_a_head_does_not_mind_how_channels_are_mixed():
     assert abs(scores[0] - scores[1]) < 0.1 * scores[0], scores
 
 
+@pytest.mark.parametrize("with_cls", [True, False])
+def test_depth_is_read_off_tokens_that_are_four_times_as_dense(with_cls):
+    tokens, truth = some_tokens(4), 1 + rand(4, 24, 32)
+    _, ours = probe.depth_probe(tokens, truth, tokens, truth, probe.Recipe(1, 0.0, 2), with_cls)  # a rate of 0: as it was made
+    head, bins = probe.LinearHead(tokens, 256, with_cls, 0), torch.linspace(1e-3, truth.max().item(), 256)
+    x = (tokens.patches.float() - head.patch_mean) @ head.patch_whiten
+    if with_cls:
+        x = torch.cat([x, ((tokens.cls.float() - head.cls_mean) @ head.cls_whiten)[:, None, None].expand(-1, 3, 4, -1)], -1)
+    logits = F.conv2d(F.interpolate(x.permute(0, 3, 1, 2), scale_factor=4, mode="bilinear"), head.linear.weight[:, :, None, None], head.linear.bias)
+    share = logits.relu() + 0.1
+    depth = (share * bins[:, None, None]).sum(1) / share.sum(1)
+    assert torch.allclose(ours, F.interpolate(depth[:, None], (24, 32), mode="bilinear")[:, 0], atol=1e-4)
+
+
+def test_heads_are_trained_as_their_recipe_says(monkeypatch):
+    rates, decays = [], []
+
+    class Recording(torch.optim.AdamW):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            decays.append(self.param_groups[0]["weight_decay"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    tokens, truth = readable("depth")
+    probe.depth_probe(tokens, truth, tokens, truth, probe.Recipe(60, 1e-2, 2))
+    assert rates == pytest.approx([1e-2 * min((n + 1) / 3, (1 + math.cos(math.pi * n / 60)) / 2) for n in range(60)]) and set(decays) == {0.01}
+
+
+def test_constants_are_those_of_training_views():
+    truth, val = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]]), torch.tensor([[[4.0, 5.0], [0.0, 8.0]]])
+    assert probe.constants({"depth": (truth, val)})["depth"] == probe.depth_metrics(torch.full_like(val, 2.0), val)
+    normal, other = torch.zeros(1, 2, 2, 3), torch.zeros(1, 2, 2, 3)
+    normal[0, 0, 0, 0] = normal[0, 1, :, 1] = other[..., 2] = 1  # the mean is (1, 2, 0) / 3 in direction
+    expected = probe.normal_metrics(F.normalize(torch.tensor([1.0, 2, 0]), dim=0).expand(other.shape), other)
+    assert probe.constants({"normals": (normal, other)})["normals"] == pytest.approx(expected)
+    label, said = torch.tensor([[[2, 2], [1, 255]]]), torch.tensor([[[1, 1], [1, 2]]])
+    assert probe.constants({"segmentation": (label, said)})["segmentation"]["aAcc"] == 25  # class 2 everywhere
+
+
 def readable(kind):  # -> tokens and truth that a linear layer can read off them
     tokens = some_tokens(96)
     maps = F.interpolate(tokens.patches.float().permute(0, 3, 1, 2), (24, 32), mode="bilinear")
@@ -220,6 +260,32 @@ def test_pairs_are_of_one_scene_overlap_and_fill_the_ranges(room_views):
         R = scene.c2w[i, :3, :3].double().T @ other.c2w[j, :3, :3].double()
         axis = torch.stack([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]])
         assert scene is other and p.measured and abs(math.degrees(math.atan2(axis.norm(), R.trace() - 1)) - p.angle) < 0.05
+        for a, b in ((p.a, p.b), (p.b, p.a)):
+            motion, depth = torch.linalg.inv(room_views.c2w[b]) @ room_views.c2w[a], room_views.depth
+            seen = lift.cross_check(depth[a], depth[b], room_views.K[a], room_views.K[b], motion) > 0.5
+            assert seen[depth[a] > 0].float().mean() >= 0.2
+    assert probe.VIEWPOINTS == {"0-15": (0, 15), "15-30": (15, 30), "30-60": (30, 60), "60-180": (60, 181)}
+
+
+def test_pairs_with_depth_come_first(room_views):
+    depth = room_views.depth.clone()
+    depth[::2] = 0
+    views = room_views._replace(depth=depth)
+    some, all_ = ([sum(low <= p.angle < high for p in probe.choose_pairs(views, count, seed=0)) for low, high in probe.VIEWPOINTS.values()]
+                  for count in (4, 1000))
+    assert all(p.measured and p.a % 2 and p.b % 2 for p in probe.choose_pairs(views, 4, seed=0))
+    assert some == [min(4, n) for n in all_] and sum(some) > 4
+    assert not any(p.measured for p in probe.choose_pairs(room_views._replace(depth=torch.zeros_like(depth)), 2, seed=0))
+
+
+def test_a_match_is_judged_by_the_cameras_of_its_pair(room_views, monkeypatch):
+    views, asked = room_views._replace(K=room_views.K + torch.arange(len(room_views.K)).view(-1, 1, 1)), []
+    pair = probe.choose_pairs(room_views, 1, seed=0)[0]
+    monkeypatch.setattr(probe, "reprojection_error", lambda a, b, depth, *cameras: asked.append(cameras) or depth)
+    probe.match_pair(probe.Features(None, randn(len(views.images), 12, 16, 3)), views, pair, "cpu")
+    K_a, K_b, a_to_b = asked[0]
+    assert torch.equal(K_a, views.K[pair.a]) and torch.equal(K_b, views.K[pair.b])
+    assert torch.allclose(views.c2w[pair.b] @ a_to_b, views.c2w[pair.a], atol=1e-5)
 
 
 def world_positions(views, i, points, depth):
@@ -241,11 +307,12 @@ def test_true_positions_match_and_random_features_do_not(room_views, monkeypatch
         scores, chance, matches = probe.correspondence(probe.Features(None, numbers), room_views, pairs)
     assert min(scores[f"5 px{name}"] for name in ("", " 0-15", " 15-30", " 30-60")) > 99 and len(matches[0].error) == 1000
     assert scores["5 grid"] > 99 and scores["1.5 patches"] > 99 and chance["10 px"] < 12
-    random, chance, _ = probe.correspondence(probe.Features(None, randn(len(numbers), 12, 16, 64)), room_views, pairs)
+    random, chance, matches = probe.correspondence(probe.Features(None, randn(len(numbers), 12, 16, 64)), room_views, pairs)
     assert abs(random["10 px"] - chance["10 px"]) < 3 and random["10 px"] < 12
     # Thresholds: the grid's spacing is 2 pixels here, a patch 8.
-    share = [100 * (m.error < 20).double().mean().item() for m in matches]
-    assert scores["10 grid"] == scores["20 px"] == pytest.approx(sum(share) / len(share))
+    share = lambda limit: pytest.approx(np.mean([100 * (m.error < limit).double().mean().item() for m in matches]))
+    assert random["10 grid"] == random["20 px"] == share(20) and random["10 px"] == share(10) and random["1.5 patches"] == share(12)
+    assert random["5 px"] < random["10 px"] < random["1.5 patches"] < random["20 px"]
 
 
 def test_matching_against_loops():
@@ -338,6 +405,45 @@ def test_features_are_those_of_the_last_block_or_after_the_norm(tmp_path):
     assert torch.equal(both.patches, torch.cat(2 * [block.patches], -1)) and both.cls.shape == (3, 384)
 
 
+def test_pictures_are_rescaled_to_the_nearest_whole_patches(tmp_path):
+    images, vit = images_of(2, (36, 44)), lift.load_vit("tiny")  # 4.5 and 5.5 patches: to even numbers, 4 and 6
+    with torch.no_grad():
+        x = vit(F.interpolate(images.float() / 255, (32, 48), mode="bilinear", antialias=True)).patches
+    assert torch.allclose(probe.extract("tiny", images, "norm", tmp_path, "cpu").patches.float(), x.unflatten(1, (4, 6)), rtol=2e-3, atol=2e-3)
+
+
+def test_names_with_signs_in_them_are_paths_where_they_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c++/lr=1").mkdir(parents=True)
+    assert probe.parts_of("c++/lr=1") == ["c++/lr=1"] and probe.parts_of("tiny+c++/lr=1+tiny") == ["tiny", "c++/lr=1", "tiny"]
+    assert probe.parts_of("tiny+tiny") == ["tiny", "tiny"] and probe.parts_of("nowhere") == ["nowhere"]
+    with pytest.raises(ValueError, match="^c[+][+]/lr=1"):
+        probe.prepare(probe.parse(["--models", "c++/lr=1"]))
+
+
+def test_what_is_asked_for_reaches_the_probes(tmp_path, monkeypatch):
+    write_plain(tmp_path / "flat", 12)
+    seen = []
+
+    def fake(tokens, truth, val_tokens, val_truth, recipe, *more):
+        seen.append((len(tokens), len(truth), len(val_tokens), len(val_truth), recipe.seed, *more))
+        return {"RMSE": 1.0}, torch.zeros(val_truth.shape)
+
+    def extract(path, images, layer, *_):
+        seen.append(layer)
+        return Tokens(images)
+
+    class Tokens(list):
+        patches = torch.zeros(12, 2, 2, 3)
+    monkeypatch.setattr(probe, "extract", extract)
+    monkeypatch.setattr(probe, "PROBES", {"depth": fake, "segmentation": fake})
+    for flags, layer, seed, with_cls in (([], "block", 0, True), (["--layer", "norm", "--seed", "3", "--no_cls"], "norm", 3, False)):
+        args = probe.parse(["--scene_dir", str(tmp_path / "flat"), "--models", "tiny", "--out", str(tmp_path / "out"), *flags])
+        probe.probe(*probe.prepare(args), args)
+        assert seen == [layer, layer, (11, 11, 1, 1, seed, with_cls), (11, 11, 1, 1, seed)], seen
+        seen.clear()
+
+
 def test_features_are_cached_by_content(tmp_path, monkeypatch):
     images = images_of()
     first = probe.extract("tiny", images, "block", tmp_path, "cpu")
@@ -401,6 +507,19 @@ def test_images_without_poses(tmp_path):
         probe.open_split(probe.parse(["--scene_dir", str(tmp_path / "halves")]))
 
 
+def test_views_are_spread_and_cropped_and_scenes_split(rooms_dir, rooms):
+    args = probe.parse(["--scene_dir", str(rooms_dir), "--views", "3", "--crop", "0.25", "1", "0", "0.5"])
+    train, val = probe.open_split(args)
+    assert [[s.name for s in part] for part in (train, val)] == [[s.name for s in data.split(rooms, part)] for part in ("train", "val")]
+    assert val and not {s.name for s in train} & {s.name for s in val}
+    views = probe.load_views(val, (48, 64), args)
+    assert [i for _, i in views.where] == [0, 6, 11] * len(val)
+    known = torch.zeros(48, 64, dtype=torch.bool)
+    known[12:, :32] = True
+    for map, unknown in ((views.depth > 0, 0), ((views.normal != 0).any(-1), 0), (views.label != 255, 255)):
+        assert not map[:, ~known].any() and map[:, known].float().mean() > 0.5
+
+
 def test_of_a_single_scene_every_eighth_view_is_held_out(rooms_dir):
     (train,), (val,) = probe.open_split(probe.parse(["--scene_dir", str(rooms_dir / "room_001")]))
     names = [[f.name for f in scene.frames] for scene in (train, val)]
@@ -419,6 +538,10 @@ def test_bad_maps_and_lists_are_one_line(tmp_path, rooms):
     Image.fromarray(ids).save(label)
     with pytest.raises(data.DataError, match="class 40000; labels are ids"):
         asked(tmp_path / "plain")
+    label.unlink()
+    np.save(label.with_suffix(".npy"), np.where(ids == 40_000, -1, ids.astype(np.int32)))
+    assert (asked(tmp_path / "plain")[1].label[0, 0] == 255).all()  # -1 is a common "ignore"
+    label.with_suffix(".npy").unlink()
     label.write_bytes(whole)
     (tmp_path / "plain" / "normals").mkdir()
     np.save(tmp_path / "plain" / "normals" / f"{label.stem}.npy", np.zeros(ids.shape, np.float32))
@@ -441,28 +564,35 @@ def test_views_are_shown_where_something_is_known(tmp_path):
 def test_pairs_without_depth_are_scored_by_epipolar_lines(tmp_path, rooms):
     lines, scene = [], rooms[0]
     (tmp_path / "images").mkdir()
-    for a, b in ((0, 1), (2, 5)):
+    for a, b in ((0, 1), (2, 5), (8, 9)):
         for i in (a, b):
             shutil.copy(scene.frames[i].image, tmp_path / "images" / f"{i}.png")
         a_to_b = np.linalg.inv(scene.frames[b].c2w) @ scene.frames[a].c2w
+        if a == 8:  # a list's pairs are taken as they are: these look away from each other
+            a_to_b = np.diag([-1.0, 1, -1, 1])
+            a_to_b[2, 3] = -1
         numbers = [0, 0, *scene.frames[a].K.ravel(), *scene.frames[b].K.ravel(), *a_to_b.ravel()]
         lines.append(f"{a}.png {b}.png " + " ".join(f"{x:.6f}" for x in numbers))
     (tmp_path / "pairs.txt").write_text("\n".join(lines) + "\n")
     args = probe.parse(["--scene_dir", str(tmp_path / "pairs.txt"), "--out", str(tmp_path / "out")])
     models, train, val, pairs = probe.prepare(args)
-    assert train is None and [(p.a, p.b, p.measured) for p in sorted(pairs)] == [(0, 1, False), (2, 3, False)]
+    assert train is None and [(p.a, p.b, p.measured) for p in sorted(pairs)] == [(0, 1, False), (2, 3, False), (4, 5, False)]
     p = pairs[0]
-    truth = scene.view(0 if p.a == 0 else 2, (96, 128))
+    truth = scene.view(2 if p.a == 2 else 0, (96, 128))
     points, _, z = probe.sample_points(torch.zeros(12, 16, 1), truth.depth)
     seen = F.pad(points, (0, 1), value=1.0) @ torch.linalg.inv(val.K[p.a]).T * z[:, None]
     cameras = val.K[p.a], val.K[p.b], torch.linalg.inv(val.c2w[p.b]) @ val.c2w[p.a]
     seen = (seen @ cameras[2][:3, :3].T + cameras[2][:3, 3]) @ val.K[p.b].T
     assert probe.epipolar_error(points, seen[:, :2] / seen[:, 2:], *cameras).max() < 0.05  # true matches lie on the lines
+    shifted = probe.epipolar_error(points, points + torch.tensor([3.0, 4.0]), cameras[0], cameras[0], torch.eye(4))
+    assert torch.allclose(shifted, torch.tensor(5.0), atol=1e-3)  # of a camera that has not moved the match is known
     table = probe.report(probe.probe(models, train, val, pairs, args), train, val, pairs, args)
     assert "No depth" in table and "epipolar 10 px" in table and "RMSE" not in table
-    (tmp_path / "pairs.txt").write_text(lines[0][:-9] + "\n")
-    with pytest.raises(data.DataError, match="line 1 is not two names"):
-        probe.prepare(args)
+    flat = " ".join([*lines[0].split()[:22], *16 * ["0"]])  # a pose that is none
+    for bad in (lines[0][:-9], flat, "\0\xff"):
+        (tmp_path / "pairs.txt").write_bytes(bad.encode("latin-1"))
+        with pytest.raises(data.DataError, match="line 1 is not two names"):
+            probe.prepare(args)
 
 
 # ------------------------------------------------------------------------------------------------ tables and the script
@@ -472,6 +602,9 @@ def test_the_best_model_is_bold_and_the_baseline_never():
     scores = {"no features": {"depth": {"RMSE": 0.1}}, "a": {"depth": {"RMSE": 0.5}}, "b": {"depth": {"RMSE": 0.4}}, "c": {}}
     assert probe.table(scores, probe.COLUMNS) == (["", "RMSE ↓"], [["no features", "0.100"], ["a", "0.500"], ["b", "**0.400**"], ["c", ""]])
     assert "<td><b>0.400</b></td>" in probe.html_table(*probe.table(scores, probe.COLUMNS))
+    scores = {"a": {"correspondence": {limit: n for n, limit in enumerate(probe.LIMITS)}}}
+    assert probe.LIMITS == ["5 px", "10 px", "20 px", "5 grid", "10 grid", "20 grid", "1.5 patches"]
+    assert probe.table(scores, probe.COLUMNS) == (["", "recall 10 px % ↑", "10 px of the grid % ↑", "1.5 patches % ↑"], [["a", "1.0", "4.0", "6.0"]])
 
 
 def test_kmeans_finds_three_clusters():
@@ -508,7 +641,8 @@ def test_the_script(rooms_dir, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--models", "nowhere.pth"], "no such weights"), (["--models", "tiny", "tiny"], "two models have one name"),
-    (["--scene_dir", "missing"], "no such folder"), (["--pixels", "100"], "fewer than 2x2 patches")])
+    (["--scene_dir", "missing"], "no such folder"), (["--pixels", "100"], "fewer than 2x2 patches"), (["--max_depth", "0"], "2"),
+    (["--crop", "1", "0", "0", "1"], "2")])
 def test_bad_input_is_one_line(rooms_dir, tmp_path, arguments, message, capsys):
     given = dict(zip(("--scene_dir", "--out"), (str(rooms_dir), str(tmp_path))))
     with pytest.raises(SystemExit) as stopped:

@@ -1,6 +1,7 @@
 """06_distill3r.py, the cache and what comes after the networks: every piece against a slow definition, files against damage."""
 import importlib
 import json
+import math
 import os
 import random
 import shutil
@@ -69,7 +70,8 @@ def test_the_manifest_is_in_natural_order_and_keeps_tails_and_short_scenes(tmp_p
     video = [line for line in lines if line["scene"] == "video"]
     assert [line["path"] for line in video] == [f"video/frame{n}.png" for n in range(1, 46)]
     assert [line["view"] for line in video] == [*range(20), *range(20), *range(5)]
-    assert lines[0] == dict(dataset="holiday", scene="few9", sample="few9/000", view=0, size=[64, 48], path="few9/one.PNG")
+    assert lines[0] == dict(dataset="holiday", scene="few9", sample="few9/000", view=0, size=[64, 48], path="few9/one.PNG",
+                            bytes=(root / "few9/one.PNG").stat().st_size)
 
 
 def test_the_manifest_of_a_posed_folder_lists_images_alone(few_rooms):
@@ -405,6 +407,32 @@ def test_other_settings_pictures_or_files_are_refused(few_rooms, cache, tmp_path
         d3r.CachedViews(few_rooms, tmp_path / "nowhere")
 
 
+def test_pictures_of_another_place_under_the_same_names_are_refused(few_rooms, cache, tmp_path):
+    root, out = tmp_path / few_rooms.name, tmp_path / "c"
+    shutil.copytree(few_rooms, root)
+    shutil.copytree(cache, out)
+    again = lambda: d3r.write_cache(d3r.GeometricTeacher(SMALL), root, out, SMALL, views=5, stride=1)
+    assert again() == []
+    shutil.copy(root / "room_001/images/003.png", root / "room_000/images/003.png")
+    with pytest.raises(DataError, match="lists other pictures"):
+        again()
+    with pytest.raises(DataError, match=r"room_000/images/003\.png: not the picture that the manifest lists"):
+        d3r.CachedViews(root, out)[0]
+
+
+def test_a_manifest_without_samples_is_no_obstacle(few_rooms, tmp_path):
+    pictures(tmp_path / "photos", ["a.png", "b.png"])
+    with pytest.raises(DataError, match="a.png: no measured depth for the geometric teacher; give --teacher"):
+        d3r.write_cache(d3r.GeometricTeacher(SMALL), tmp_path / "photos", tmp_path / "c", SMALL)
+    assert (tmp_path / "c/manifest.jsonl").exists()
+    assert d3r.write_cache(d3r.GeometricTeacher(SMALL), few_rooms, tmp_path / "c", SMALL, views=5, stride=1)
+
+
+def test_a_sample_that_nothing_can_be_learned_from_is_named(few_rooms, tmp_path, capsys):
+    d3r.write_cache(d3r.GeometricTeacher(SMALL), few_rooms, tmp_path, SMALL, views=12, stride=1, tau=0.99999)
+    assert "room_000/000.safetensors: not one pixel is trusted at --tau 0.99999" in capsys.readouterr().out
+
+
 def test_a_lost_picture_is_named(few_rooms, cache, tmp_path):
     root = tmp_path / "rooms"
     shutil.copytree(few_rooms, root)
@@ -508,6 +536,32 @@ def test_its_errors_grow_with_depth_and_at_edges_and_its_confidence_says_so(room
     assert max(poses) > 2 * mean(flat)  # poses are off, too
 
 
+def test_its_confidence_is_that_of_the_error_to_expect(rooms):
+    """Walls that face the camera, at the typical depth and at twice that: no edges, so noise, pull and pose are all."""
+    view = rooms[0].view(0, (48, 64))
+    depth = torch.full((48, 64), 2.0)
+    depth[:, 50:] = 4.0
+    first, second = d3r.GeometricTeacher((48, 64))([view._replace(depth=depth)] * 2, generator())
+    for column, far in ((20, 1.0), (58, 2.0)):
+        error = far * math.hypot(0.006 + 0.006 * far, 0.01 * far)
+        assert first.conf_local[20, column].item() == pytest.approx(0.2 / error, rel=1e-4)
+        assert first.conf_global[20, column].item() == pytest.approx(0.2 / error, rel=1e-4)
+        pose = math.hypot(0.008, 0.004 * second.points_global[20, column].norm().item() / 2)
+        assert second.conf_global[20, column].item() == pytest.approx(0.2 / math.hypot(error, pose), rel=0.03)
+
+
+def test_its_poses_are_off_as_it_says(rooms):
+    views, turns = views_of(rooms[0], (0, *range(1, 12), *range(1, 12))), []
+    teacher = d3r.GeometricTeacher(SMALL)
+    teacher.disturbed = lambda depth, *_: (depth, torch.zeros_like(depth))
+    for view, one in list(zip(views, teacher(views, generator())))[1:]:
+        true = torch.linalg.inv(views[0].c2w) @ view.c2w
+        rays = (view.depth[..., None] * lift.pixel_rays(view.K, *SMALL)).flatten(0, 1)  # the true local points
+        R = d3r.similarity(rays, one.points_global.flatten(0, 1))[1]
+        turns.append(math.acos(min(1.0, ((R.T @ true[:3, :3].double()).trace().item() - 1) / 2)))
+    assert np.sqrt(np.mean(np.square(turns))) == pytest.approx(0.004 * math.sqrt(3), rel=0.3)  # radians, 0.004 about each axis
+
+
 def test_pixels_without_depth_are_nan_and_not_trusted(rooms):
     views = views_of(rooms[0], (0, 1))
     hole, none = views[0].depth.clone(), torch.zeros(SMALL)
@@ -557,6 +611,8 @@ def test_a_similarity_is_recovered_and_never_a_reflection():
         y[:15] += 5 * torch.randn(15, 3, generator=g)
         for got, want in zip(d3r.robust_similarity(x, y, w + 0.1, rounds=30), (s, R, t)):
             assert (got - want).abs().max() < 1e-3
+        plain, robust = ((function(x, y, w + 0.1)[2] - t).norm() for function in (d3r.similarity, d3r.robust_similarity))
+        assert robust < 0.2 * plain
     x = torch.randn(50, 3, generator=g)
     assert torch.linalg.det(d3r.similarity(x, x * torch.tensor([1.0, 1, -1]), torch.ones(50))[1]) == pytest.approx(1)
 
@@ -585,7 +641,7 @@ def test_cameras_are_recovered_from_exact_pointmaps_in_any_unit(rooms):
     assert (cameras.c2w - true).abs().max() < 1e-4 and (cameras.scale * units - 1).abs().max() < 1e-4
     assert (cameras.focal / views[0].K[0, 0] - 1).abs().max() < 1e-4
     blind = maps[1]._replace(points_local=torch.full((48, 64, 3), torch.nan))
-    with pytest.raises(ValueError, match="view 1: fewer than three points are known"):
+    with pytest.raises(ValueError, match="view 1: fewer than three of its points are known"):
         d3r.estimate_cameras([maps[0], blind])
 
 
@@ -614,6 +670,21 @@ def test_photos_agree_where_geometry_and_cameras_are_theirs(rooms):
     assert d3r.agreement(points[:2], colours[:2], [v.image for v in views[:2]], focal, turned) == 0.0
     same = [v.image for v in views[:1]] * 2  # one photo twice, from one camera: in every colour
     assert d3r.agreement(points[:1] * 2, colours[:1] * 2, same, focal[:1] * 2, torch.eye(4).expand(2, 4, 4)) > 0.95
+
+
+def test_cameras_that_explain_no_more_than_none_are_doubted():
+    assert d3r.doubt((0.42, 0.42)) == d3r.doubt((0.43, 0.42)) == ": do not trust the cameras" and d3r.doubt((0.79, 0.43)) == ""
+
+
+def test_one_point_at_the_horizon_does_not_cost_the_others_their_depth(rooms, tmp_path):
+    views = views_of(rooms[0], (0, 4, 8))
+    maps = d3r.GeometricTeacher(SMALL, strength=0.0)(views, generator())
+    maps[1].points_local[3, 5] = maps[0].points_local[0, 0] * 1e4
+    maps[0].points_local[7, 7] = torch.inf
+    (scene,) = data.load_scenes(d3r.write_scene(tmp_path, views, maps))
+    for i, view in enumerate(views):
+        got = scene.view(i, SMALL).depth
+        assert (got == 0).sum() == (i < 2) and (got - view.depth)[got > 0].abs().max() < 1e-3
 
 
 def test_a_scene_that_no_pixel_vouches_for_is_refused(rooms, tmp_path):

@@ -190,6 +190,37 @@ def test_presets_hold_the_numbers_of_the_paper():
     assert (args.lr, args.final_lr, args.warmup, args.tau, args.gamma, args.bf16) == (1e-4, 5e-5, 3500, 0.3, 0.001, True)
 
 
+def test_a_step_is_the_mean_of_its_samples_with_rates_and_ids_of_their_own(cached, tmp_path, monkeypatch):
+    args = d3r.parse(["train", *map(str, cached)])
+    student, samples = d3r.new_student(args), d3r.CachedViews(args.scene_dir, args.cache)
+    gradient = lambda: student.decoder.dec_norm.weight.grad.clone()
+    def learned(batch, seeds):
+        student.zero_grad()
+        return d3r.learn(batch, student, args, seeds, 1), gradient()
+    (one, a), (two, b), (both, c) = learned([samples[0]], [5]), learned([samples[1]], [6]), learned([samples[0], samples[1]], [5, 6])
+    assert torch.allclose((a + b) / 2, c, rtol=1e-3, atol=1e-5 * c.abs().max()) and both == pytest.approx([(x + y) / 2 for x, y in zip(one, two)])
+    assert learned([samples[0]], [6])[0] != one  # other ids of the views
+    seen = []
+    with monkeypatch.context() as patched:
+        zero = torch.zeros((), requires_grad=True)
+        patched.setattr(d3r, "loss_of", lambda model, sample, *_: seen.append(sample) or d3r.Loss(*4 * [zero * 1]))
+        args.mirror = True
+        d3r.learn([samples[0]] * 40, student, args, range(40), 1)
+    turned = sum(torch.equal(s.images[0], samples[0].images[0].flip(2)) for s in seen)
+    assert 10 < turned < 30 and turned + sum(torch.equal(s.images[0], samples[0].images[0]) for s in seen) == 40
+    used, clipped, learn = [], [], d3r.learn
+    monkeypatch.setattr(d3r, "learn", lambda batch, model, args, seeds, world: used.extend(seeds) or learn(batch, model, args, seeds, world))
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda weights, most: clipped.append(most) or clip(weights, most))
+    main("train", *cached, "--max_steps", 2, "--batch", 2, "--seed", 3, "--out", tmp_path)
+    assert used == [3, 4, 5, 6] and clipped == [1.0, 1.0]
+
+
+def test_bf16_is_close_and_not_the_same(one_step):
+    full, half = (one_step(flag)[0]["total"] for flag in ("--no-bf16", "--bf16"))
+    assert half != full and half == pytest.approx(full, rel=0.05)
+
+
 def test_a_new_student_starts_at_the_pretrained_vit():
     args = d3r.parse(["train", "--preset", "tiny"])
     student, vit, images = d3r.new_student(args), lift.load_vit("tiny"), torch.rand(2, 3, 48, 64)
@@ -311,6 +342,7 @@ def test_infer_leaves_no_picture_of_a_scene_before(rooms_dir, tmp_path, capsys):
     assert len(frames) == 3 and all(len(list((scene / part).iterdir())) == 3 for part in ("images", "depth", "confidence"))
     assert "4 scenes in here, this is room_000" in capsys.readouterr().out
     assert "give another --out" in message(*infer("--images", scene / "images")) and (scene / "transforms.json").exists()
+    assert "give another --out" in message(*infer("--images", tmp_path))  # it would find its own pictures the next time
 
 
 def test_camera_errors_are_those_of_a_known_disturbance():
@@ -324,18 +356,57 @@ def test_camera_errors_are_those_of_a_known_disturbance():
     tilt = torch.linalg.matrix_exp(math.radians(10) * torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 0]]))
     moved[::2, :3, :3] = moved[::2, :3, :3] @ tilt  # every second one: 9 of 15 pairs
     assert d3r.camera_error(moved, c2w).rotation == pytest.approx(10, abs=0.01)
+    corners = torch.cat([torch.eye(3), -torch.eye(3)])  # of an octahedron; x farther out and y nearer leaves the similarity as it is
+    c2w[:, :3, 3] = corners * torch.tensor([1.2, 0.8, 1.0])
+    moved = torch.eye(4).repeat(6, 1, 1)
+    moved[:, :3, 3] = corners
+    error = d3r.camera_error(moved, c2w)
+    assert error.position == pytest.approx(0.2, abs=1e-6) and error.spread == pytest.approx(math.sqrt((1.2**2 + 0.8**2 + 1) / 3))
 
 
 @pytest.mark.parametrize("arguments,says", [
     (["cache", "--images", "no_such_folder"], "no_such_folder: no such folder"),
     (["cache", "--teacher", "no_such_weights"], "no_such_weights: no such weights"),
     (["train"], "run the cache command first"),
+    (["eval", "--models", "mean"], "the mean pointmap is that of a cache"),
     (["infer"], "no such weights; give the folder that `train` wrote"),
     (["eval", "--models", "student"], "no such weights; give the folder that `train` wrote"),
     (["cache", "--device", "cuda:99"], "--device cuda:99")])
 def test_bad_input_is_one_line(rooms_dir, tmp_path, arguments, says):
     arguments = arguments if "--images" in arguments else [*arguments, "--scene_dir", rooms_dir]
     assert says in message(*arguments, "--preset", "tiny", "--out", tmp_path / "out")
+
+
+def test_training_takes_the_size_of_the_cache_and_eval_the_mean_of_it(rooms_dir, tmp_path, capsys):
+    common = ["--preset", "tiny", "--device", "cpu", "--out", tmp_path, "--cache", tmp_path / "cache"]
+    main("cache", *common, "--scene_dir", rooms_dir, "--size", 24, 32, "--views", 6)
+    main("train", *common, "--max_steps", 1)
+    assert d3r.trained_size(tmp_path / "student") == (24, 32)
+    assert "made at [24, 32], not [48, 64]; leave --size out" in message("train", *common, "--size", 48, 64)
+    other = tmp_path / "other"
+    shutil.copytree(rooms_dir / "room_003", other / "room_000")  # a name that the cache knows
+    main("eval", *common, "--scene_dir", other, "--models", "mean", "teacher", "--size", 24, 32, "--views", 2)
+    found = json.loads((tmp_path / "result.json").read_text())["mean"]["mean"]
+    args = d3r.parse(["eval", *map(str, common), "--size", "24", "32"])
+    mean = d3r.MeanTeacher(d3r.cached_part(args, "train", rooms_dir))
+    assert found == d3r.evaluate(mean, data.load_scenes(other), (24, 32), 2)["mean"]._asdict()
+    capsys.readouterr()
+    main("eval", *common, "--cache", tmp_path / "none", "--scene_dir", other, "--size", 24, 32, "--views", 2, "--models", "mean", "teacher")
+    assert "mean: left out" in capsys.readouterr().out
+    (other / "room_000").rename(other / "elsewhere")
+    assert "no sample in it is of" in message("train", *common, "--scene_dir", other, "--max_steps", 1)
+    (tmp_path / "cache/root.json").write_text("{")
+    assert "root.json: damaged" in message("train", *common)
+
+
+def test_a_run_does_not_go_on_with_another_cache(cached, tmp_path):
+    shutil.copytree(cached[3], tmp_path / "cache")
+    other = [*cached[:3], tmp_path / "cache", *cached[4:], "--max_steps", 2, "--out", tmp_path / "out"]
+    main("train", *other)
+    assert main("train", *other, "--resume") is None
+    lines = (tmp_path / "cache/manifest.jsonl").read_text().splitlines()
+    (tmp_path / "cache/manifest.jsonl").write_text("\n".join(line for line in lines if '"room_001' not in line) + "\n")
+    assert "cached" in message("train", *other, "--resume")
 
 
 def test_sizes_that_are_no_multiple_of_the_patch_are_refused(cached, tmp_path):
