@@ -578,11 +578,11 @@ def shown_groups(val: Views, pairs):  # -> views whose features are drawn togeth
 
 
 def truths(train: Views | None, val: Views) -> dict:  # {probe: its maps of both splits}, where both know something
-    maps = {"depth": "depth", "normals": "normal", "segmentation": "label"}
-    found = {name: (getattr(train, key), getattr(val, key)) for name, key in maps.items()} if train else {}
+    found = {name: (getattr(train, key), getattr(val, key)) for name, key in TRUTH.items()} if train else {}
     return {name: both for name, both in found.items() if all((x != UNKNOWN[name]).any() for x in both)}
 
 
+TRUTH = {"depth": "depth", "normals": "normal", "segmentation": "label"}  # of Views
 UNKNOWN = {"depth": 0, "normals": 0, "segmentation": 255}
 PROBES = {"depth": depth_probe, "normals": normal_probe, "segmentation": segmentation_probe}
 
@@ -963,6 +963,9 @@ def prepare(args):
         if min(size) < 2 * of_parts[0]:
             raise ValueError(f"--pixels {args.pixels} leaves {path} fewer than 2x2 patches of {of_parts[0]} pixels; raise it")
     train, val = (load_views(scenes, size, args) if scenes else None for scenes in (train, val))
+    for name, key in TRUTH.items() if train else ():
+        if len(splits := [split for split, views in (("training", train), ("held-out", val)) if (getattr(views, key) != UNKNOWN[name]).any()]) == 1:
+            print(f"{name}: left out, as only {splits[0]} views have its truth")
     pairs = choose_pairs(val, args.pairs, args.seed)
     if not pairs and not truths(train, val):
         raise data.DataError(f"{args.scene_dir}: no depth, normals or labels in both splits, and no pairs of views "

@@ -483,7 +483,7 @@ def write_plain(root, count, seed=0):
         Image.fromarray(rng.integers(0, 3, (40, 60), np.uint8)).save(root / "labels" / f"{i}.png")
 
 
-def test_images_without_poses(tmp_path):
+def test_images_without_poses(tmp_path, capsys):
     write_plain(tmp_path / "flat", 12)
     args = probe.parse(["--scene_dir", str(tmp_path / "flat"), "--depth_scale", "0.00390625", "--max_depth", "80", "--crop", "0.25", "1", "0", "0.5",
                         "--ignore_label", "0", "--pixels", "2400", "--out", str(tmp_path / "out")])
@@ -502,6 +502,10 @@ def test_images_without_poses(tmp_path):
     write_plain(tmp_path / "halves/val", 2)
     train, val = probe.open_split(probe.parse(["--scene_dir", str(tmp_path / "halves")]))
     assert (len(train[0]), len(val[0])) == (3, 2)
+    shutil.rmtree(tmp_path / "halves/val/labels")
+    args = probe.parse(["--scene_dir", str(tmp_path / "halves")])
+    assert list(probe.truths(*probe.prepare(args)[1:3])) == ["depth"]
+    assert "segmentation: left out, as only training views have its truth" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "halves/val/images")
     with pytest.raises(data.DataError, match="0 images in images/"):
         probe.open_split(probe.parse(["--scene_dir", str(tmp_path / "halves")]))
