@@ -376,7 +376,8 @@ def segmentation_metrics(label: Tensor, truth: Tensor, classes) -> dict:
     """
     confusion = torch.zeros(classes, classes, dtype=torch.double)
     for true, said in zip(truth, label):
-        confusion += (true[true != 255].long() * classes + said[true != 255].long()).bincount(minlength=classes**2).view(classes, classes)
+        pairs = true[true != 255].long() * classes + said[true != 255].long()
+        confusion += pairs.bincount(minlength=classes**2).view(classes, classes)
     hit, true, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     iou = 100 * hit / (true + said - hit)  # NaN where neither has the class
     scores = dict(aAcc=100 * hit.sum() / true.sum(), mIoU=iou.nanmean(), mAcc=(100 * hit / true).nanmean())
@@ -844,7 +845,7 @@ def web_page(result, columns, figures) -> str:
     items = lambda title, texts: f"<h2>{title}</h2><ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>"
     page = [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>Probes of frozen features</title><style>{STYLE}</style><h1>Probes of frozen features</h1>"
-            f"<p>{html.escape(result['about'])} {'Depth RMSE is in the unit of the data; ' * any('depth' in s for s in scores.values())}Bold is the best model.</p>",
+            f"<p>{html.escape(result['about'])} Bold is the best model.</p>",
             html_table(*table(scores, columns))]
     for title, columns in RECALLS.items():
         if any("correspondence" in s for s in scores.values()):
@@ -874,7 +875,8 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
     elif pairs:
         about += " No depth: matches are scored by the epipolar lines of the true pose, so recall is an upper bound."
         columns = [(*c[:2], ("epipolar " if c[0] == "correspondence" else "") + c[2].removeprefix("recall "), c[3]) for c in COLUMNS]
-    settings = {key: in_words(value) if isinstance(value, Recipe) else value for key, value in vars(args).items() if key != "command"}
+    about += " Depth RMSE is in the unit of the data." * any("depth" in s for s in scores.values())
+    settings = {key: in_words(x) if isinstance(x, Recipe) else x for key, x in vars(args).items() if key != "command"}
     settings["torch"] = torch.__version__
     result = dict(command=args.command, about=about, measured=measured, settings=settings, changed=changed_constants(args), scores=scores)
     lift.write_whole(out / "results.json", json.dumps(result, indent=1).encode())
@@ -917,8 +919,8 @@ def parse(argv):
     parser.add_argument("--scene_dir", default="data", help="scenes, images with maps or a list of pairs (below)")
     parser.add_argument("--out", default="out/05_probe", help="report, numbers, and features/, a cache that can be deleted")
     parser.add_argument("--models", nargs="+", help="'tiny', published names, files, folders; a+b puts features of two side "
-                        "by side, name=a gives it a name; views are sized to the first's patches (default: tiny, and out/04_distill/student "
-                        "if it is there)")
+                        "by side, name=a gives it a name; views are sized to the first's patches (default: tiny, and "
+                        "out/04_distill/student if it is there)")
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="how heads train, and flags marked [preset]")
     parser.add_argument("--pixels", type=positive, help="pixels a view; raise it for models of larger patches [preset]")
     parser.add_argument("--views", type=positive, help="views a scene; lower it when memory runs out [preset]")
@@ -964,8 +966,9 @@ def prepare(args):
             raise ValueError(f"--pixels {args.pixels} leaves {path} fewer than 2x2 patches of {of_parts[0]} pixels; raise it")
     train, val = (load_views(scenes, size, args) if scenes else None for scenes in (train, val))
     for name, key in TRUTH.items() if train else ():
-        if len(splits := [split for split, views in (("training", train), ("held-out", val)) if (getattr(views, key) != UNKNOWN[name]).any()]) == 1:
-            print(f"{name}: left out, as only {splits[0]} views have its truth")
+        known = {split: bool((getattr(views, key) != UNKNOWN[name]).any()) for split, views in (("training", train), ("held-out", val))}
+        if sum(known.values()) == 1:
+            print(f"{name}: left out, as only {max(known, key=known.get)} views have its truth")
     pairs = choose_pairs(val, args.pairs, args.seed)
     if not pairs and not truths(train, val):
         raise data.DataError(f"{args.scene_dir}: no depth, normals or labels in both splits, and no pairs of views "

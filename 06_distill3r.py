@@ -1157,8 +1157,10 @@ def train(args, rank, world):
     out, first, root = Path(args.out), rank == 0, source_of(args)
     cached, heldout = cached_part(args, "train"), cached_part(args, "val") if len(scene_folders(root)) > 1 else None
     if cached.settings["size"] != args.size:
-        raise data.DataError(f"{args.cache}: made at {cached.settings['size']}, not {args.size}; leave --size out, or make the cache again")
-    run = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in NOT_OF_TRAINING}, cached=cached.identity)
+        raise data.DataError(f"{args.cache}: made at {cached.settings['size']}, not {args.size}; leave --size out, or make the cache "
+                             "again")
+    run = {key: value for key, value in vars(args).items() if key not in NOT_OF_TRAINING}
+    run = argparse.Namespace(**run, cached=cached.identity)
     found = [splat.find_checkpoint(run) if first else None]
     if world > 1:
         dist.broadcast_object_list(found)
@@ -1258,8 +1260,8 @@ def estimate_cameras(maps: list[Pointmap], tau=0.3, names=None) -> Cameras:
         trusted = known & (certainty(torch.minimum(m.conf_local, m.conf_global)) >= tau)
         use = trusted if trusted.sum() >= 100 else known  # better a poor pose than none
         if use.sum() < 3:
-            raise ValueError(f"{names[k] if names else f'view {k}'}: fewer than three of its points are known and before the camera; leave "
-                             "this picture out, or train the student for longer")
+            raise ValueError(f"{names[k] if names else f'view {k}'}: fewer than three of its points are known and before the camera; "
+                             "leave this picture out, or train the student for longer")
         use &= (use.flatten().cumsum(0) % (use.sum() // 20_000 + 1) == 0).view(use.shape)  # so many decide as well as all
         s, R, t = robust_similarity(m.points_local[use], m.points_global[use], m.conf_global[use])
         poses[k, :3] = torch.cat([R, t[:, None]], 1)
@@ -1355,8 +1357,9 @@ def cloud_picture(path, photos, points, radii, colours, c2w, agree, size=480):
     seen = [draw_points(*cloud(inside), aside, middle, up, 0.75 * size, size),
             draw_points(*cloud(open_top), middle + far * up, middle, ahead, 9 * size, size),
             draw_points(*cloud(inside), middle - far * ahead, middle, up, 9 * size, size)]
+    found, still = (f"{100 * value:.0f}" for value in agree)
     headings = ["from aside of the first photo", "from above, without what is over the cameras (red)",
-                "from the side" + f"{doubt(agree)}; photos agree to {100 * agree[0]:.0f} % ({100 * agree[1]:.0f} without motion)" * (len(c2w) > 1)]
+                "from the side" + f"{doubt(agree)}; photos agree to {found} % ({still} without motion)" * (len(c2w) > 1)]
     return data.picture_grid(path, headings, [seen, photos])
 
 
@@ -1392,8 +1395,9 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
         frames.append(dict(file_path=names[k], depth_file_path=f"depth/{k:03d}.png", source=view.name, w=width, h=height,
                            fl_x=f, fl_y=f, cx=width / 2, cy=height / 2,
                            transform_matrix=(cameras.c2w[k].double().numpy() @ data.OPENGL).tolist()))
-        K_map = torch.tensor([[cameras.focal[k], 0, depth.shape[1] / 2], [0, cameras.focal[k], depth.shape[0] / 2], [0, 0, 1]])
-        points.append((lift.pixel_rays(K_map, *depth.shape) * depth[..., None])[depth > 0])  # as other tools will see it
+        shrink = np.array([depth.shape[1] / width, depth.shape[0] / height, 1])[:, None]
+        rays = lift.pixel_rays(torch.from_numpy(shrink * K[-1]).float(), *depth.shape)
+        points.append((rays * depth[..., None])[depth > 0])  # as other tools will see it
         radii.append(0.6 * depth[depth > 0] / cameras.focal[k])  # of a pixel there
         small.append(F.interpolate(view.image[None], depth.shape, mode="bilinear", antialias=True)[0].clamp(0, 1))
         colours.append(small[-1].permute(1, 2, 0)[depth > 0])
@@ -1719,7 +1723,8 @@ def infer(args):
     root = source_of(args)
     out, names = Path(args.out, "scene"), list(scene_folders(root))
     if out.resolve() in (root.resolve(), *root.resolve().parents) or root.resolve() in out.resolve().parents:
-        raise ValueError(f"{out}: the scene that infer writes would lie among the pictures of {root}, or over them; give another --out")
+        raise ValueError(f"{out}: the scene that infer writes would lie among the pictures of {root}, or over them; give another "
+                         "--out")
     chosen = unseen(args, names)[0]
     if len(names) > 1 and args.command:
         print(f"{root}: {len(names)} scenes in here, this is {chosen}; give the folder of another one for that")
@@ -1739,9 +1744,9 @@ def infer(args):
     print(f"{scene.name}: {len(views)} views, {100 * trusted:.0f} % of the pixels trusted, focal length "
           f"{meta['frames'][0]['fl_x']:.0f} pixels at a width of {views[0].image.shape[2]}")
     if len(views) > 1:
-        found, still = meta["agreement"]
-        print(f"photos agree with their neighbours to {100 * found:.0f} % through this geometry, to {100 * still:.0f} % if no camera had "
-              f"moved (100: in every colour, 0: as strangers){doubt(meta['agreement'])}")
+        found, still = (f"{100 * value:.0f}" for value in meta["agreement"])
+        print(f"photos agree with their neighbours to {found} % through this geometry, to {still} % if no camera had moved "
+              f"(100: in every colour, 0: as strangers){doubt(meta['agreement'])}")
     if isinstance(scene, data.Scene) and len(views) > 2:
         true = scene.c2w[shown]
         error, still = (camera_error(c2w, true) for c2w in (data.load_scenes(out)[0].c2w, torch.eye(4).expand_as(true)))
