@@ -5,7 +5,7 @@ Paper   Splat and Distill (SnD) Sec. 4.1, Appendix A.4, Fig. 3-7 and 13-14; norm
 In      ViTs (02_lift), and views (01_data) with depth, normals or labels. Also a plain folder of images with such maps, or
         a list of pairs in SuperGlue's format: --help says how NYUv2, KITTI, ADE20K and Pascal VOC are laid out.
 Out     a table; out/05_probe/: results.json, report.html (one file, opens offline), its pictures, features/ (a cache).
-Run     python 05_probe.py        the built-in ViT, and out/04_distill/student if it is there: 2 minutes a model on one CPU core
+Run     python 05_probe.py        the built-in ViT, and out/04_distill/student if it is there: a minute a model on two CPU cores
         python 05_probe.py --models start=tiny snd=out/04_distill/student both=tiny+out/04_distill/student
         python 05_probe.py --scene_dir nyuv2/ --models dinov2_vits14 --preset paper --max_depth 10
 Copy    01_data.py 02_lift.py 05_probe.py weights/tiny_vit.safetensors
