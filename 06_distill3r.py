@@ -62,7 +62,7 @@ PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samp
     "full": dict(encoder="dune_vitsmall14_448", size=(224, 518), views=20, stride=None, max_steps=84_375, batch=16, lr=1e-4,
                  final_lr=5e-5, encoder_share=1.0, warmup=3_500, mirror=False, bf16=True)}
 NOT_OF_TRAINING = ("command", "cache", "weights", "teacher", "models", "counts", "shard", "at_once", "stride", "images",
-                   "scene_dir")  # flags that may differ between a run and its continuation
+                   "scene_dir", "any_size")  # flags that may differ between a run and its continuation
 
 
 class Pointmap(NamedTuple):
@@ -1046,9 +1046,10 @@ class CachedViews(torch.utils.data.Dataset):
             raise data.DataError(f"{manifest} does not exist; run the cache command first")
         try:
             lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+            assert all(line["bytes"] for line in lines)
             self.samples = list(samples_of(line for line in lines if scenes is None or line["scene"] in scenes).items())
-        except (ValueError, KeyError, TypeError):
-            raise data.DataError(f"{manifest}: not a manifest; remove it and run the cache command again") from None
+        except (AssertionError, ValueError, KeyError, TypeError):
+            raise data.DataError(f"{manifest}: not a manifest as it is written now; make the cache again, with another --out") from None
         if not self.samples:
             raise data.DataError(f"{self.cache}: no sample in it is of {self.root}; cache that folder, with an --out of its own")
         missing = [name for name, _ in self.samples if not (self.cache / f"{name}.safetensors").exists()]
@@ -1071,12 +1072,6 @@ class CachedViews(torch.utils.data.Dataset):
         size = about["settings"]["size"]
         views = load_views(self.root, lines, lambda *stored: oriented(size, *stored), self.skip_bad_frames, images_alone=True)
         return CachedSample(name, [view.image for view in views], targets, masks)
-
-
-def cached_size(cache):  # (H, W) of what a cache holds, or None
-    path = next(Path(cache).rglob("*.safetensors"), None)
-    with contextlib.suppress(data.DataError):  # a damaged one is named where it is read
-        return tuple(check_sample(path)[0]["settings"]["size"]) if path else None
 
 
 # ------------------------------------------------------------------------------------------------ training (Sec. IV)
@@ -1156,9 +1151,10 @@ def train(args, rank, world):
     """Trains the student on the cache alone and leaves it in out/student. Goes on exactly where a killed run was."""
     out, first, root = Path(args.out), rank == 0, source_of(args)
     cached, heldout = cached_part(args, "train"), cached_part(args, "val") if len(scene_folders(root)) > 1 else None
-    if cached.settings["size"] != args.size:
+    if cached.settings["size"] != args.size and not args.any_size:
         raise data.DataError(f"{args.cache}: made at {cached.settings['size']}, not {args.size}; leave --size out, or make the cache "
                              "again")
+    args.size = cached.settings["size"]
     run = {key: value for key, value in vars(args).items() if key not in NOT_OF_TRAINING}
     run = argparse.Namespace(**run, cached=cached.identity)
     found = [splat.find_checkpoint(run) if first else None]
@@ -1687,7 +1683,11 @@ def cache(args, rank, world):
 
 def unseen(args, scenes):
     """Those of `scenes` that the student was not trained on: held-out ones of what was cached, all of any other folder."""
-    return (data.split(scenes, "val") or scenes) if cached_root(args) == source_of(args).resolve() else scenes
+    if cached_root(args) != source_of(args).resolve():
+        return scenes
+    if not (hidden := data.split(scenes, "val")):
+        print("the student was trained on this very scene, as there is no other in the cache")
+    return hidden or scenes
 
 
 def measure(args):
@@ -1701,8 +1701,6 @@ def measure(args):
     results = {name: evaluate(make[name](), scenes, args.size, args.views, args.seed) for name in models}
     if len(models) < len(args.models):
         print(f"mean: left out, as {args.cache} holds no cache to take the mean of")
-    if cached_root(args) == source_of(args).resolve() and len(scenes) == 1 == len(scene_folders(source_of(args))):
-        print("student: has been trained on this very scene, as there is no other in the cache")
     if "teacher" in models and args.teacher == "geometry":
         print("teacher: measured depth with a network's errors, as no weights are given (--teacher model.safetensors)")
     lines = [f"{len(results[models[0]]['scenes'])} scenes, up to {args.views} views each; distances in their unit",
@@ -1722,7 +1720,7 @@ def infer(args):
     """Photos without poses -> a scene with poses, depth and a point cloud, for 01_data and for other tools."""
     root = source_of(args)
     out, names = Path(args.out, "scene"), list(scene_folders(root))
-    if out.resolve() in (root.resolve(), *root.resolve().parents) or root.resolve() in out.resolve().parents:
+    if out.resolve().is_relative_to(root.resolve()) or root.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out}: the scene that infer writes would lie among the pictures of {root}, or over them; give another "
                          "--out")
     chosen = unseen(args, names)[0]
@@ -1852,8 +1850,7 @@ def settle(args):  # fills in what the preset sets
     args.cache, args.weights = Path(args.cache or f"{args.out}/cache"), args.weights or f"{args.out}/student"
     if args.command == "infer" or args.command == "eval" and "student" in args.models:
         preset["size"] = trained_size(args.weights)
-    if args.command == "train" and not args.size:
-        preset["size"] = cached_size(args.cache) or preset["size"]
+    args.any_size = args.size is None  # train takes the cache's then
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

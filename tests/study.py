@@ -382,7 +382,8 @@ def main(argv=None):
             if not remembered(name, args, seed) and (seed == 0 or name not in ("start", TARGETS)):
                 print(f"-- {name}, seed {seed}", flush=True)
                 parts[name](name, seed, args)
-            write_study(args)
+                write_study(args)
+    write_study(args)
     print(f"  ->  {args.study}")
 
 

@@ -184,8 +184,7 @@ def test_the_rate_warms_up_and_falls_over_the_run():
     assert rate == pytest.approx([1e-4 / 3500, 5e-5, 1e-4, 1e-4, 7.5e-5, 5e-5], rel=1e-3)
 
 
-def test_presets_hold_the_numbers_of_the_paper(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where no cache has a size of its own
+def test_presets_hold_the_numbers_of_the_paper():
     args = d3r.parse(["train", "--preset", "full"])
     assert (args.size, args.views, args.batch, args.max_steps) == ([224, 518], 20, 16, 60 * 22_500 // 16)
     assert (args.lr, args.final_lr, args.warmup, args.tau, args.gamma, args.bf16) == (1e-4, 5e-5, 3500, 0.3, 0.001, True)
