@@ -23,6 +23,7 @@ import os
 import re
 import struct
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,30 @@ KINECT_DEPTH_TO_COLOUR = np.array([[0.9999148, 0.0026753, -0.0079073, -0.0255589
 
 class DataError(Exception):
     """Bad input. The message is one line that names the file and the remedy."""
+
+
+def write_whole(path, content: bytes):
+    """Written under a temporary name, flushed, and renamed: a killed run leaves the old file or the new, nothing between.
+
+    The temporary name is one a process and thread, so that two threads may write the same file at the same time.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # still there where the disk was full
+
+
+def positive(text):  # the type of a flag that counts
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
 
 
 # ------------------------------------------------------------------------------------------------ views and scenes

@@ -6,8 +6,8 @@ In      two posed context images; for `depth` also their measured depth; instanc
 Out     tokens (B, N, C), Gaussians (G = V*H*W, one a pixel), per-pixel features (H, W, C).
 Run     python 02_lift.py                      held-out rooms: depth and features as pictures, Gaussians as .ply; 5 s on a CPU
         python 02_lift.py --scene_dir photos/ --model dinov2_vits14 --mvsplat re10k.ckpt      your scene, published weights
-Copy    02_lift.py alone (the `tiny` weights are weights/tiny_*.safetensors).
-Not     training of MVSplat: weights/make_tiny.py trains the tiny one.
+Copy    02_lift.py alone (the `tiny` weights are tiny/*.safetensors).
+Not     training of MVSplat: tiny/train.py trains the tiny one.
 Words   F_low tokens, F_high per-pixel features, w_uv upscaling weights, mu Sigma alpha the Gaussians' geometry; V views,
         C channels, D depth candidates.
 """
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent / "tiny"
 
 # ------------------------------------------------------------------------------------------------ vision transformer
 
@@ -235,7 +235,7 @@ PUBLISHED = (
 
 def find_weights(name: str) -> Path:
     """The file of a path, of `tiny`, or of a published name: that is fetched once, into torch.hub's cache."""
-    path = WEIGHTS / "tiny_vit.safetensors" if name == "tiny" else Path(name)
+    path = WEIGHTS / "vit.safetensors" if name == "tiny" else Path(name)
     path = path / "model.safetensors" if path.is_dir() else path
     address = next((found.expand(url) for pattern, url in PUBLISHED if (found := re.fullmatch(pattern, name))), None)
     if address and not path.exists():
@@ -363,7 +363,7 @@ def load_vit(name_or_path) -> VisionTransformer:
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not in any layout of DINOv2 or DUNE ({type(error).__name__}: {error})") from None
     stored.setdefault(names("mask_token")[0], torch.zeros(1, C))  # takes no part in a forward pass; timm has none
-    meta = chunked or path.name == "tiny_vit.safetensors"  # DUNE interpolates as Meta does without registers; `tiny` has no config.json
+    meta = chunked or path.name == "vit.safetensors"  # DUNE interpolates as Meta does without registers; `tiny` has no config.json
     # Differs: SnD trained with Meta's positions and opens its weights in timm, which has others.
     own = "scale" if meta else "antialiased" if registers or layout is TIMM else "size" if layout is HUGGING_FACE else "scale"
     model = VisionTransformer(patch, C, depth, heads, registers, grid, ratio, swiglu=swiglu, positions=positions or own)
@@ -950,7 +950,7 @@ MVSPLAT_PAGE = "github.com/donydchen/mvsplat"  # its README links to the folder 
 def load_mvsplat(name_or_path) -> MVSplat:
     """An MVSplat with its weights: `tiny` (built in), or the official Lightning checkpoint `re10k.ckpt` (or its tensors as
     .safetensors). Every size is read off the tensors. Raises ValueError, one line, as `load_vit` does."""
-    path = WEIGHTS / "tiny_mvsplat.safetensors" if str(name_or_path) == "tiny" else Path(name_or_path)
+    path = WEIGHTS / "mvsplat.safetensors" if str(name_or_path) == "tiny" else Path(name_or_path)
     if not path.is_file():
         raise ValueError(f"{path}: no such weights; give 'tiny', or put re10k.ckpt there, from the folder that {MVSPLAT_PAGE} links to")
     state = read_checkpoint(path)

@@ -7,7 +7,7 @@ Run     python 04_distill.py --preset tiny              built-in rooms, no downl
         python 04_distill.py --scene_dir my_scene       your own posed images; on a CUDA machine with the paper's setting
         python 04_distill.py --resume                   goes on after a kill, where the last checkpoint was
         torchrun --nproc_per_node=4 04_distill.py --batch 4 ...        four GPUs, one triplet each
-Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py weights/tiny_vit.safetensors weights/tiny_mvsplat.safetensors
+Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py tiny/vit.safetensors tiny/mvsplat.safetensors
 Not     centering or temperature schedules (nor has the paper); no sharding of the head over GPUs.
 Words   f_s, f_t student and teacher; F_low tokens, F_high per-pixel features; K prototypes; lambda EMA momentum;
         tau temperature; context views are splatted, the target view is what the student sees.
@@ -45,8 +45,8 @@ from tqdm import tqdm
 data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat"))
 
 # `vits` and `vitb` are the paper's setting (A.3); `tiny` fits the same loop into minutes on a CPU.
-# Differs: temperatures are not in the paper and 1.0 in its code, where both distributions are nearly uniform (STUDY.md).
-# Differs: at 1.9 million parameters `tiny` trains the whole ViT, which reaches further than adapters do (STUDY.md).
+# Differs: temperatures are not in the paper and 1.0 in its code, where both distributions are nearly uniform (docs/study.md).
+# Differs: at 1.9 million parameters `tiny` trains the whole ViT, which reaches further than adapters do (docs/study.md).
 PAPER = dict(mvsplat="re10k.ckpt", pixels=574 * 868, triplets=10_000, max_steps=50_000, batch=1, full_finetune=False, lr=2e-5,
              head_lr=2e-5, rank=8, hidden=2048, bottleneck=256, prototypes=65_536, momentum=0.999, ema_every=10, tau_student=1.0,
              tau_teacher=1.0, bf16=True)

@@ -8,7 +8,7 @@ Out     a table; out/05_probe/: results.json, report.html (one file, opens offli
 Run     python 05_probe.py        the built-in ViT, and out/04_distill/student if it is there: a minute a model on two CPU cores
         python 05_probe.py --models start=tiny snd=out/04_distill/student both=tiny+out/04_distill/student
         python 05_probe.py --scene_dir nyuv2/ --models dinov2_vits14 --preset paper --max_depth 10
-Copy    01_data.py 02_lift.py 05_probe.py weights/tiny_vit.safetensors
+Copy    01_data.py 02_lift.py 05_probe.py tiny/vit.safetensors
 Not     heads that are not linear, several layers of a ViT at once, images of several shapes (all are cropped to the first's).
 Words   head: one linear layer on frozen tokens; truth: the measured map, 0 (labels 255) where unknown; I images, K bins or
         classes, M matches; px are pixels of the views, px of the grid are points where features are matched, 4 a patch.

@@ -9,7 +9,7 @@ Run     python 06_distill3r.py --preset tiny     cache, train, eval, infer on bu
         python 06_distill3r.py infer --images holiday/ --weights out/06_distill3r/student            photos -> a posed scene
         python 06_distill3r.py eval  --scene_dir my_scene --models student               accuracy, completeness, calibration
         python 06_distill3r.py table                                              Table I: time and memory over the views
-Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py weights/tiny_vit.safetensors
+Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py tiny/vit.safetensors
 Not     training of the teacher, bundle adjustment of the cameras, metric scale where the teacher has none.
 Words   P^g points_global, P^l points_local; C conf; M masks, the valid pixels; tau the least certainty of one; w the weight of
         a pixel; s the scale that points are divided by; N views a sample. A view's id tells the fusion transformer which tokens

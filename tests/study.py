@@ -2,7 +2,7 @@
 
 Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/study.py          all runs, three seeds: 4 to 6 minutes each
         ... python tests/study.py --only SnD "2D control" --seeds 1               some of them, beside another process too
-Out     STUDY.md; docs/study/: the scores of each run and seed, with date and machine; out/study/: the runs, the operators that they share.
+Out     docs/study.md; docs/scores/: the scores of each run and seed, with date and machine; out/study/: the runs, the operators that they share.
 """
 import argparse
 import contextlib
@@ -313,7 +313,7 @@ deviations over the seeds of the training; the same heads, views and pairs for a
 
 {table(BUDGET, found, ["start", "SnD"])}
 
-![each score over the steps of training, and the aim]({args.scores}/budget.png)
+![each score over the steps of training, and the aim]({Path(args.scores).name}/budget.png)
 
 ## Other choices
 
@@ -363,13 +363,13 @@ def check_settings(args):
 def main(argv=None):
     parts = {name: functools.partial(score_run, flags=flags) for name, flags in RUNS.items()}
     parts |= {TARGETS: score_targets} | dict.fromkeys(TABLE3, score_pointmaps) | dict.fromkeys(CIRCLE, score_circle)
-    parser = argparse.ArgumentParser(description="Train and probe every variant; write STUDY.md.")
+    parser = argparse.ArgumentParser(description="Train and probe every variant; write docs/study.md.")
     parser.add_argument("--scene_dir", default="out/study/rooms", help="made if it is missing")
     parser.add_argument("--rooms", type=int, default=400)
     parser.add_argument("--views", type=int, default=4, help="views a room that the probes see")
     parser.add_argument("--out", default="out/study")
-    parser.add_argument("--study", default="STUDY.md")
-    parser.add_argument("--scores", default="docs/study", help="what has been measured, a file a run and seed: these are not run again")
+    parser.add_argument("--study", default="docs/study.md")
+    parser.add_argument("--scores", default="docs/scores", help="what has been measured, a file a run and seed: these are not run again")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -273,7 +273,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no MVSplat"):
         lift.load_mvsplat(lightning({"layer1.0.conv1.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "resnet.ckpt"))
     with pytest.raises(ValueError, match="no MVSplat"):
-        lift.load_mvsplat(lift.WEIGHTS / "tiny_vit.safetensors")
+        lift.load_mvsplat(lift.WEIGHTS / "vit.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ the built-in weights

@@ -413,7 +413,7 @@ def test_a_damaged_config_is_named(tmp_path):
 
 
 def test_tiny_weights_are_small_and_see():
-    file = lift.WEIGHTS / "tiny_vit.safetensors"
+    file = lift.WEIGHTS / "vit.safetensors"
     assert file.stat().st_size < 4e6
     model = lift.load_vit("tiny")
     tokens = model(torch.rand(1, 3, 96, 128)).patches

@@ -1,12 +1,12 @@
-"""The recipes of weights/tiny_vit.safetensors and weights/tiny_mvsplat.safetensors, stand-ins for DINOv2 and MVSplat.
+"""The recipes of tiny/vit.safetensors and tiny/mvsplat.safetensors, stand-ins for DINOv2 and MVSplat.
 
 Paper   He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", for the ViT: 75 % of the patches hidden, their
         normalised pixels predicted from the rest. Chen et al. 2024, "MVSplat", for MVSplat: a third view splatted.
 In      the training rooms (split "train" of --rooms built-in rooms, written to --scene_dir). Validation rooms are not seen.
-Out     weights/tiny_*.safetensors (fp16), and the tables of weights/README.md.
-Run     python weights/make_tiny.py vit                 makes the ViT
-        python weights/make_tiny.py mvsplat             makes MVSplat; a killed run goes on where it was
-        python weights/make_tiny.py mvsplat --probe     only measures the weights that are here
+Out     tiny/*.safetensors (fp16), and the tables of tiny/README.md.
+Run     python tiny/train.py vit                 makes the ViT
+        python tiny/train.py mvsplat             makes MVSplat; a killed run goes on where it was
+        python tiny/train.py mvsplat --probe     only measures the weights that are here
 Not     3D in the ViT: it is trained without pose, depth, mask or label; the probes alone read them.
 """
 import argparse
@@ -297,9 +297,9 @@ def compare_geometries(net, scenes):
 
 
 def make_mvsplat(args, train_scenes, val_scenes):
-    out = ROOT / "weights" / "tiny_mvsplat.safetensors"
+    out = ROOT / "tiny" / "mvsplat.safetensors"
     if not args.probe:
-        net = train_mvsplat(train_scenes, args.steps or 7500, 2, 1e-3, args.seed, Path(args.scene_dir).parent / "tiny_mvsplat.ckpt")
+        net = train_mvsplat(train_scenes, args.steps or 7500, 2, 1e-3, args.seed, Path(args.scene_dir).parent / "mvsplat.ckpt")
         lift.save_tensors(out, {key: value.half() for key, value in net.state_dict().items()})
     print("| geometry | AbsRel | within 10 % | PSNR | covered % | PSNR where covered |\n|---|---|---|---|---|---|")
     for name, values in compare_geometries(lift.load_mvsplat(out), val_scenes).items():
@@ -310,23 +310,23 @@ def make_mvsplat(args, train_scenes, val_scenes):
 
 
 def make_vit(args, train_scenes, val_scenes):
-    out = ROOT / "weights" / "tiny_vit.safetensors"
+    out = ROOT / "tiny" / "vit.safetensors"
     torch.manual_seed(args.seed)
     untrained = initialise(lift.VisionTransformer(**TINY)).eval()
     if not args.probe:
         vit = standardise(train_vit(train_scenes, args.steps or 8000, 32, 1e-3, args.seed).eval(), train_scenes)
-        aside = Path(args.scene_dir).parent / "tiny_vit"
+        aside = Path(args.scene_dir).parent / "vit"
         lift.save_vit(vit, aside)
         lift.save_tensors(out, {key: value.half() for key, value in lift.load_file(aside / "model.safetensors").items()})
     print("| weights | depth RMSE m | AbsRel | normal RMSE deg | mIoU % | correspondence % |\n|---|---|---|---|---|---|")
-    for name, vit in (("random", untrained), ("tiny_vit", lift.load_vit(out))):
+    for name, vit in (("random", untrained), ("tiny", lift.load_vit(out))):
         print("| {} | {:.2f} | {:.3f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *probe(vit, train_scenes[:120], val_scenes)))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train the tiny ViT or the tiny MVSplat on the training rooms, and measure it.")
     parser.add_argument("what", choices=("vit", "mvsplat"))
-    parser.add_argument("--scene_dir", default="out/make_tiny/rooms", help="where the rooms are, or are written")
+    parser.add_argument("--scene_dir", default="out/tiny/rooms", help="where the rooms are, or are written")
     parser.add_argument("--rooms", type=int, default=400)
     parser.add_argument("--steps", type=int, help="default: 8000 for vit, 7500 for mvsplat")
     parser.add_argument("--seed", type=int, default=0)
