@@ -4,11 +4,12 @@ Paper   Splat and Distill (SnD) Sec. 3.2 (Eq. 1, geometry from two views) and Se
         Fig. 11. The networks: DINOv2 (Oquab et al. 2023), DUNE (Sariyildiz et al. 2025), MVSplat (Chen et al. 2024).
 In      two posed context images, their instance masks or superpixels; measured depth, where there is some.
 Out     patch tokens (B, N, C); one Gaussian a pixel (G = V*H*W); features of every pixel (H, W, C).
-Run     python 02_lift.py     held-out rooms: depth and features as pictures, Gaussians as .ply files; 5 s on 2 CPU cores
-        python 02_lift.py --scene_dir photos/ --model dinov2_vits14 --mvsplat re10k.ckpt    your scene, published weights
+Run     python 02_lift.py     held-out rooms: depth and features as pictures, Gaussians as .ply files; 5 s on 2 cores
+        python 02_lift.py --scene_dir photos/ --model dinov2_vits14 --mvsplat re10k.ckpt     published weights
 Copy    02_lift.py alone; its command needs 01_data.py and 03_splat.py too. The built-in weights are in tiny/.
 Read    Gaussians, pixel_rays, upscale_weights, mask_aware_upscale, depth_gaussians, VisionTransformer, Block,
-        Attention, MVSplat.forward, MultiViewTransformer, WindowAttention, cost_volume, UNet, gaussian_adapter, mvsplat_gaussians
+        Attention, MVSplat.forward, FeatureCNN, MultiViewTransformer, WindowAttention, cost_volume, UNet,
+        gaussian_adapter, mvsplat_gaussians
 Try     TODO
 Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT.
 Words   F_low tokens, F_high features of the pixels, w_uv upscaling weights; mu, Sigma, alpha: mean, covariance and
@@ -253,7 +254,7 @@ class MVSplatConfig(NamedTuple):
     """Sizes of an MVSplat; the defaults are the published re10k model's. `MVSplatConfig.tiny` is the built-in one's."""
 
     d_feature: int = 128  # channels C of the features that are matched
-    num_depth_candidates: int = 128  # planes D of the sweep
+    num_depth_candidates: int = 128  # planes D of the cost volume
     costvolume_unet_feat_dim: int = 128  # width of U-Net 1, which cleans the cost volume
     depth_unet_feat_dim: int = 32  # width of U-Net 2, which refines the depth at full resolution
     sh_degree: int = 4  # of the colours
@@ -636,106 +637,6 @@ def rotation_matrix(quaternion: Tensor) -> Tensor:  # (..., 4) x y z w -> (..., 
                         s * (x * z - y * w), s * (y * z + x * w), 1 - s * (x * x + y * y)], -1).unflatten(-1, (3, 3))
 
 
-# SWEEP BEGIN
-# ------------------------------------------------------------------------ geometry by hand: plane sweep
-
-
-def plane_sweep(
-    reference: Tensor,  # (3, H, W)
-    other: Tensor,  # (3, H, W)
-    K_ref: Tensor,  # (3, 3) pixels
-    K_other: Tensor,  # (3, 3) pixels
-    ref_to_other: Tensor,  # (4, 4) camera to camera
-    inverse_depths: Tensor,  # (D,) the candidates
-    window=5,
-) -> Tensor:
-    """How badly each depth explains the second view: (D, H, W), 0 is perfect.
-
-    The plane z = 1/d in front of the reference maps its pixels to K' (R K^-1 p + t d) in the other view: a homography
-    for each candidate d. Windows are compared by normalised cross-correlation, which ignores exposure, plus the
-    difference of their mean colours, without which a plain red wall would match a plain blue one.
-    """
-    _, height, width = reference.shape
-    box_mean = lambda x: F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
-    rays = pixel_rays(K_ref, height, width)
-    at_infinity = rays @ ref_to_other[:3, :3].T @ K_other.T  # (H, W, 3)
-    per_inverse = ref_to_other[:3, 3] @ K_other.T  # (3,)
-    mean_r, square_r = box_mean(reference), box_mean(reference**2)
-    variance_r = (square_r - mean_r**2).clamp_min(0).sum(0)
-    costs = []
-    for block in inverse_depths.split(max(1, 2**20 // (height * width))):  # bounds the memory at any image size
-        pixel = at_infinity + block[:, None, None, None] * per_inverse  # (D, H, W, 3)
-        front = pixel[..., 2] > 1e-6
-        xy = pixel[..., :2] / torch.where(front, pixel[..., 2], 1.0)[..., None]
-        grid = 2 * xy / xy.new_tensor([width, height]) - 1
-        seen = front & (grid.abs() < 1).all(-1)
-        warped = F.grid_sample(other.expand(len(block), -1, -1, -1), grid, align_corners=False, padding_mode="border")
-        mean_w, square_w, cross = (box_mean(x) for x in (warped, warped**2, warped * reference))  # (D, 3, H, W)
-        variance_w = (square_w - mean_w**2).clamp_min(0).sum(1)
-        correlation = (cross - mean_r * mean_w).sum(1) / (variance_r * variance_w + 1e-6).sqrt()
-        cost = 1 - correlation + 2 * (mean_w - mean_r).abs().mean(1)
-        costs.append(torch.where(seen, cost, 2.0))  # outside the other view: as bad as no correlation and a wrong colour
-    return torch.cat(costs)
-
-
-def semi_global(cost: Tensor, small=0.15, large=1.2) -> Tensor:
-    """(D, H, W) matching cost -> the same, smoothed along rows and columns (semi-global matching, Hirschmueller 2008).
-
-    Going along a line, a pixel may take its neighbour's depth for nothing, the next candidate for `small`, any other
-    for `large`: plain and repetitive walls then follow the textured surface that they belong to. Mean of four directions.
-    """
-    total = torch.zeros_like(cost)
-    for line in (1, 2):
-        both = torch.stack([cost, cost.flip(line)]).movedim(line + 1, 0)  # (L, 2, D, M): forwards and backwards at once
-        path = [both[0]]
-        for here in both[1:]:
-            before, least = path[-1], path[-1].amin(1, keepdim=True)
-            best = torch.minimum(before, least + large)
-            best[:, 1:] = torch.minimum(best[:, 1:], before[:, :-1] + small)
-            best[:, :-1] = torch.minimum(best[:, :-1], before[:, 1:] + small)
-            path.append(here + best - least)
-        ahead, back = torch.stack(path).movedim(0, line + 1)
-        total += ahead + back.flip(line)
-    return total / 4
-
-
-def best_depth(cost: Tensor, inverse_depths: Tensor) -> Tensor:  # (D, H, W), (D,) -> z-depth (H, W), refined by a parabola
-    best = cost.argmin(0).clamp(1, len(cost) - 2)[None]
-    before, at, after = (cost.gather(0, best + step)[0] for step in (-1, 0, 1))
-    offset = (0.5 * (before - after) / (before - 2 * at + after).clamp_min(1e-6)).clamp(-0.5, 0.5)
-    step = inverse_depths[1] - inverse_depths[0]
-    return 1 / (inverse_depths[best[0]] + offset * step)
-
-
-@torch.no_grad()
-def sweep_depth(images: Tensor, K: Tensor, c2w: Tensor, near: float, far: float, candidates=64):
-    """Plane-sweep stereo between two views -> z-depth and confidence, both (2, H, W); arguments as in `sweep_gaussians`."""
-    assert len(images) == 2, f"the sweep compares two views, not {len(images)}"
-    inverse_depths = torch.linspace(1 / far, 1 / near, candidates).to(images)  # uniform in disparity
-    to_other = [torch.linalg.inv(c2w[1 - v]) @ c2w[v] for v in (0, 1)]
-    costs = (plane_sweep(images[v], images[1 - v], K[v], K[1 - v], to_other[v], inverse_depths) for v in (0, 1))
-    depth = torch.stack([best_depth(semi_global(cost), inverse_depths) for cost in costs])
-    return depth, torch.stack([cross_check(depth[v], depth[1 - v], K[v], K[1 - v], to_other[v]) for v in (0, 1)])
-
-
-def sweep_gaussians(
-    images: Tensor,  # (2, 3, H, W) in [0, 1]
-    K: Tensor,  # (2, 3, 3) pixels
-    c2w: Tensor,  # (2, 4, 4)
-    near: float,  # in the scene's unit
-    far: float,
-    candidates=64,
-) -> Gaussians:
-    """Two-view geometry by hand, no weights: what a cost volume knows before anything is learned (MVSplat Sec. 3.1).
-
-    Opacity is the confidence: how well the depth found from the other view agrees. Pixels that only one view sees get 0.
-    """
-    # Differs: SnD's geometry is MVSplat; the plane sweep, which needs no weights, is an alternative to it.
-    depth, confidence = sweep_depth(images, K, c2w, near, far, candidates)
-    return depth_gaussians(depth, K, c2w)._replace(opacities=0.95 * confidence.flatten())
-
-
-# SWEEP END
 # ------------------------------------------------------------------------ ordinary parts of the networks
 
 
@@ -945,7 +846,7 @@ BESIDE = r"(student|(dino|ibot)_head|(dino|ibot_patch)_loss|projectors|teacher_n
 
 
 def backbone_tensors(path):
-    """-> the ViT's tensors without the wrappers of training code, and whether its blocks were in chunks (blocks.0.3)."""
+    """-> the ViT's tensors without the wrappers of training code, and whether its blocks were in chunks, blocks.0.3."""
     state, stored, chunked = read_checkpoint(path), {}, False
     for wrapper in ("model", "state_dict", "teacher"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
@@ -1169,9 +1070,7 @@ def depths_of_pair(scene, views, mvsplat, device):
     """Depth of two views by each geometry -> Gaussians {geometry: G}, z-depth {geometry: (2, H, W)}, and mean relative
     errors {what: error} against measured depth or, where there is none, COLMAP's points."""
     images, K, c2w = (torch.stack([getattr(v, key) for v in views]).to(device) for key in ("image", "K", "c2w"))
-    found = {"mvsplat": mvsplat_gaussians(mvsplat, images, K, c2w, *scene.depth_range),
-             "sweep": sweep_gaussians(images, K, c2w, *scene.depth_range)}
-    guessed, where, truth = list(found), "", None
+    found, where, truth = {"mvsplat": mvsplat_gaussians(mvsplat, images, K, c2w, *scene.depth_range)}, "", None
     if all(view.depth is not None for view in views):
         truth = torch.stack([view.depth for view in views])
         found["measured"] = depth_gaussians(truth.to(device), K, c2w)
@@ -1180,7 +1079,7 @@ def depths_of_pair(scene, views, mvsplat, device):
     depths = {name: view_depth(g, c2w, *images.shape[-2:]).cpu() for name, g in found.items()}
     if truth is None or not (known := truth > 0).any():
         return found, depths, {}
-    guesses = {name: depths[name] for name in guessed} | {"one plane": truth[known].median()}
+    guesses = {"mvsplat": depths["mvsplat"], "one plane": truth[known].median()}
     errors = {name + where: ((guess - truth).abs() / truth)[known].mean().item() for name, guess in guesses.items()}
     return found, depths, errors
 
@@ -1204,12 +1103,12 @@ def pictures_of_pair(views, gaussians, depths, vit, device):
 
 def main(argv=None):
     data, splat = importlib.import_module("01_data"), importlib.import_module("03_splat")
-    parser = argparse.ArgumentParser(description="Lift features to 3D: depth and upscaling of held-out pairs, as pictures.")
+    parser = argparse.ArgumentParser(description="Lift features to 3D: depth and features of held-out pairs.")
     data.scene_flags(parser, "out/02_lift")
     add = parser.add_argument
     add("--model", default="tiny", help="ViT weights: 'tiny', a published name such as dinov2_vits14, a file or folder")
     add("--mvsplat", default="tiny", help="MVSplat weights: 'tiny' or the official re10k.ckpt")
-    add("--geometry", default="mvsplat", choices=("mvsplat", "sweep", "depth"), help="whose Gaussians are in the .ply files")
+    add("--geometry", default="mvsplat", choices=("mvsplat", "depth"), help="whose Gaussians are in the .ply files")
     add("--pixels", type=data.positive, default=96 * 128, help="pixels a view; raise it for larger models")
     args = parser.parse_args(argv)
     with data.explained(args, "the same command starts again"):
@@ -1222,7 +1121,7 @@ def main(argv=None):
             [errors.setdefault(name, []).append(error) for name, error in wrong.items()]
             chosen = args.geometry.replace("depth", "measured")
             if chosen not in gaussians:
-                raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use mvsplat or sweep")
+                raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use --geometry mvsplat")
             files.append(Path(args.out) / f"{scene.name.replace('/', '_')}_{a}_{b}.ply")
             colours = torch.cat([view.image.permute(1, 2, 0).flatten(0, 1) for view in views])
             splat.save_ply(files[-1], gaussians[chosen], colours)
