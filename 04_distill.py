@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -39,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -388,6 +390,149 @@ def ahead(function, items, count=4):
         finally:
             for future in waiting:
                 future.cancel()
+
+
+# ------------------------------------------------------------------------------------------------ a run that cannot be lost
+
+
+class Run:
+    """`for step in run`: the steps of a training run, kept so that it can be stopped or killed at any moment and goes on.
+
+    In the folder args.out lie log.jsonl, settings.json and the last two checkpoints. `--resume` goes on from the newer one
+    that is whole. On a CPU the continued run comes to the same bits as one that was never stopped. Uses args.out,
+    args.max_steps, args.resume and args.save_minutes; all other settings must stay the same when a run goes on.
+    """
+
+    FREE = "out device resume save_minutes heldout eval_every operators grad_checkpoint because no_blend".split()  # may change
+
+    def __init__(self, args, networks, optimiser, generator=None, rank=0, world=1, name="distil"):
+        """networks: {name: (module, names of those of its parameters that change)}; generator: whose state is kept, if any."""
+        self.args, self.networks, self.optimiser, self.generator = args, networks, optimiser, generator
+        self.out, self.first, self.world, self.name = Path(args.out), rank == 0, world, name  # rank 0 alone writes
+        self.path, self.previous = checkpoint_paths(args.out)
+        self.settings = {key: value for key, value in vars(args).items() if key not in self.FREE}
+        found = [self.find() if self.first else None]
+        if world > 1:
+            dist.broadcast_object_list(found)  # rank 0's, whatever the other machines have on disk
+        self.start, stored = found[0]
+        if stored:
+            self.restore(stored)
+            print(f"resumed at step {self.start} of {args.max_steps}")
+
+    def __iter__(self):
+        self.asked, self.clock = False, time.monotonic()
+        if self.first:
+            self.open_log()
+        self.bar = tqdm(range(self.start, self.args.max_steps), initial=self.start, total=self.args.max_steps, desc=self.name,
+                        unit="step", disable=not self.first)
+        before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        saved = time.monotonic()
+        try:
+            for self.step in self.bar:
+                yield self.step
+                done = self.step + 1 == self.args.max_steps
+                asked = max(averaged([float(self.asked)], self.world, self.args.device)) > 0  # any of the processes
+                if self.first and (asked or done or time.monotonic() - saved >= 60 * self.args.save_minutes):
+                    self.save(self.step + 1)
+                    saved = time.monotonic()
+                if asked and not done:
+                    raise KeyboardInterrupt
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def check(self, value, what, kind="loss"):
+        """Stops the run where the loss of `what`, e.g. the triplets of the step, is not a finite number."""
+        if not math.isfinite(value):
+            raise ValueError(f"step {self.step}: the {kind} is {float(value)} for {what}; start again with a lower learning rate "
+                             "and another --out")
+
+    def log(self, show=("loss",), **values):
+        """Adds a line to log.jsonl; the numbers named in `show` stand beside the bar as well."""
+        if self.first:
+            self.bar.set_postfix({name: f"{values[name]:.4f}" for name in show})
+            line = dict(step=self.step, **values, seconds=round(time.monotonic() - self.clock, 2))
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def ask_to_stop(self, number, frame):
+        if self.asked and number == signal.SIGINT:  # a second Ctrl-C does not wait for the end of the step
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def save(self, step):
+        """Writes a checkpoint; the one before is kept until the next."""
+        tensors = {f"{who}.{name}": p for who, (network, names) in self.networks.items()
+                   for name, p in network.named_parameters() if name in names}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            tensors.update({f"optimiser.{i}.{key}": value for key, value in state.items()})
+        if self.generator:
+            tensors["generator"] = self.generator.get_state()
+        aside = self.out / "checkpoint.new.safetensors"
+        lift.save_tensors(aside, tensors, {"step": str(step), "settings": json.dumps(self.settings)})
+        if self.path.exists():
+            os.replace(self.path, self.previous)
+        os.replace(aside, self.path)  # killed before this line, the run goes on from the previous one
+
+    @torch.no_grad()
+    def restore(self, tensors):
+        for who, (network, names) in self.networks.items():
+            for name, p in network.named_parameters():
+                if name in names:
+                    p.copy_(tensors[f"{who}.{name}"])
+        state = {}
+        for key, value in tensors.items():
+            if key.startswith("optimiser."):
+                _, i, name = key.split(".")
+                state.setdefault(int(i), {})[name] = value
+        self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        if self.generator:
+            self.generator.set_state(tensors["generator"])
+
+    def find(self):
+        """-> (step, tensors) to go on from, or (0, None). Refuses, in one line, to lose a run that is not finished."""
+        found = [path for path in (self.path, self.previous) if path.exists()]
+        if not found:
+            return 0, None
+        try:
+            (step, old, tensors), path = read_run(found[0]), found[0]
+        except ValueError as error:
+            if len(found) == 1 or not self.args.resume:
+                raise
+            (step, old, tensors), path = read_run(found[1]), found[1]
+            print(f"{error}; going on from {path}")
+        if not self.args.resume and step < old["max_steps"]:
+            raise ValueError(f"{path}: a run stopped here at step {step} of {old['max_steps']}; --resume goes on, "
+                             "another --out starts afresh, or remove the file")
+        changed = [f"{key} {old.get(key)} -> {value}" for key, value in self.settings.items() if old.get(key) != value]
+        if self.args.resume and changed:
+            raise ValueError(f"{path}: was made with other settings ({', '.join(changed)}); use the old ones or another --out")
+        return (step, tensors) if self.args.resume else (0, None)
+
+    def open_log(self):
+        """Keeps the lines of log.jsonl before the step where the run goes on, and removes what is left of other runs."""
+        lines, path = [], self.out / "log.jsonl"
+        for line in path.read_text().splitlines() if self.start and path.exists() else []:
+            with contextlib.suppress(ValueError):  # the line that was being written when the power went
+                lines += [line] if json.loads(line)["step"] < self.start else []
+        finished = [] if self.start else [self.path, self.previous]
+        for file in (*finished, *self.out.glob(".*.[0-9]*.[0-9]*")):  # the latter are files that a kill left half written
+            file.unlink(missing_ok=True)
+        data.write_whole(path, "".join(line + "\n" for line in lines).encode())
+        data.write_whole(self.out / "settings.json", json.dumps(vars(self.args), indent=1).encode())
+
+
+def checkpoint_paths(folder):  # -> the newest one and the one before
+    return Path(folder) / "checkpoint.safetensors", Path(folder) / "checkpoint.previous.safetensors"
+
+
+def read_run(path):  # -> step, settings, tensors
+    try:
+        with safe_open(path, "pt") as file:
+            meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        return int(meta["step"]), json.loads(meta["settings"]), tensors
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a whole checkpoint of this stage; remove it to start again") from None
 
 
 # ------------------------------------------------------------------------------------------------ measuring agreement
