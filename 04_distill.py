@@ -13,8 +13,8 @@ Read    DINOHead, distill_loss, ema_update, add_lora, lift_weights, splat_featur
         learn, networks_of, distil
 Try     TRY
 Not     centering or temperature schedules (the paper has none either); the head is not sharded over GPUs.
-Words   context views: the two that the teacher sees and that are splatted; target view: the one that the student sees.
-        Tokens are a ViT's patch features (N, C), N = h w of the grid; prototypes: the K learned directions of the head.
+Words   context views: the two that the teacher sees and that are splatted; target view: what the student sees.
+        Tokens are a ViT's patch features (N, C), N = h w of the grid. Prototypes are the K directions of the head.
 
 The geometry and the masks of a triplet never change. So all of Sec. 3.2-3.4 is one sparse matrix on the teacher's
 tokens, the splat operator (03_splat). It is computed once per triplet and kept on disk; a step then costs two passes
@@ -54,8 +54,8 @@ from tqdm import tqdm
 data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat"))
 
 # `vits` and `vitb` are the paper's setting (A.3); `tiny` fits the same loop into minutes on a CPU.
-# Differs: the paper does not give its temperatures, and its code has 1.0 for both, where both distributions are nearly
-# uniform; preset `tiny` has 0.1 and 0.05, chosen by a study (docs/study.md).
+# Differs: the paper does not give its temperatures, and its code has 1.0 for both, where both distributions are
+# nearly uniform; preset `tiny` has 0.1 and 0.05, chosen by a study (docs/study.md).
 # Differs: the paper trains adapters; preset `tiny`, whose ViT has 1.9 million parameters, trains the whole ViT, which
 # reaches further in 200 steps (docs/study.md).
 # Differs: the paper renders at 584x876 and the ViT sees 574x868, to which the images are resized; we load, splat and
@@ -90,7 +90,7 @@ class DINOHead(nn.Module):
         for layer in layers:
             nn.init.zeros_(layer.bias)
 
-    def embed(self, tokens):  # (N, C) -> (N, D); in float32, as bfloat16 would move a sharp softmax by several per cent
+    def embed(self, tokens):  # (N, C) -> (N, D), in float32: bfloat16 would move a sharp softmax by several per cent
         return F.normalize(self.mlp(tokens).float(), dim=-1)
 
     def directions(self):  # (K, D)
@@ -139,7 +139,7 @@ class Network(nn.Module):
 
 @torch.no_grad()
 def ema_update(teacher, student, momentum):
-    """theta_t <- lambda theta_t + (1 - lambda) theta_s for each trained parameter, adapters included (SnD Sec. 3.5)."""
+    """theta_t <- lambda theta_t + (1 - lambda) theta_s for each parameter that is trained, A and B apart (Sec. 3.5)."""
     for theirs, ours in zip(teacher.parameters(), student.parameters()):
         if ours.requires_grad:
             theirs.lerp_(ours, 1 - momentum)
@@ -161,7 +161,7 @@ class LoRALinear(nn.Module):
 def add_lora(model, rank=8, alpha=8.0):
     """Freezes `model` and puts adapters on the attention's qkv and proj, in place; returns the model. (SnD A.3)"""
     # Differs: the official code finds layers by the names "qkv" and "proj", so that it adapts the patch embedding's
-    # projection as well, and it uses a dropout of 10 %, also in the teacher; we adapt the attention alone, without dropout.
+    # projection as well, and has a dropout of 10 %, in the teacher too. We adapt the attention alone, without dropout.
     model.requires_grad_(False)
     for block in model.blocks:
         for name in ("qkv", "proj"):
@@ -170,7 +170,7 @@ def add_lora(model, rank=8, alpha=8.0):
 
 
 def merge_lora(model):
-    """A copy of `model` with the adapters folded into the weights: the plain network again, same outputs to rounding."""
+    """A copy of `model` with the adapters folded into the weights: a plain network again, same outputs to rounding."""
     model = copy.deepcopy(model)
     for block in model.blocks:
         for name in ("qkv", "proj"):
@@ -192,12 +192,12 @@ def networks_of(args):
         head = DINOHead(before.dim, args.hidden, args.bottleneck, args.prototypes)
     student = Network(vit, head).to(args.device)
     teacher = copy.deepcopy(student).requires_grad_(False)  # starts as the student does, and only ever follows it
-    # Differs: Sec. 3.5 writes of a shared head; by default the teacher's head is an EMA like its ViT, as in the official
-    # code, and `--shared_head` does what the paper writes.
+    # Differs: Sec. 3.5 writes of a shared head. By default the teacher's head is an EMA like its ViT, as in the
+    # official code; `--shared_head` does what the paper writes.
     teacher.head = student.head if args.shared_head else teacher.head
     student.vit.checkpointing = args.grad_checkpoint
-    # Differs: the paper has one learning rate; preset `tiny` has a lower one for the head, which would otherwise learn the
-    # task in the ViT's place in so short a run.
+    # Differs: the paper has one learning rate; preset `tiny` has a lower one for the head, which would otherwise learn
+    # the task in the ViT's place in so short a run.
     groups = [(student.vit, args.lr)] + ([(student.head, args.head_lr)] if head else [])
     optimiser = torch.optim.Adam([dict(params=list(trained(part).values()), lr=lr, peak=lr) for part, lr in groups])
     return before, student, teacher, optimiser
@@ -234,8 +234,8 @@ def splat_features(
     features = sum(weight[:, k, None] * tokens.flatten(0, 1).float()[index[:, k]] for k in range(4))  # SnD Eq. 2
     opacities = gaussians.opacities * (weight.sum(1) > 0)
     # Splat them into the target view.
-    # Differs: the official code passes the variances on as scales, which squares them again, and draws reflected frames as
-    # spheres; we splat the covariances that the geometry gives.
+    # Differs: the official code passes the variances on as scales, which squares them again, and draws reflected frames
+    # as spheres; we splat the covariances that the geometry gives.
     render = splat.render_target(gaussians._replace(opacities=opacities), features, t)
     valid = render.alpha >= splat.COVERED
     # Differs: the official code does not divide by alpha, so that features fade where few Gaussians are.
@@ -264,11 +264,11 @@ class Sample(NamedTuple):
 
     context: Tensor  # (2, 3, H, W) the views that the teacher sees
     target: Tensor  # (1, 3, H, W) the view that the student sees
-    carry: Callable  # the teacher's tokens (2, N, C) of the context -> those of the target (N, C), which are valid (N,)
+    carry: Callable  # the teacher's tokens of the context (2, N, C) -> those of the target (N, C), valid (N,)
 
 
 def objective(student, teacher, seen: Tensor, goal: Tensor, args):
-    """-> loss of the student's tokens (N, C) against the teacher's splatted ones (N, C), and the teacher's entropy."""
+    """-> loss of the student's tokens (N, C) against the teacher's splatted ones (N, C); the teacher's entropy."""
     if args.loss != "distill":
         return token_loss(args.loss, seen.float(), goal), goal.new_zeros(())
     with torch.autocast(goal.device.type, torch.bfloat16, enabled=args.bf16):
@@ -292,7 +292,8 @@ def learn(batch: list[Sample], student, teacher, args) -> list[float]:
             goal, valid = sample.carry(tokens)  # Sec. 3.2-3.4: lift, splat and blend
         with autocast():
             seen = student(sample.target)[0]  # Sec. 3.5: the student sees the target image alone
-        # Differs: the official code sets invalid tokens to 0 on both sides and keeps them in the mean; here they leave the loss.
+        # Differs: the official code sets invalid tokens to 0 on both sides and keeps them in the mean; here they leave
+        # the loss.
         at = valid.nonzero()[:, 0]
         loss, entropy = objective(student, teacher, seen[at], goal[at], args)
         (loss / len(batch)).backward()
@@ -301,17 +302,19 @@ def learn(batch: list[Sample], student, teacher, args) -> list[float]:
 
 
 def distil(args, rank=0, world=1):
-    """Sec. 3.1: the student learns from the teacher, and the teacher follows the student. (rank, world: of torchrun)"""
+    """Sec. 3.1: the student learns from the teacher, and the teacher follows the student."""
     scenes, heldout, source = first_alone(lambda: prepare(args), rank, world)
     before, student, teacher, optimiser = networks_of(args)
     run = Run(args, what_changes(student, teacher, args), optimiser, rank=rank, world=world)
     if args.finetune_geometry:
         finetune_geometry(source, scenes, heldout, run)  # A.3, before anything is distilled
-    # Differs: the paper draws a fresh triplet for each step; here --triplets of them are drawn and taken again and again,
-    # so that their operators are computed once.
-    triplets = draw_triplets(scenes, min(args.triplets, args.max_steps * args.batch), args.seed, args.target == "context")
+    # Differs: the paper draws a fresh triplet for each step; here --triplets of them are drawn and taken again and
+    # again, so that their operators are computed once.
+    count = min(args.triplets, args.max_steps * args.batch)
+    triplets = draw_triplets(scenes, count, args.seed, args.target == "context")
     source.make_missing(triplets, run)
-    measured = Measurement(source, heldout, before) if run.first else None
+    judged = judged_triplets(source, heldout) if run.first else []
+    start = agreement(before, judged, args.device) if run.first else None
     # All that is random is a function of the seed and the step, so a run that goes on needs no generator's state.
     order = schedule(len(triplets), args.max_steps * args.batch, args.seed)
     draws = lambda step: range(step * args.batch, (step + 1) * args.batch)
@@ -328,11 +331,12 @@ def distil(args, rank=0, world=1):
         # Differs: the official code updates the teacher before the optimiser's step, here it is after it.
         if not args.frozen_teacher and (step + 1) % args.ema_every == 0:
             ema_update(teacher, student, args.momentum)
-        scores = measured.of(student.vit)._asdict() if run.first and (step + 1) % args.eval_every == 0 else {}
+        due = run.first and (step + 1) % args.eval_every == 0
+        scores = agreement(student.vit, judged, args.device)._asdict() if due else {}
         run.log(triplets=names, valid=round(valid, 4), loss=round(loss, 6), kl=round(loss - entropy, 6),
                 lr=optimiser.param_groups[0]["lr"], **scores, show=("loss", "kl"))
     if run.first:
-        finish(args, before, student.vit, teacher.vit, measured, source)
+        finish(source, before, student.vit, teacher.vit, judged, start)
 
 
 def set_rates(optimiser, step, max_steps):  # cosine to 0, without warm-up (SnD A.3)
@@ -343,15 +347,15 @@ def set_rates(optimiser, step, max_steps):  # cosine to 0, without warm-up (SnD 
 # ---- Workshop: not needed to understand the method ----
 
 
-# ------------------------------------------------------------------------------------------------ the loss, in blocks
+# -------------------------------------------------------------------------------- the loss, in blocks
 
 
 class BlockedLoss(torch.autograd.Function):
     """`distill_loss` of the logits x W' and y V', a block of tokens at a time, and the teacher's entropy.
 
-    No (N, K) tensor ever exists, which would take 0.7 GB each at the paper's size. The gradient is linear in the incoming
-    one, so that of each block is computed while its logits are there. The entropy is the part of the loss that nothing
-    can learn.
+    No (N, K) tensor ever exists, which would take 0.7 GB each at the paper's size. The gradient is linear in the
+    incoming one, so that of each block is computed while its logits are there. The entropy is the part of the loss that
+    nothing can learn.
     """
 
     @staticmethod
@@ -387,7 +391,7 @@ class BlockedLoss(torch.autograd.Function):
         return grad * grad_x, grad * grad_W, None, None, None, None, None
 
 
-# ------------------------------------------------------------------------------------------------ triplets and operators
+# -------------------------------------------------------------------------------- triplets and operators
 
 
 def prepare(args):
@@ -397,7 +401,8 @@ def prepare(args):
         scenes = [scene.subset([i for i, frame in enumerate(scene.frames) if frame.depth]) for scene in scenes]
         scenes = [scene for scene in scenes if len(scene) >= 3]
         if not scenes:
-            raise data.DataError(f"{args.scene_dir}: no scene has measured depth for three views; use --geometry mvsplat")
+            raise data.DataError(f"{args.scene_dir}: no scene has measured depth for three views; "
+                                 "use --geometry mvsplat")
     if args.masks == "files" and not any(frame.mask for scene in scenes for frame in scene.frames):
         print("no instance masks: SLIC superpixels stand in (folder masks/ beside images/ is read when it is there)")
     source = Source(scenes, args, lift.load_vit(args.model).patch)
@@ -422,18 +427,17 @@ def schedule(count, draws, seed) -> list[int]:
 
 
 def has_triplet(scene, target=None) -> bool:
-    try:
-        return bool(data.sample_triplet(scene, torch.Generator().manual_seed(0), None if target is None else [target]))
-    except data.DataError:
-        return False
+    with contextlib.suppress(data.DataError):
+        return bool(data.sample_triplet(scene, torch.Generator(), None if target is None else [target]))
+    return False
 
 
 def hold_out(scenes, count, seed, whole=None):
     """-> training scenes, and triplets [(scene, indices)] whose targets are never trained on.
 
-    Held out are the scenes of the part `val`; of a single scene, every eighth view as a target. `whole` are the scenes as
-    they were read, where `scenes` lacks some of them or of their views: what is held out then stays the same, here and in
-    05_probe.py.
+    Held out are the scenes of the part `val`; of a single scene, every eighth view as a target. `whole` are the scenes
+    as they were read, where `scenes` lacks some of them or some views: what is held out does not depend on what can be
+    used, so that 05_probe.py holds out the same.
     """
     usable = [scene for scene in scenes if has_triplet(scene)]
     for scene in scenes:
@@ -475,8 +479,9 @@ def triplet_operator(
     """`splat_features` as a matrix on the 2N context tokens; both agree to rounding."""
     index, weight = lift_weights(t, grid, upscale, drop_unmatched)
     opacities = gaussians.opacities * (weight.sum(1) > 0)
+    camera = torch.linalg.inv(t.c2w[2]), t.K[2], *t.images.shape[-2:]
     return splat.splat_operator(gaussians.means, gaussians.covariances, opacities, index, weight, 2 * grid[0] * grid[1],
-                                torch.linalg.inv(t.c2w[2]), t.K[2], *t.images.shape[-2:], grid, t.masks[2], blend, downscale)
+                                *camera, grid, t.masks[2], blend, downscale)
 
 
 def splat_in_blocks(tokens, gaussians, t, grid, *steps):
@@ -488,34 +493,37 @@ def splat_in_blocks(tokens, gaussians, t, grid, *steps):
 
 def jitter(images: Tensor, seed) -> Tensor:
     """Brightness, contrast and saturation changed by up to 40 % each; images (B, 3, H, W)."""
-    brightness, contrast, saturation = (0.6 + 0.8 * torch.rand(3, generator=torch.Generator().manual_seed(seed))).tolist()
+    factors = 0.6 + 0.8 * torch.rand(3, generator=torch.Generator().manual_seed(seed))
+    brightness, contrast, saturation = factors.tolist()
     images = images * brightness
-    for centre, factor in ((images.mean((1, 2, 3), keepdim=True), contrast), (images.mean(1, keepdim=True), saturation)):
+    grey, colourless = images.mean((1, 2, 3), keepdim=True), images.mean(1, keepdim=True)
+    for centre, factor in ((grey, contrast), (colourless, saturation)):
         images = centre + factor * (images - centre)
     return images.clamp(0, 1)
 
 
 class Source:
-    """Makes a step's samples: loads the views of a triplet, reconstructs them, and keeps their splat operators on disk.
+    """Makes a step's samples: loads a triplet's views, reconstructs them, and keeps the splat operators on disk.
 
-    The file of an operator is named after all that it depends on: cameras and files of the three views, the geometry and
-    its weights, masks, blending and sizes. So runs with other seeds, losses or backbones of one patch size share it, and a
+    An operator's file is named after all that it depends on: cameras and files of the three views, the geometry and its
+    weights, masks, blending and sizes. So runs with other seeds, losses or backbones of one patch size share it, and a
     stale one is never read.
     """
 
     def __init__(self, scenes, args, patch):
         self.args, self.patch = args, patch
-        self.sizes = {scene.name: data.fit_size(scene, args.pixels, patch) for scene in scenes}  # a subset keeps the name
+        self.sizes = {scene.name: data.fit_size(scene, args.pixels, patch) for scene in scenes}
         for name, size in self.sizes.items():
             if min(size) < 2 * patch:
-                raise ValueError(f"--pixels {args.pixels} leaves {name} fewer than 2x2 patches of {patch} pixels; raise it")
+                raise ValueError(f"--pixels {args.pixels} leaves {name} fewer than 2x2 patches of {patch} pixels")
         self.steps = args.blend, args.upscale, args.drop_unmatched, args.downscale  # what `splat_features` is told
         self.use(lift.load_mvsplat(args.mvsplat).to(args.device) if args.geometry == "mvsplat" else None)
 
     def use(self, net):
         """Takes `net` as the geometry from here on."""
         self.net = net
-        self.facts = [self.args.geometry, weights_id(net), *self.steps, self.args.masks, self.patch, splat.OPERATOR_FORMAT]
+        how = self.args.geometry, weights_id(net), *self.steps, self.args.masks, self.patch
+        self.facts = [*how, splat.OPERATOR_FORMAT]
 
     def grid(self, t: splat.Triplet):  # (h, w)
         return tuple(side // self.patch for side in t.images.shape[-2:])
@@ -605,13 +613,14 @@ def ahead(function, items, count=4):
                 future.cancel()
 
 
-# ------------------------------------------------------------------------------------------------ fine-tuning MVSplat (SnD A.3)
+# -------------------------------------------------------------------------------- fine-tuning MVSplat (SnD A.3)
 
 
 def covisible_pixels(depth: Tensor, K: Tensor, c2w: Tensor, target=2) -> Tensor:
-    """(H, W) bool: the pixels of view `target` that view 0 or 1 sees too; depth (V, H, W), K (V, 3, 3), c2w (V, 4, 4)."""
+    """(H, W) bool: the pixels of view `target` that view 0 or 1 sees too, from depth (V, H, W) and the cameras."""
     w2c = torch.linalg.inv(c2w)
-    checks = [lift.cross_check(depth[target], depth[v], K[target], K[v], w2c[v] @ c2w[target]) for v in (0, 1) if v != target]
+    checks = [lift.cross_check(depth[target], depth[v], K[target], K[v], w2c[v] @ c2w[target])
+              for v in (0, 1) if v != target]
     return (torch.stack(checks).amax(0) > 0.5) & (depth[target] > 0)
 
 
@@ -619,7 +628,8 @@ def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
     """1 - SSIM over windows of 7x7 pixels (Wang et al. 2004): two pictures (3, H, W) -> (3, H, W)."""
     mean = lambda x: F.avg_pool2d(x, 7, 1, 3, count_include_pad=False)
     mean_a, mean_b = mean(a), mean(b)
-    variance_a, variance_b, covariance = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
+    variance_a, variance_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
+    covariance = mean(a * b) - mean_a * mean_b
     return 1 - ((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
                 / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))
 
@@ -652,7 +662,7 @@ def geometry_loss(net, t: splat.Triplet, depth_weight: float, bf16=False) -> Ten
     # Not divided by alpha: a network that hides what it cannot explain must not gain by it.
     image = splat.render_target(gaussians, colours, t).features.permute(2, 0, 1)
     mse, structure = photometric(image, t.images[2], judged_pixels(t))
-    # Differs: MVSplat adds 0.05 LPIPS to the squared error, which needs a downloaded network; here it is 0.05 (1 - SSIM).
+    # Differs: MVSplat adds 0.05 LPIPS to the squared error, which needs a downloaded network; we add 0.05 (1 - SSIM).
     loss = mse + 0.05 * structure
     if depth_weight and t.depth is not None and (t.depth[:2] > 0).any():
         # Differs: MVSplat is never shown depth; --depth_weight adds the log depth error where depth is measured.
@@ -661,8 +671,8 @@ def geometry_loss(net, t: splat.Triplet, depth_weight: float, bf16=False) -> Ten
 
 
 @torch.no_grad()
-def judge(gaussians, colours, t: splat.Triplet):
-    """-> novel view (3, H, W), its depth (H, W), scores: PSNR, SSIM, share covered, and AbsRel of the contexts' depth."""
+def judge(gaussians, colours, t: splat.Triplet) -> dict:
+    """PSNR, SSIM and the share covered of the splatted target view; AbsRel of the contexts' depth where measured."""
     render = splat.render_target(gaussians, colours, t)
     covered, where = render.alpha >= splat.COVERED, judged_pixels(t)
     image = (render.features / render.alpha.clamp(min=1e-6)[..., None]).permute(2, 0, 1) * covered
@@ -672,7 +682,7 @@ def judge(gaussians, colours, t: splat.Triplet):
     if t.depth is not None and (known := t.depth[:2] > 0).any():
         z = lift.view_depth(gaussians, t.c2w[:2], *covered.shape)
         scores["AbsRel"] = ((z - t.depth[:2]).abs() / t.depth[:2])[known].mean().item()
-    return image, render.depth * covered, scores
+    return scores
 
 
 def finetune_geometry(source, scenes, heldout, run):
@@ -680,8 +690,8 @@ def finetune_geometry(source, scenes, heldout, run):
     folder = run.out / "geometry"
     made = folder / "mvsplat.safetensors"
     if made.exists() and not run.args.resume and not run.path.exists():
-        raise ValueError(f"{made}: belongs to a run that was not finished; --resume goes on, another --out starts afresh, or "
-                         "remove the file")
+        raise ValueError(f"{made}: is of a run that was not finished; --resume goes on, another --out starts afresh, "
+                         "or remove the file")
     if run.first:
         train_geometry(source, scenes, heldout, folder)
     if run.world > 1:
@@ -695,16 +705,17 @@ def train_geometry(source, scenes, heldout, folder):
     if args.depth_weight and not any(frame.depth for scene in scenes for frame in scene.frames):
         raise data.DataError(f"{args.scene_dir}: no measured depth for --depth_weight; leave it at 0")
     names = "scene_dir near far mvsplat pixels geometry_lr depth_weight bf16 seed device resume save_minutes".split()
-    own = argparse.Namespace(out=str(folder), max_steps=args.finetune_geometry, **{name: getattr(args, name) for name in names})
+    same = {name: getattr(args, name) for name in names}
+    own = argparse.Namespace(**same, out=str(folder), max_steps=args.finetune_geometry)
     optimiser = torch.optim.Adam(net.parameters(), args.geometry_lr)
     run = Run(own, {"mvsplat": (net, dict(net.named_parameters()))}, optimiser, name="fine-tune MVSplat")
     if run.start == own.max_steps and (folder / "result.json").exists():
         return
     load = lambda place: splat.load_triplet(*place, source.sizes[place[0].name], args.device)
-    batches = ahead(lambda step: load(draw_triplets(scenes, 1, args.seed + step)[0]), range(run.start, own.max_steps))
-    for step, t in zip(run, batches):
-        # Differs: of the optimiser SnD says the number of steps alone; ours is Adam with a short warm-up, cosine decay and
-        # gradients cut to length 0.5.
+    draw = lambda step: load(draw_triplets(scenes, 1, args.seed + step)[0])
+    for step, t in zip(run, ahead(draw, range(run.start, own.max_steps))):
+        # Differs: of the optimiser SnD says the number of steps alone; ours is Adam with a short warm-up, cosine decay
+        # and gradients cut to length 0.5.
         decay = 0.5 * (1 + math.cos(math.pi * step / own.max_steps))
         optimiser.param_groups[0]["lr"] = args.geometry_lr * min(decay, 20 * (step + 1) / own.max_steps)
         optimiser.zero_grad(set_to_none=True)
@@ -714,25 +725,23 @@ def train_geometry(source, scenes, heldout, folder):
         run.check(norm, t.name, "gradient")
         optimiser.step()
         run.log(triplet=t.name, loss=loss.item(), lr=optimiser.param_groups[0]["lr"])
-    report_geometry(net.eval(), lift.load_mvsplat(args.mvsplat).to(args.device), [load(place) for place in heldout], folder)
+    before = lift.load_mvsplat(args.mvsplat).to(args.device)
+    report_geometry(before, net.eval(), [load(place) for place in heldout], folder)
 
 
-def report_geometry(net, before, heldout, folder):
+@torch.no_grad()
+def report_geometry(before, net, heldout, folder):
     """Saves the network; prints the scores of held-out views beside those of the start and of measured depth."""
     lift.save_tensors(folder / "mvsplat.safetensors", net.state_dict())
-    with torch.no_grad():
-        judged = {name: [judge(*splat.reconstruct("mvsplat", t, network), t) for t in heldout]
-                  for name, network in (("start", before), ("fine-tuned", net))}
+    judged = {name: [judge(*splat.reconstruct("mvsplat", t, network), t) for t in heldout]
+              for name, network in (("start", before), ("fine-tuned", net))}
     judged["depth"] = [judge(*splat.reconstruct("depth", t), t) for t in heldout if t.depth is not None]
-    table = {name: mean_scores([scores for *_, scores in views]) for name, views in judged.items() if views}
-    rows = [[*t.images, image, 2 * (image - t.images[2]).abs(), data.colour_depth(depth.cpu())]
-            for t, (image, depth, _) in zip(heldout[:6], judged["fine-tuned"])]
-    headings = ["context", "context", "target", "splatted", "error x 2", "its depth"]
-    picture = data.picture_grid(folder / "geometry.png", headings, [[x.cpu() for x in row] for row in rows])
+    table = {name: mean_scores(scores) for name, scores in judged.items() if scores}
     data.write_whole(folder / "result.json", json.dumps(table, indent=1).encode())
-    print(f"MVSplat on {len(heldout)} held-out triplets  ->  {picture}")
+    print(f"MVSplat on {len(heldout)} held-out triplets  ->  {folder / 'mvsplat.safetensors'}")
     for name, scores in table.items():
-        print(f"  {name:<10} " + ", ".join(f"{key} {value:.{2 if key == 'PSNR' else 3}f}" for key, value in scores.items()))
+        shown = (f"{key} {value:.{2 if key == 'PSNR' else 3}f}" for key, value in scores.items())
+        print(f"  {name:<10} {', '.join(shown)}")
 
 
 def mean_scores(scores: list[dict]) -> dict:  # of each name over those that have it
@@ -740,21 +749,22 @@ def mean_scores(scores: list[dict]) -> dict:  # of each name over those that hav
     return {name: sum(values) / len(values) for name, values in columns.items() if values}
 
 
-# ------------------------------------------------------------------------------------------------ a run that cannot be lost
+# -------------------------------------------------------------------------------- a run that cannot be lost
 
 
 class Run:
-    """`for step in run`: the steps of a training run, kept so that it can be stopped or killed at any moment and goes on.
+    """`for step in run`: the steps of a training run that can be stopped or killed at any moment, and goes on.
 
-    In the folder args.out lie log.jsonl, settings.json and the last two checkpoints. `--resume` goes on from the newer one
-    that is whole. On a CPU the continued run comes to the same bits as one that was never stopped. Uses args.out,
-    args.max_steps, args.resume and args.save_minutes; all other settings must stay the same when a run goes on.
+    In the folder args.out lie log.jsonl, settings.json and the last two checkpoints. With args.resume it goes on from
+    the newer one that is whole. On a CPU it then comes to the same bits as a run that was never stopped. args.max_steps
+    are the steps in all, and args.save_minutes pass between checkpoints.
     """
 
-    FREE = "out device resume save_minutes heldout eval_every operators grad_checkpoint because no_blend".split()  # may change
+    # What may change when a run goes on; all other settings must stay the same.
+    FREE = "out device resume save_minutes heldout eval_every operators grad_checkpoint because no_blend".split()
 
     def __init__(self, args, networks, optimiser, generator=None, rank=0, world=1, name="distil"):
-        """networks: {name: (module, names of those of its parameters that change)}; generator: whose state is kept, if any."""
+        """networks: {name: (module, the names of its parameters that change)}; generator: one to keep, if any."""
         self.args, self.networks, self.optimiser, self.generator = args, networks, optimiser, generator
         self.out, self.rank, self.world, self.name = Path(args.out), rank, world, name
         self.first = rank == 0  # it alone writes
@@ -772,7 +782,7 @@ class Run:
         self.asked, self.clock = False, time.monotonic()
         if self.first:
             self.open_log()
-        self.bar = tqdm(range(self.start, self.args.max_steps), initial=self.start, total=self.args.max_steps, desc=self.name,
+        self.bar = tqdm(range(self.start, self.args.max_steps), self.name, self.args.max_steps, initial=self.start,
                         unit="step", disable=not self.first)
         before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         saved = time.monotonic()
@@ -793,8 +803,8 @@ class Run:
     def check(self, value, what, kind="loss"):
         """Stops the run where the loss of `what`, e.g. the triplets of the step, is not a finite number."""
         if not math.isfinite(value):
-            raise ValueError(f"step {self.step}: the {kind} is {float(value)} for {what}; start again with a lower learning rate "
-                             "and another --out")
+            raise ValueError(f"step {self.step}: the {kind} is {float(value)} for {what}; start again with a lower "
+                             "learning rate and another --out")
 
     def log(self, show=("loss",), **values):
         """Adds a line to log.jsonl; the numbers named in `show` stand beside the bar as well."""
@@ -839,7 +849,7 @@ class Run:
             self.generator.set_state(tensors["generator"])
 
     def find(self):
-        """-> (step, tensors) to go on from, or (0, None). Refuses, in one line, to lose a run that is not finished."""
+        """-> (step, tensors) to go on from, or (0, None). Refuses to lose a run that is not finished."""
         found = [path for path in (self.path, self.previous) if path.exists()]
         if not found:
             return 0, None
@@ -853,19 +863,21 @@ class Run:
         if not self.args.resume and step < old["max_steps"]:
             raise ValueError(f"{path}: a run stopped here at step {step} of {old['max_steps']}; --resume goes on, "
                              "another --out starts afresh, or remove the file")
-        changed = [f"{key} {old.get(key)} -> {value}" for key, value in self.settings.items() if old.get(key) != value]
+        changed = [f"{key} {old.get(key)} -> {new}" for key, new in self.settings.items() if old.get(key) != new]
         if self.args.resume and changed:
-            raise ValueError(f"{path}: was made with other settings ({', '.join(changed)}); use the old ones or another --out")
+            raise ValueError(f"{path}: was made with other settings ({', '.join(changed)}); use the old ones or "
+                             "another --out")
         return (step, tensors) if self.args.resume else (0, None)
 
     def open_log(self):
-        """Keeps the lines of log.jsonl before the step where the run goes on, and removes what is left of other runs."""
+        """Keeps the lines of log.jsonl before the step to go on from; removes what is left of other runs."""
         lines, path = [], self.out / "log.jsonl"
         for line in path.read_text().splitlines() if self.start and path.exists() else []:
             with contextlib.suppress(ValueError):  # the line that was being written when the power went
                 lines += [line] if json.loads(line)["step"] < self.start else []
         finished = [] if self.start else [self.path, self.previous]
-        for file in (*finished, *self.out.glob(".*.[0-9]*.[0-9]*")):  # the latter are files that a kill left half written
+        half_written = self.out.glob(".*.[0-9]*.[0-9]*")  # by a run that was killed
+        for file in (*finished, *half_written):
             file.unlink(missing_ok=True)
         data.write_whole(path, "".join(line + "\n" for line in lines).encode())
         data.write_whole(self.out / "settings.json", json.dumps(vars(self.args), indent=1).encode())
@@ -884,7 +896,7 @@ def read_run(path):  # -> step, settings, tensors
         raise ValueError(f"{path}: not a whole checkpoint of this stage; remove it to start again") from None
 
 
-# ------------------------------------------------------------------------------------------------ more than one process
+# -------------------------------------------------------------------------------- more than one process
 
 
 def processes(args, batch):
@@ -930,7 +942,7 @@ def average_gradients(model, world):
 
 
 def few_threads(args):
-    """The tensors of preset tiny are so small that a second thread costs more than it brings: 23 s for 40 steps, 19 s without."""
+    """One thread for preset tiny: its tensors are so small that a second one costs time (40 steps: 23 s, not 19 s)."""
     if args.preset == "tiny" and args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
@@ -945,7 +957,7 @@ def what_changes(student, teacher, args):  # of both networks, by name: what a c
     return {"student": (student, names), "teacher": (teacher, followed)}
 
 
-# ------------------------------------------------------------------------------------------------ measuring agreement
+# -------------------------------------------------------------------------------- measuring agreement
 
 
 class Agreement(NamedTuple):
@@ -957,12 +969,20 @@ class Agreement(NamedTuple):
         return f"matching {100 * self.matching:.1f} %, cosine {self.cosine:.3f}, effective rank {self.rank:.1f}"
 
 
-class Seen(NamedTuple):
-    """A triplet that agreement is measured on; on the CPU, as there are many."""
+class Judged(NamedTuple):
+    """A held-out triplet that agreement is measured on. It waits on the CPU, as there are many."""
 
     place: tuple  # (scene, indices)
     images: Tensor  # (3, 3, H, W)
     operator: splat.SplatOperator  # what `plain_operator` makes of it
+
+
+def judged_triplets(source, heldout) -> list[Judged]:
+    found = []
+    for place in tqdm(heldout, desc="held-out triplets", leave=False):
+        t = source.load(*place)
+        found.append(Judged(place, t.images.cpu(), plain_operator(source, t).to("cpu")))
+    return found
 
 
 def plain_operator(source, t: splat.Triplet) -> splat.SplatOperator:
@@ -975,7 +995,7 @@ def plain_operator(source, t: splat.Triplet) -> splat.SplatOperator:
 
 
 def effective_rank(tokens: Tensor) -> float:
-    """(M, C) -> in how many directions they vary: exp(entropy of the normalised singular values) (Roy and Vetterli 2007)."""
+    """(M, C) -> in how many directions they vary: exp of the singular values' entropy (Roy and Vetterli 2007)."""
     centred = (tokens - tokens.mean(0)).double()
     squared = torch.linalg.eigvalsh(centred.T @ centred)  # the squares of the singular values, from C x C numbers
     share = F.normalize(squared.clamp_min(0).sqrt(), p=1, dim=0)
@@ -983,7 +1003,7 @@ def effective_rank(tokens: Tensor) -> float:
 
 
 def nearest_token(x: Tensor, splatted: Tensor, valid: Tensor):
-    """-> the valid places (M,), the place of the splatted token that is nearest to x there (M,), cosines at the same place."""
+    """-> the valid places (M,), where the splatted token nearest to x's is (M,), the cosines at the same place (M,)."""
     at = valid.nonzero()[:, 0]
     similarity = F.normalize(x[at], dim=1) @ F.normalize(splatted[at], dim=1).T
     return at, at[similarity.argmax(1)], similarity.diagonal()
@@ -1004,12 +1024,12 @@ def relative_tokens(vit, triplets, device="cpu"):
 
 
 @torch.no_grad()
-def agreement(vit, triplets: list[Seen], device="cpu") -> Agreement:
-    """How well `vit` agrees with itself across views: its tokens of the target against its splatted tokens of the contexts.
+def agreement(vit, triplets: list[Judged], device="cpu") -> Agreement:
+    """How well `vit` agrees with itself across views: its tokens of the target against those splatted into it.
 
-    Only what is in the picture counts, as tokens are taken relative to the mean token of their place: features that know
-    their place alone would match in 2 of 3 cases, as views move little, and a part that all tokens share would make any
-    cosine good. Collapsed features match by chance.
+    Only what is in the picture counts, as tokens are taken relative to the mean token of their place. Features that
+    know their place alone would match in 2 of 3 cases, as views move little, and a part that all tokens share would
+    make any cosine good. Collapsed features match by chance.
     """
     tokens, right, cosines, total = relative_tokens(vit, triplets, device), 0, 0.0, 0
     for t, x in zip(triplets, tokens):
@@ -1017,46 +1037,32 @@ def agreement(vit, triplets: list[Seen], device="cpu") -> Agreement:
         right += (places_off(at, found, t.images.shape[-1] // vit.patch) <= 1).sum().item()
         cosines, total = cosines + cosine.sum().item(), total + len(at)
     if not total:
-        raise data.DataError(f"{triplets[0].place[0].name}: the splatted contexts cover no token of the target; give --near and "
-                             "--far in the scene's unit (python 01_data.py shows the range that was taken)")
+        raise data.DataError(f"{triplets[0].place[0].name}: the splatted contexts cover no token of the target; give "
+                             "--near and --far in the scene's unit (python 01_data.py shows the range that was taken)")
     return Agreement(right / total, cosines / total, effective_rank(torch.cat([x[2] for x in tokens])))
 
 
-class Measurement:
-    """The held-out triplets, and the agreement of the ViT that the run starts from."""
-
-    def __init__(self, source, heldout, before):
-        self.device, self.triplets = source.args.device, []
-        for place in tqdm(heldout, desc="held-out triplets", leave=False):
-            t = source.load(*place)
-            self.triplets.append(Seen(place, t.images.cpu(), plain_operator(source, t).to("cpu")))
-        self.before = self.of(before)
-
-    def of(self, vit) -> Agreement:
-        return agreement(vit, self.triplets, self.device)
+# -------------------------------------------------------------------------------- what a run ends with
 
 
-# ------------------------------------------------------------------------------------------------ what a run ends with
-
-
-def finish(args, before, adapted, teacher, measured, source):
+def finish(source, before, adapted, teacher, judged, start: Agreement):
     """Saves the student; prints the answer beside its baseline, and where everything is."""
-    out, after = Path(args.out), merge_lora(adapted).eval()
+    args, out, after = source.args, Path(source.args.out), merge_lora(adapted).eval()
     lift.save_vit(after, out / "student")
     if not args.full_finetune:
         lift.save_tensors(out / "adapters.safetensors", trained(adapted))
-    final = measured.of(after)
-    pictures = [heldout_picture(out / "heldout.png", before, teacher, after, measured.triplets, source),
-                curve_picture(out / "curve.png", out / "log.jsonl", measured.before, args)]
-    names = [splat.name_of(*t.place) for t in measured.triplets]
-    result = dict(before=measured.before._asdict(), after=final._asdict(), heldout=names)
+    end = agreement(after, judged, args.device)
+    pictures = [heldout_picture(out / "heldout.png", before, teacher, after, judged, source),
+                curve_picture(out / "curve.png", out / "log.jsonl", start, args)]
+    names = [splat.name_of(*t.place) for t in judged]
+    result = dict(before=start._asdict(), after=end._asdict(), heldout=names)
     data.write_whole(out / "result.json", json.dumps(result, indent=1).encode())
-    print(f"{len(names)} held-out triplets\n  before: {measured.before}\n  after:  {final}\n  ->  ", end="")
-    print(*pictures, out / "student", sep=", ")
+    print(f"{len(names)} held-out triplets\n  before: {start}\n  after:  {end}")
+    print("  -> ", ", ".join(map(str, [*pictures, out / "student"])))
 
 
 @torch.no_grad()
-def heldout_picture(path, before, teacher, after, triplets: list[Seen], source):
+def heldout_picture(path, before, teacher, after, triplets: list[Judged], source):
     """Rows are held-out targets: target | student before | teacher's goal | student after; one PCA basis a row."""
     rows, of_target = [], {(s.place[0].name, s.place[1][2]): s for s in reversed(triplets)}
     for place, *_ in list(of_target.values())[:-7:-1]:
@@ -1087,7 +1093,7 @@ def curve_picture(path, log, before: Agreement, args):
     return data.picture_grid(path, [""] * len(charts), [charts], scale=1)
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# -------------------------------------------------------------------------------- command line
 
 HELP = {  # of the flags that a preset sets
     "model": "ViT to start from: 'tiny', a published name such as dinov2_vits14, a file or folder",
@@ -1111,25 +1117,28 @@ HELP = {  # of the flags that a preset sets
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Distil 3D-aware features: student and EMA teacher, splatted targets (SnD).")
+    parser = argparse.ArgumentParser(description="Distil 3D-aware features: student, EMA teacher, splatted targets.")
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     data.scene_flags(parser, "out/04_distill")
     add("--preset", choices=list(PRESETS), help="vits and vitb are the paper's setting, tiny takes minutes on a CPU; "
         "default: vits on a CUDA machine, tiny elsewhere")
     for name, value in PRESETS["tiny"].items():
+        kind = dict(type=data.positive if isinstance(value, int) else type(value))
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else kind
         values = ", ".join(f"{preset}: {settings[name]}" for preset, settings in PRESETS.items())
-        kind = dict(action=argparse.BooleanOptionalAction) if value in (True, False) and isinstance(value, bool) else \
-            dict(type=data.positive if isinstance(value, int) else type(value))
         add(f"--{name}", help=f"{HELP[name]} ({values})", **kind)
-    add("--geometry", choices=("mvsplat", "sweep", "depth"), default="mvsplat", help="learned, stereo by hand, or measured depth")
-    add("--finetune_geometry", type=int, default=0, metavar="STEPS", help="first adapt MVSplat to the scenes; the paper has 40000")
+    add("--geometry", choices=("mvsplat", "sweep", "depth"), default="mvsplat",
+        help="learned, stereo by hand, or measured depth")
+    add("--finetune_geometry", type=int, default=0, metavar="STEPS",
+        help="first adapt MVSplat to the scenes, for so many steps; 40000 in the paper")
     add("--geometry_lr", type=float, default=2e-4, help="its peak learning rate; halve it when its loss jumps")
-    add("--depth_weight", type=float, default=0.0, help="weight of the log depth error in its loss, where depth is measured; try 0.05")
+    add("--depth_weight", type=float, default=0.0,
+        help="weight of the log depth error in its loss, where depth is measured; try 0.05")
     add("--operators", default="out/operators", help="folder of splat operators; runs with the same scenes share it")
     flag("--online", help="no operators: lift, splat and blend all channels in each step")
     flag("--grad_checkpoint", help="compute activations twice instead of keeping them, when memory runs out")
     add_ablations(parser)
-    add("--heldout", type=data.positive, default=24, help="held-out triplets that are measured before, during and after")
+    add("--heldout", type=data.positive, default=24, help="held-out triplets, measured before, during and after")
     add("--eval_every", type=data.positive, help="steps between these measurements; default: six a run")
     add("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")
     flag("--resume", help="go on from the checkpoint in --out")
@@ -1137,29 +1146,32 @@ def parse(argv):
 
 
 def add_ablations(parser):
-    """The flags of the paper's Table 5, and of what it leaves open."""
+    """The flags of the paper's Table 5, and of what the paper leaves open."""
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
-    flag("--no_blend", help="as --blend 1 (Table 5 A). The paper trains its student for correspondence so (Sec. 4.1), and the one "
-         "for depth, normals and segmentation with blending; its model card has a release of each")
+    flag("--no_blend", help="as --blend 1 (Table 5 A). The paper trains its student for correspondence like this "
+         "(Sec. 4.1), that for depth, normals and segmentation with blending; its model card has a release of each")
     add("--upscale", choices=("masks", "bilinear"), default="masks", help="mask-aware or plain upscaling (Table 5 B)")
     add("--loss", choices=("distill", "cosine", "feature", "correspondence"), default="distill",
-        help="cross-entropy over prototypes, or on the tokens themselves: cosine (Table 5 C), L1 (G, with --frozen_teacher), or "
-             "contrast of places (as MEF, with --no_blend --upscale bilinear)")
-    flag("--frozen_teacher", help="the teacher stays as it starts (Table 5 D; with --no_blend --upscale bilinear H)")
+        help="cross-entropy over prototypes, or on the tokens themselves: cosine (Table 5 C), L1 (G, with "
+             "--frozen_teacher), or contrast of places (as MEF, with --no_blend --upscale bilinear)")
+    flag("--frozen_teacher", help="the teacher stays as it starts (Table 5 D; H with --no_blend --upscale bilinear)")
     add("--target", choices=("novel", "context", "image"), default="novel",
-        help="the view that both contexts are splatted into and that the student sees: a third one, or one of the two contexts "
-             "(Table 5 E); `image` splats nothing: the teacher looks at the target itself, jittered in colour (control without 3D)")
-    add("--masks", choices=("files", "superpixels"), default="files", help="superpixels also stand in for missing files (Table 5 F)")
+        help="the view that both contexts are splatted into and that the student sees: a third one, or one of the two "
+             "(Table 5 E). `image` splats nothing: the teacher sees the target itself, jittered (control without 3D)")
+    add("--masks", choices=("files", "superpixels"), default="files",
+        help="superpixels also stand in for missing files (Table 5 F)")
     add("--blend", type=float, default=0.5, help="alpha of SnD Eq. 4")
     flag("--drop_unmatched", help="do not lift pixels where Eq. 3 is 0/0")
-    add("--downscale", choices=tuple(splat.TAPS), default="bilinear", help="from pixels to tokens: at a patch's centre, or its mean")
+    add("--downscale", choices=tuple(splat.TAPS), default="bilinear",
+        help="from pixels to tokens: at a patch's centre, or the patch's mean")
     flag("--shared_head", help="the teacher uses the student's head, not an EMA of it")
 
 
 def settle(args):
     """Fills in what the preset sets; args.because says why it was taken."""
     cuda = torch.cuda.is_available()
-    args.because = "asked for" if args.preset else "a CUDA machine" if cuda else "no CUDA device; vits is the paper's setting"
+    taken = "a CUDA machine" if cuda else "no CUDA device; vits is the paper's setting"
+    args.because = "asked for" if args.preset else taken
     args.preset = args.preset or ("vits" if cuda else "tiny")
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
@@ -1177,8 +1189,8 @@ def main(argv=None):
         rank, world = processes(args, args.batch)
         few_threads(args)
         weights = f" ({args.mvsplat} weights)" if args.geometry == "mvsplat" else ""
-        print(f"preset {args.preset} ({args.because}): {args.model} ViT at about {args.pixels} pixels, {args.max_steps} steps, "
-              f"{args.geometry} geometry{weights}, on {args.device}")
+        print(f"preset {args.preset} ({args.because}): {args.model} ViT at about {args.pixels} pixels, "
+              f"{args.max_steps} steps, {args.geometry} geometry{weights}, on {args.device}")
         distil(args, rank, world)
 
 
