@@ -1411,7 +1411,7 @@ def evaluate(teacher, scenes, size, views=20, seed=0) -> dict:
     if not scores:
         raise data.DataError("no scene has a view with measured depth to compare with; give another --scene_dir")
     return dict(mean=Score(*np.mean(list(scores.values()), axis=0).tolist()), scenes=scores,
-                rank=rank_correlation(torch.cat(sure), torch.cat(wrong)), speed=asked_for / seconds)
+                calibration=dict(rank=rank_correlation(torch.cat(sure), torch.cat(wrong))), speed=asked_for / seconds)
 
 
 def score_view(points: Tensor, truth: Tensor, most=5_000):
@@ -1622,7 +1622,7 @@ def measure(args):
           f"{'':10}{'mean':>10}{'median':>10}{'mean':>10}{'median':>10}")
     for name, r in results.items():
         numbers = "".join(f"{value:10.4f}" for value in r["mean"][:4])
-        print(f"{name:10}{numbers}{r['mean'].scale:8.3f}{r['rank']:12.2f}{r['speed']:9.1f}")
+        print(f"{name:10}{numbers}{r['mean'].scale:8.3f}{r['calibration']['rank']:12.2f}{r['speed']:9.1f}")
         r.update(mean=r["mean"]._asdict(), scenes={scene: score._asdict() for scene, score in r["scenes"].items()})
     path = Path(args.out, "result.json")
     data.write_whole(path, json.dumps(results, indent=1).encode())
