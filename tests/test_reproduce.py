@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -292,39 +293,67 @@ def test_an_empty_folder_is_one_line_with_a_remedy(name, tmp_path):
     assert re.fullmatch(rf"{name}: {re.escape(str(tmp_path))}\S* .+; (download|unzip|untar|unpack|take) .+", stopped.value.code)
 
 
+def code_blocks():
+    return re.findall(r"^```\n(.*?)^```", (ROOT / "docs/reproduce.md").read_text(), re.M | re.S)
+
+
 def commands():
-    """The commands in the code blocks of docs/reproduce.md, as lists of words."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/reproduce.md").read_text(), re.M | re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True)) and words[0] in ("python", "torchrun")]
+    """The commands in docs/reproduce.md that start a script of ours, as (script, arguments)."""
+    lines = "".join(code_blocks()).replace("\\\n", " ").splitlines()
+    found = [re.match(r"(?:python|torchrun \S+) ((?:docs/|tests/)?\w+\.py) (.*)", line) for line in lines]
+    return [(m[1], shlex.split(m[2])) for m in found if m]
 
 
 def test_the_stages_accept_the_commands_of_the_recipes():
-    seen = {}
-    for command in commands():
-        script = next(word for word in command if word.endswith(".py") or word == "-c")
-        arguments = command[command.index(script) + 1 :]
+    for script, arguments in commands():
         if script == "docs/convert.py":
             convert.parse(arguments)
-        elif script.removesuffix(".py") in STAGES:
+        else:
             STAGES[script.removesuffix(".py")].parse(arguments)
-        elif script != "-c":
-            assert (ROOT / script).exists(), command
-        seen[script] = seen.get(script, 0) + 1
-    assert set(seen) >= {"docs/convert.py", *(f"{name}.py" for name in STAGES)}
-    assert {c[2] for c in commands() if c[1] == "docs/convert.py"} == set(convert.CONVERTERS)
+    assert {script for script, _ in commands()} == {"docs/convert.py", *(f"{name}.py" for name in STAGES)}
+    assert {arguments[0] for script, arguments in commands() if script == "docs/convert.py"} == set(convert.CONVERTERS)
 
 
-def test_the_first_recipe_runs_on_the_imitation(views, tmp_path, monkeypatch, capsys):
-    """NYUv2's probing as docs/reproduce.md has it, with the built-in model and a few steps."""
+def test_what_the_recipes_convert_is_what_they_use():
+    """Each folder that a command reads was written by a converter, in the layout that the stage expects of this name."""
+    made = {arguments[2] for script, arguments in commands() if script == "docs/convert.py"}
+    for script, arguments in commands():
+        if "--scene_dir" in arguments:
+            folder = arguments[arguments.index("--scene_dir") + 1].split("/")
+            assert folder[0] in made and "/".join(folder[1:]) in ("", "probe", "pairs.txt", "scenes/train"), arguments
+
+
+def test_merging_mef(tmp_path):
+    """The snippet that merges MEF's LoRA factors, on the built-in ViT and factors in MEF's layout."""
+    lift, state = importlib.import_module("02_lift"), {"state_dict": {"refine_conv": {"weight": torch.zeros(1)}}}
+    vit, g = lift.load_vit("tiny"), torch.Generator().manual_seed(0)
+    C = vit.cls_token.shape[-1]
+    for n in range(8):  # query and value of the last four blocks
+        state |= {f"w_a_{n:03}": torch.randn(4, C, generator=g), f"w_b_{n:03}": torch.randn(C, 4, generator=g)}
+    torch.save(state, tmp_path / "dinov2_small.ckpt")
+    (code,) = [re.search(r"python -c '(.*)'", block, re.S)[1] for block in code_blocks() if "w_b_" in block]
+    for name, here in (("dinov2_vits14", "tiny"), ("dinov2_small.ckpt", tmp_path / "dinov2_small.ckpt"), ("mef_small", tmp_path / "mef")):
+        code = code.replace(f'"{name}"', f'"{here}"')
+    exec(code, {})
+    merged, x = lift.load_vit(tmp_path / "mef"), torch.randn(2, C, generator=g)
+    for n, (block, start) in enumerate(zip(merged.blocks, vit.blocks)):
+        added = (block.attn.qkv(x) - start.attn.qkv(x)).chunk(3, 1)
+        m = 2 * (n - len(vit.blocks) + 4)
+        low_rank = [x @ state[f"w_a_{k:03}"].T @ state[f"w_b_{k:03}"].T if m >= 0 else torch.zeros_like(x) for k in (m, m + 1)]
+        for found, wanted in zip(added, (low_rank[0], torch.zeros_like(x), low_rank[1])):
+            assert torch.allclose(found, wanted, atol=1e-3 * C**0.5)
+
+
+def test_the_first_recipe_runs_on_the_imitation(views, tmp_path):
+    """NYUv2 as docs/reproduce.md has it, but for the models, of which the built-in one is here, and the number of steps."""
     nyuv2(tmp_path / "downloads", views)
-    first = next(c for c in commands() if "05_probe.py" in c)
-    replaced = {"downloads/nyuv2": str(tmp_path / "downloads"), "nyuv2": str(converted("nyuv2", tmp_path / "downloads", tmp_path / "nyuv2"))}
-    arguments = [replaced.get(word, word) for word in first[first.index("05_probe.py") + 1 :]]
-    models = [n for n, word in enumerate(arguments) if re.match(r"\w+=", word)]
-    arguments = [word for n, word in enumerate(arguments) if n not in models]
-    at = arguments.index("--models") + 1
-    arguments[at:at] = ["start=tiny", "both=tiny+tiny"]
-    probe.main([*arguments, "--max_steps", "2", "--pixels", "3072", "--device", "cpu", "--out", str(tmp_path / "out")])
+    folder = converted("nyuv2", tmp_path / "downloads", tmp_path / "nyuv2")
+    arguments = next(arguments for script, arguments in commands() if script == "05_probe.py")
+    at = arguments.index("--models")
+    assert len(arguments[at:]) == 4  # the last flag, with three models
+    arguments[arguments.index("--scene_dir") + 1] = str(folder)
+    here = ["--max_steps", "2", "--pixels", "3072", "--device", "cpu", "--out", str(tmp_path / "out")]
+    probe.main([*arguments[:at], "--models", "start=tiny", "fit3d=tiny+tiny", *here])
     scores = json.loads((tmp_path / "out/results.json").read_text())["scores"]
-    assert {"start", "both"} <= set(scores) and all(name in json.dumps(scores["start"]) for name in ("rmse", "RMSE") if name in json.dumps(scores))
+    for model in ("start", "fit3d"):
+        assert {"depth", "normals", "segmentation"} <= set(scores[model])
