@@ -69,12 +69,12 @@ class View(NamedTuple):
 class Scene:
     """Posed views of one place. It holds file names and cameras; pictures are decoded when `view` asks for them."""
 
-    def __init__(self, name, frames, points=None, class_names=None, notes=(), depth_scale=1e-3, kinect=False):
+    def __init__(self, name, frames, depth_scale=1e-3, points=None, notes=(), class_names=None, kinect=False):
         self.name, self.frames = name, frames  # a list of `Frame`, one for each view: files, K, c2w, lens
-        self.points = points  # (M, 3) world points of a sparse reconstruction, or None
-        self.class_names = class_names  # a tuple: what the label ids mean, or None
-        self.notes = list(notes)  # sentences for the user: what was left out or assumed
         self.depth_scale, self.kinect = depth_scale, kinect  # how stored depth is to be read
+        self.points = points  # (M, 3) world points of a sparse reconstruction, or None
+        self.notes = list(notes)  # sentences for the user: what was left out or assumed
+        self.class_names = class_names  # a tuple: what the label ids mean, or None
         self.c2w = torch.from_numpy(np.stack([frame.c2w for frame in frames])).float()  # (V, 4, 4)
         self.pairs = {}  # what `context_pairs` has found so far
 
