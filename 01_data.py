@@ -32,6 +32,7 @@ import re
 import struct
 import sys
 import threading
+import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -521,7 +522,7 @@ def problem_of_camera(frame):
         return f"{frame.image}: its intrinsics are singular (focal lengths {frame.K[0, 0]:g}, {frame.K[1, 1]:g})"
     (height, width), (cx, cy) = frame.size, frame.K[:2, 2]
     zooms = np.array([2 * cx / width, 2 * cy / height])
-    if not (0 < cx < width and 0 < cy < height) or (abs(zooms[0] / zooms[1] - 1) < 0.02 and abs(zooms[0] - 1) > 0.2):
+    if not (0 < cx < width and 0 < cy < height) or (abs(zooms[0] / zooms[1] - 1) < 0.02 and abs(zooms[0] - 1) > 0.12):
         return (f"{frame.image} is {width}x{height}, but its intrinsics put the centre at ({cx:g}, {cy:g}), as for a picture "
                 f"of about {2 * cx:.0f}x{2 * cy:.0f}: scale them to the size of the image")
     if abs(scale - 1) > 0.02:
@@ -608,26 +609,30 @@ def find_file(root, name, where, folders=(), endings=()):
 
 
 def look_for(root, path, endings):  # -> the file at root / path, exact or nearly so; None
-    if (root / path).is_file():
+    if (root / path).is_file() and path.suffix.lower() not in UNREADABLE:
         return root / path
     folder = root
     for part in path.parts[:-1]:
-        folder = folder / part if (folder / part).is_dir() else listing(folder).get(part.lower())
+        folder = folder / part if (folder / part).is_dir() else listing(folder).get(plain(part))
         if folder is None:
             return None
-    there, name = listing(folder), path.name.lower()
-    stem = Path(name).stem if Path(name).suffix in endings else name
+    there, name = listing(folder), plain(path.name)
+    stem = Path(name).stem if Path(name).suffix in (*endings, *UNREADABLE) else name
     near = (there.get(candidate) for candidate in (name, *(stem + end for end in endings)))
     return next((file for file in near if file is not None and file.is_file()), None)
 
 
-def listing(folder):  # -> {name in lower case: path}
+def plain(name):  # alike for names that only the disk's file system tells apart: case, composed and decomposed accents
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def listing(folder):  # -> {plain name: path}
     return listed(folder, folder.stat().st_mtime_ns) if folder.is_dir() else {}
 
 
 @lru_cache(maxsize=64)
 def listed(folder, _changed):
-    return {path.name.lower(): path for path in folder.iterdir()}
+    return {plain(path.name): path for path in folder.iterdir()}
 
 
 def look_alike(path):  # -> words that name a file which may be meant
@@ -652,7 +657,8 @@ def folders_not_read(folder, frames):  # -> sentences that name folders which lo
     others = [d for place in home if place.is_dir() for d in place.iterdir() if d.is_dir() and d.name[0] != "."]
     others = [d for d in others if any(w in d.name.lower() for w in words) and not any(u.is_relative_to(d) for u in used)]
     return [f"ignored: {d.name}/ (maps are read from depth/ masks/ normals/ labels/, with the names of the images)"
-            for d in sorted(set(others)) if any(is_picture(p) or p.suffix == ".npy" for p in d.iterdir())]
+            for d in sorted(set(others)) if any(p.suffix.lower() in (*READABLE, ".npy", ".npz", ".exr", ".pfm")
+                                                for p in d.iterdir())]
 
 
 def maps_beside(image, root):
@@ -694,7 +700,7 @@ def read_transforms(folder):
         raise DataError(f"{file}: has no list 'frames'; is it a nerfstudio file?")
     root = transforms_root(file, meta)
     frames = [transforms_frame(meta, entry, root, f"{file}: frame {n}") for n, entry in enumerate(meta["frames"])
-              if not (isinstance(entry, dict) and entry.get("is_bad") is True)]
+              if not (isinstance(entry, dict) and entry.get("is_bad") in (True, "true", "True"))]
     bad = len(meta["frames"]) - len(frames)
     without_masks = bool(frames) and all(f.two_regions and not f.mask.exists() for f in frames)
     for frame in frames if without_masks else ():
@@ -723,6 +729,10 @@ def spare_pictures(there, frames, expected=0):  # -> sentences about pictures wi
 
 IMAGE_FOLDERS = ("images", "undistorted_images", "resized_undistorted_images", "images_2", "images_4", "images_8")
 MASK_FOLDERS = ("undistorted_anon_masks", "resized_anon_masks", "masks")  # the first two are ScanNet++'s
+
+
+def image_folder(folder):
+    return next((there for name in IMAGE_FOLDERS if (there := listing(folder).get(name)) and there.is_dir()), None)
 
 
 def transforms_root(file, meta):
@@ -795,9 +805,9 @@ def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None,
 
 
 def colmap_models(folder):  # -> the folders of all models of a scene, the one of most images first
-    places = [folder / "sparse", folder / "colmap" / "sparse"]
-    places = [place for home in places if home.is_dir()
-              for place in (home, *sorted((d for d in home.iterdir() if d.is_dir()), key=natural))]
+    homes = [home for home in (folder / "sparse", folder / "colmap" / "sparse") if home.is_dir()]
+    places = [place for home in homes
+              for place in (home, *sorted((d for d in home.iterdir() if d.is_dir()), key=natural))] + [folder]
     models = [p for p in places for kind in ("bin", "txt") if (p / f"cameras.{kind}").exists()]
     return sorted(dict.fromkeys(models), key=colmap_size, reverse=True)
 
@@ -807,8 +817,8 @@ def colmap_size(model):  # about the number of its images, for comparing models
         if (model / "images.bin").exists():
             with open(model / "images.bin", "rb") as file:
                 return struct.unpack("<Q", file.read(8))[0]
-        return sum(line.count(" ") == 9 for line in (model / "images.txt").read_text(errors="replace").splitlines())
-    except (OSError, struct.error):
+        return sum(not are_2d_points(words) for words in colmap_lines(model / "images.txt", 9))
+    except (OSError, ValueError, struct.error):
         return 0
 
 
@@ -821,7 +831,7 @@ def read_colmap(folder):
         raise DataError(f"{error.filename} does not exist; a COLMAP model is cameras and images") from None
     except (struct.error, ValueError, IndexError):
         raise DataError(f"{model}: the COLMAP model is cut off or damaged; export it again") from None
-    root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder / "images")
+    root = image_folder(folder) or folder / "images"
     if not root.is_dir():
         raise DataError(f"{root} does not exist, but {model} is a COLMAP model of images; put them there")
     frames = []
@@ -918,15 +928,20 @@ def colmap_text(model):
     In images.txt an image is one line, and its 2D points are the next one, which may be empty. Programs that write such
     files leave lines out or add some, so a line is told by what is in it: 2D points are numbers in threes.
     """
-    def lines(name, columns):
-        rows = (line.strip() for line in (model / name).read_text().splitlines())
-        return [row.split(None, columns) for row in rows if row and row[0] != "#"]
     numbers = lambda words: tuple(map(float, words))
-    cameras = {int(w[0]): (w[1], round(float(w[2])), round(float(w[3])), numbers(w[4:])) for w in lines("cameras.txt", -1)}
-    poses = [(w[9], int(w[8]), numbers(w[1:5]), numbers(w[5:8])) for w in lines("images.txt", 9) if not are_2d_points(w)]
+    cameras = {int(w[0]): (w[1], round(float(w[2])), round(float(w[3])), numbers(w[4:]))
+               for w in colmap_lines(model / "cameras.txt")}
+    images = [words for words in colmap_lines(model / "images.txt", 9) if not are_2d_points(words)]
+    poses = [(w[9], int(w[8]), numbers(w[1:5]), numbers(w[5:8])) for w in images]
     if not (model / "points3D.txt").exists():
         return cameras, poses, None
-    return cameras, poses, np.array([numbers(w[1:4]) for w in lines("points3D.txt", -1)]).reshape(-1, 3)
+    points = [numbers(w[1:4]) for w in colmap_lines(model / "points3D.txt")]
+    return cameras, poses, np.array(points).reshape(-1, 3)
+
+
+def colmap_lines(file, columns=-1):  # -> the words of each line that is not empty; behind `columns` words the rest is one
+    rows = (line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines())
+    return [row.split(None, columns) for row in rows if row and row[0] != "#"]
 
 
 def are_2d_points(words):
@@ -1030,7 +1045,7 @@ def read_llff(folder):
     backwards, then near and far. Its pictures are those of images/ (or images_4, images_8) in the order of their names."""
     file = folder / "poses_bounds.npy"
     table = np.asarray(decode_map(file), float)
-    root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder)
+    root = image_folder(folder) or folder
     images = sorted((path for path in root.iterdir() if is_picture(path)), key=natural)
     if table.ndim != 2 or table.shape[1] != 17 or len(table) != len(images):
         raise DataError(f"{file}: of shape {table.shape}, but {root} has {len(images)} pictures; it must be one row of 17 "
@@ -1068,10 +1083,10 @@ def settle_depth_unit(scene):
     units = scene.depth_scale * np.geomspace(1e-4, 1e4, 161)
     error = {unit: view_disagreement(scene, frames, unit) for unit in (scene.depth_scale, *units)}
     best = min(error, key=error.get)
-    if error[scene.depth_scale] > 0.1 and error[best] < 0.4 * error[scene.depth_scale]:
-        scene.notes.append(f"warning: depth of neighbouring views differs by {100 * error[scene.depth_scale]:.0f} %; "
+    if error[scene.depth_scale] > 0.015 and error[best] < 0.5 * error[scene.depth_scale]:
+        scene.notes.append(f"warning: depth of neighbouring views differs by {100 * error[scene.depth_scale]:.1f} %; "
                            f"its unit seems wrong: \"depth_unit_scale_factor\": {best:.2g} in transforms.json would give "
-                           f"{100 * error[best]:.0f} %")
+                           f"{100 * error[best]:.1f} %")
 
 
 def ratio_to_points(scene, frames):
@@ -1097,7 +1112,8 @@ def ratio_to_points(scene, frames):
 
 def view_disagreement(scene, frames, unit):  # -> the median relative difference of depth between neighbouring views
     errors = []
-    for a, b in zip(frames[::max(1, len(frames) // 4)], frames[1::max(1, len(frames) // 4)]):
+    step = max(1, len(frames) // 5)
+    for a, b in zip(frames[::step], frames[step::step]):
         first, second = (small_depth(frame) * np.float64(unit) for frame in (a, b))
         rows, cols = np.nonzero(first)
         z = first[rows, cols]
@@ -1310,6 +1326,8 @@ def decode(path, colour=False, least=None, upright=False):
         raise DataError(f"{path}: has more pixels than are read ({2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million); make the "
                         "picture smaller") from None
     except (OSError, SyntaxError, ValueError) as error:
+        if path.suffix.lower() in UNREADABLE:
+            raise DataError(f"{path}: {path.suffix[1:].upper()} files are not read; save it as JPEG or PNG") from None
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
         raise DataError(f"{path}: cannot be decoded ({reason}); restore the file or pass --skip_bad_frames") from None
     if colour and image.has_transparency_data:
