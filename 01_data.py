@@ -115,12 +115,12 @@ class Scene:
 
 
 def depth_range(scene):  # -> near, far, where they come from
-    """Measured depth tells best; then the sparse points that fall inside a picture; else the camera layout must do."""
+    """Measured depth tells best; then the sparse points that a picture shows; else the camera layout must do."""
     # Differs: the official code takes 1 and 100 in the data set's unit, so that nothing nearer than a metre exists;
     # here near and far come from the scene.
     some = [scene.frames[i] for i in np.linspace(0, len(scene) - 1, min(8, len(scene))).astype(int)]
     measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]
-    sparse = [depth_in_view(scene.points, frame) for frame in some if scene.points is not None]
+    sparse = [depth_in_view(scene.points[frame.seen], frame) for frame in some if scene.points is not None]
     for depths, source in ((measured, "measured depth"), (sparse, "sparse points")):
         seen = np.concatenate(depths) if depths else np.zeros(0)
         seen = seen[seen > 0]
@@ -283,6 +283,7 @@ class Frame:
     normal: Path | None = None
     label: Path | None = None
     two_regions: bool = False  # the mask says which pixels are valid: its two sides are two regions
+    seen: object = ...  # which of the scene's sparse points were found in the picture; `...`: nobody says it, any
     upright: bool = False  # the picture is turned as its EXIF tag says, because its camera is that of the upright picture
     problem: str | None = None  # why it cannot be used, where its reader found that out
     notes: tuple = ()  # what was changed to make it fit
@@ -826,7 +827,7 @@ def read_colmap(folder):
     """A COLMAP model: world-to-camera quaternions (w, x, y, z), OpenCV axes, pixel (0, 0) at the top-left corner."""
     model, *others = colmap_models(folder)
     try:
-        cameras, poses, points = (colmap_binary if (model / "cameras.bin").exists() else colmap_text)(model)
+        cameras, poses, place = (colmap_binary if (model / "cameras.bin").exists() else colmap_text)(model)
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist; a COLMAP model is cameras and images") from None
     except (struct.error, ValueError, IndexError):
@@ -834,8 +835,9 @@ def read_colmap(folder):
     root = image_folder(folder) or folder / "images"
     if not root.is_dir():
         raise DataError(f"{root} does not exist, but {model} is a COLMAP model of images; put them there")
-    frames = []
-    for name, camera, quaternion, translation in poses:
+    points = None if place is None else np.array(list(place.values()), float).reshape(-1, 3)
+    frames, row_of = [], {n: row for row, n in enumerate(place or ())}
+    for name, camera, quaternion, translation, ids in poses:
         if camera not in cameras:
             raise DataError(f"{model}: image {name} uses camera {camera}, which the model lacks; export it again")
         image = find_file(root, name, str(model), endings=READABLE)
@@ -843,7 +845,8 @@ def read_colmap(folder):
         w2c = np.eye(4)
         w2c[:3, :3], w2c[:3, 3] = rotation_of(quaternion), translation
         c2w = np.linalg.inv(w2c) if np.isfinite(w2c).all() else w2c  # a pose that is not finite is named later
-        frames.append(Frame(name, image, K, c2w, size, distortion, **maps_beside(image, folder)))
+        seen = [row_of[n] for n in ids if n in row_of]
+        frames.append(Frame(name, image, K, c2w, size, distortion, seen=seen if len(seen) > 9 else ..., **maps_beside(image, folder)))
     frames.sort(key=lambda frame: natural(frame.name))
     notes = [f"ignored: {other.relative_to(folder)}, another model ({colmap_size(other)} images; "
              f"{model.relative_to(folder)} has {len(poses)})" for other in others]
@@ -899,8 +902,9 @@ class Bytes:
         return word
 
 
-def colmap_binary(model):  # -> {id: (name, W, H, params)}, [(image, camera, quaternion, translation)], (M, 3)
-    file, cameras, poses, points = Bytes(model / "cameras.bin"), {}, [], []
+def colmap_binary(model):
+    """-> {id: (name, W, H, params)}, [(image, camera, quaternion, translation, ids of its points)], {id: (x, y, z)} or None"""
+    file, cameras, poses, points = Bytes(model / "cameras.bin"), {}, [], {}
     for _ in range(file.take("Q")[0]):
         identity, kind, width, height = file.take("iiQQ")
         if kind not in COLMAP_MODELS:
@@ -910,16 +914,18 @@ def colmap_binary(model):  # -> {id: (name, W, H, params)}, [(image, camera, qua
     file = Bytes(model / "images.bin")
     for _ in range(file.take("Q")[0]):
         _, *pose, camera = file.take("i7di")
-        poses.append((file.text(), camera, pose[:4], pose[4:]))
-        file.take(f"{24 * file.take('Q')[0]}x")  # its 2D points are not needed
+        name, count = file.text(), file.take("Q")[0]
+        in_picture = np.frombuffer(file.data, "<f8, <f8, <i8", count, file.at)  # x, y, id of the point or -1
+        file.at += 24 * count
+        poses.append((name, camera, pose[:4], pose[4:], in_picture["f2"].tolist()))
     if not (model / "points3D.bin").exists():
         return cameras, poses, None
     file = Bytes(model / "points3D.bin")
     for _ in range(file.take("Q")[0]):
-        _, x, y, z, _, _, _, _, track = file.take("Q3d3BdQ")
-        points.append((x, y, z))
+        number, x, y, z, _, _, _, _, track = file.take("Q3d3BdQ")
+        points[number] = x, y, z
         file.take(f"{8 * track}x")
-    return cameras, poses, np.array(points).reshape(-1, 3)
+    return cameras, poses, points
 
 
 def colmap_text(model):
@@ -931,12 +937,18 @@ def colmap_text(model):
     numbers = lambda words: tuple(map(float, words))
     cameras = {int(w[0]): (w[1], round(float(w[2])), round(float(w[3])), numbers(w[4:]))
                for w in colmap_lines(model / "cameras.txt")}
-    images = [words for words in colmap_lines(model / "images.txt", 9) if not are_2d_points(words)]
-    poses = [(w[9], int(w[8]), numbers(w[1:5]), numbers(w[5:8])) for w in images]
+    poses = []
+    for w in colmap_lines(model / "images.txt", 9):
+        if not are_2d_points(w):
+            poses.append((w[9], int(w[8]), numbers(w[1:5]), numbers(w[5:8]), []))
+        elif poses:
+            poses[-1][4].extend(int(float(number)) for number in " ".join(w).split()[2::3])
     if not (model / "points3D.txt").exists():
         return cameras, poses, None
-    points = [numbers(w[1:4]) for w in colmap_lines(model / "points3D.txt")]
-    return cameras, poses, np.array(points).reshape(-1, 3)
+    points = {int(w[0]): numbers(w[1:4]) for w in colmap_lines(model / "points3D.txt")}
+    if any(len(xyz) < 3 for xyz in points.values()):
+        raise ValueError("a line of points3D.txt is cut off")
+    return cameras, poses, points
 
 
 def colmap_lines(file, columns=-1):  # -> the words of each line that is not empty; behind `columns` words the rest is one
@@ -1097,8 +1109,9 @@ def ratio_to_points(scene, frames):
     """
     ratios = []
     for frame in frames:
-        depth, z = read_depth(scene, frame), depth_in_view(scene.points, frame)
-        camera = (scene.points[z > 0] - frame.c2w[:3, 3]) @ frame.c2w[:3, :3] @ frame.K.T
+        depth, points = read_depth(scene, frame), scene.points[frame.seen]
+        z = depth_in_view(points, frame)
+        camera = (points[z > 0] - frame.c2w[:3, 3]) @ frame.c2w[:3, :3] @ frame.K.T
         x, y = camera[:, 0] / camera[:, 2] / frame.size[1], camera[:, 1] / camera[:, 2] / frame.size[0]
         measured = depth[(y * depth.shape[0]).astype(int), (x * depth.shape[1]).astype(int)]
         ratios += (measured[measured > 0] / z[z > 0][measured > 0]).tolist()
