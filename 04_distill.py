@@ -1132,8 +1132,7 @@ def parse(argv):
         kind = dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else kind
         values = ", ".join(f"{preset}: {settings[name]}" for preset, settings in PRESETS.items())
         add(f"--{name}", help=f"{HELP[name]} ({values})", **kind)
-    add("--geometry", choices=("mvsplat", "sweep", "depth"), default="mvsplat",
-        help="learned, stereo by hand, or measured depth")
+    add("--geometry", choices=("mvsplat", "depth"), default="mvsplat", help="learned, or measured depth")
     add("--finetune_geometry", type=int, default=0, metavar="STEPS",
         help="first adapt MVSplat to the scenes, for so many steps; 40000 in the paper")
     add("--geometry_lr", type=float, default=2e-4, help="its peak learning rate; halve it when its loss jumps")

@@ -227,8 +227,8 @@ def test_unmatched_pixels_can_be_dropped(rooms):
     assert torch.equal(distill.triplet_operator(g, t, GRID, drop_unmatched=True).valid, dropped)
 
 
-HOW = [flags.split() for flags in ("", "--no_blend", "--upscale bilinear", "--drop_unmatched", "--geometry sweep",
-                                   "--geometry depth", "--masks superpixels", "--downscale area")]
+HOW = [flags.split() for flags in ("", "--no_blend", "--upscale bilinear", "--drop_unmatched", "--geometry depth",
+                                   "--masks superpixels", "--downscale area")]
 
 
 @pytest.mark.parametrize("flags", HOW, ids=" ".join)
@@ -465,8 +465,8 @@ def definition(one, blend=0.5, upscale="masks", geometry="mvsplat", downscale="b
 
 @pytest.mark.parametrize("flags,how", [
     ("", {}), ("--no_blend", dict(blend=1.0)), ("--blend 0.2", dict(blend=0.2)), ("--upscale bilinear", dict(upscale="bilinear")),
-    ("--downscale area", dict(downscale="area")), ("--geometry sweep", dict(geometry="sweep")),
-    ("--geometry depth", dict(geometry="depth")), ("--online", {}), ("--grad_checkpoint", {}), ("--frozen_teacher", {}),
+    ("--downscale area", dict(downscale="area")), ("--geometry depth", dict(geometry="depth")), ("--online", {}),
+    ("--grad_checkpoint", {}), ("--frozen_teacher", {}),
     ("--shared_head", {}), ("--full_finetune", {}), ("--tau_student 0.5", dict(taus=(0.5, 0.02))),
     ("--tau_teacher 0.1", dict(taus=(0.05, 0.1)))], ids=str)
 @torch.no_grad()
