@@ -81,6 +81,16 @@ def beside(part, name, image, **maps):
             yield f"{part}/{kind}/{name}.png", file
 
 
+def large(ids, image):
+    """A picture of ids at the size of its image: what makes one, or None where there is no such picture."""
+    return None if ids is None else lambda: as_large(ids, image)
+
+
+def as_large(ids, image):
+    with Image.open(ids) as small, Image.open(image) as picture:
+        return ids if small.size == picture.size else png(np.asarray(small.resize(picture.size, Image.NEAREST)))
+
+
 # ------------------------------------------------------------------------------------------------ the converters
 # Each takes the folder of downloads and gives jobs: (path in the new folder, what goes there). What goes there is a
 # file, bytes, or a function that makes one of the two, which is called only where the new file does not exist yet.
@@ -152,14 +162,8 @@ def scannet(source):
     for file, part in sorted(halves(frames, 0.8).items()):
         scene = file.parents[1]
         label, depth = (scene / kind / f"{file.stem}.png" for kind in ("label", "depth"))
-        labels = (lambda label=label, file=file: as_large(label, file)) if label.exists() else None
-        depth = wanted(depth, "unzip the archive again")
+        labels, depth = large(label if label.exists() else None, file), wanted(depth, "unzip the archive again")
         yield from beside(part, f"{scene.name}/{file.stem}", file, depth=depth, labels=labels)
-
-
-def as_large(labels, image):  # a picture of ids, at the size of its image
-    with Image.open(labels) as ids, Image.open(image) as picture:
-        return labels if ids.size == picture.size else png(np.asarray(ids.resize(picture.size, Image.NEAREST)))
 
 
 def scannet_pairs(source):
@@ -196,35 +200,29 @@ def scannet_camera(K, file) -> str:  # the nine numbers, for the size that the p
     return " ".join(f"{float(k) * scale:.6g}" for k, scale in zip(K, scales))
 
 
-def scannetpp(source):
-    """ScanNet++'s undistorted DSLR images: scenes/ to distil on, probe/ to probe on, in its split of 230 and 50 scenes."""
-    masks, labels = rendered(source, "obj_ids/*/*.png", 0), rendered(source, "semantics/*/*.png", 0)
-    depth = rendered(source, "*/dslr/render_depth/*.png", 2)
-    for part in ("train", "val"):
-        split = found(source, f"nvs_sem_{part}.txt", "download ScanNet++'s splits/")[0]
-        for scene in split.read_text().split():
-            dslr = wanted(source / "data" / scene / "dslr", "download this scene")
-            frames = {}
-            meta = undistorted(dslr)
-            for frame in meta["frames"]:
-                image = wanted(dslr / "undistorted_images" / frame["file_path"], UNDISTORT)
-                key = scene, image.name.split(".")[0]
-                maps = dict(depth=depth.get(key), labels=labels.get(key))
-                yield from beside(f"probe/{part}", "/".join(key), image, **maps)
-                yield from beside(f"scenes/{part}/{scene}", key[1], image, depth=depth.get(key), masks=masks.get(key))
-                frames[f"images/{key[1]}{image.suffix.lower()}"] = frame
-            meta["frames"] = [frame | {"file_path": path} for path, frame in frames.items()]
-            yield f"scenes/{part}/{scene}/transforms.json", text(meta)
-
-
 UNDISTORT = "run ScanNet++'s toolkit: python -m dslr.undistort dslr/configs/undistort.yml"
 
 
-def undistorted(dslr):
-    """What transforms_undistorted.json says, without bad frames and without the masks of what is made anonymous."""
-    meta = json.loads(wanted(dslr / "nerfstudio/transforms_undistorted.json", UNDISTORT).read_text())
-    good = [frame for frame in meta["frames"] if not frame.get("is_bad")]
-    return meta | {"frames": [{k: v for k, v in frame.items() if k != "mask_path"} for frame in good]}
+def scannetpp(source):
+    """ScanNet++'s undistorted DSLR images: scenes/ to distil on, probe/ to probe on, in its split of 230 and 50 scenes."""
+    ids, classes = rendered(source, "obj_ids/*/*.png", 0), rendered(source, "semantics/*/*.png", 0)
+    depths = rendered(source, "*/dslr/render_depth/*.png", 2)
+    for part in ("train", "val"):
+        split = found(source, f"nvs_sem_{part}.txt", "download ScanNet++'s splits/")[0]
+        for scene in split.read_text().split():
+            dslr, frames = wanted(source / "data" / scene / "dslr", "download this scene"), []
+            meta = json.loads(wanted(dslr / "nerfstudio/transforms_undistorted.json", UNDISTORT).read_text())
+            for frame in meta["frames"]:
+                if frame.get("is_bad"):
+                    continue
+                image = wanted(dslr / "undistorted_images" / frame["file_path"], UNDISTORT)
+                name = image.name.split(".")[0]
+                masks, labels = (large(maps.get((scene, name)), image) for maps in (ids, classes))
+                depth = straight(depths.get((scene, name)), dslr)
+                yield from beside(f"probe/{part}", f"{scene}/{name}", image, depth=depth, labels=labels)
+                yield from beside(f"scenes/{part}/{scene}", name, image, depth=depth, masks=masks)
+                frames.append({"file_path": f"images/{name}{image.suffix.lower()}", "transform_matrix": frame["transform_matrix"]})
+            yield f"scenes/{part}/{scene}/transforms.json", text(meta | {"frames": frames, "test_frames": []})
 
 
 def rendered(source, pattern, up):
@@ -233,6 +231,26 @@ def rendered(source, pattern, up):
     if not maps:
         print(f"{source}: no {pattern} in it: left out (docs/reproduce.md has the toolkit's commands)")
     return maps
+
+
+def straight(depth, dslr):
+    return None if depth is None else lambda: straightened(depth, dslr)
+
+
+def straightened(depth, dslr):
+    """A depth map, which the toolkit renders for the fisheye camera, as the undistorted camera sees it. z-depth stays."""
+    bent, new = (json.loads(wanted(dslr / "nerfstudio" / name, "download this scene again").read_text())
+                 for name in ("transforms.json", "transforms_undistorted.json"))
+    stored = np.asarray(Image.open(depth))
+    rows, cols = np.mgrid[: new["h"], : new["w"]] + 0.5
+    x, y = (cols - new["cx"]) / new["fl_x"], (rows - new["cy"]) / new["fl_y"]
+    radius = np.hypot(x, y).clip(1e-9)
+    angle = np.arctan(radius)
+    bend = angle * (1 + sum(bent[f"k{n}"] * angle ** (2 * n) for n in (1, 2, 3, 4))) / radius  # OpenCV's fisheye
+    u = np.floor((bent["fl_x"] * x * bend + bent["cx"]) * stored.shape[1] / bent["w"]).astype(int)
+    v = np.floor((bent["fl_y"] * y * bend + bent["cy"]) * stored.shape[0] / bent["h"]).astype(int)
+    inside = (u >= 0) & (u < stored.shape[1]) & (v >= 0) & (v < stored.shape[0])
+    return png(np.where(inside, stored[v.clip(0, stored.shape[0] - 1), u.clip(0, stored.shape[1] - 1)], 0).astype(np.uint16))
 
 
 def ade20k(source):

@@ -142,33 +142,58 @@ def test_scannet_pairs(views, tmp_path):
         convert.main(["scannet_pairs", str(source), str(tmp_path / "again")])
 
 
+FISHEYE = dict(k1=-0.05, k2=0.02, k3=-0.01, k4=0.002, w=192, h=144, fl_x=110.0, fl_y=108.0, cx=97.0, cy=70.0)
+
+
+def plane(x, y):  # z-depth in mm of a slanted plane along the ray (x, y, 1)
+    return 2000 / (1 + 0.3 * x - 0.2 * y)
+
+
+def fisheye_depth():
+    """The plane as ScanNet++'s toolkit renders it: in the distorted camera, so the lens is inverted here by Newton's method."""
+    k = [FISHEYE[f"k{n}"] for n in (1, 2, 3, 4)]
+    rows, cols = np.mgrid[: FISHEYE["h"], : FISHEYE["w"]] + 0.5
+    u, v = (cols - FISHEYE["cx"]) / FISHEYE["fl_x"], (rows - FISHEYE["cy"]) / FISHEYE["fl_y"]
+    bent = np.hypot(u, v)
+    angle = bent.copy()
+    for _ in range(20):
+        value = angle + sum(c * angle ** (2 * n + 3) for n, c in enumerate(k))
+        angle -= (value - bent) / (1 + sum((2 * n + 3) * c * angle ** (2 * n + 2) for n, c in enumerate(k)))
+    return plane(u * np.tan(angle) / bent, v * np.tan(angle) / bent).round().astype(np.uint16)
+
+
 def test_scannetpp(rooms_dir, rooms, views, tmp_path):
     source, out = tmp_path / "from", tmp_path / "to"
+    meta = json.loads((rooms_dir / rooms[0].name / "transforms.json").read_text())
+    K = views[0].K.numpy().tolist()
+    pinhole = dict(fl_x=K[0][0], fl_y=K[1][1], cx=K[0][2], cy=K[1][2], w=128, h=96, k1=0.0, k2=0.0, k3=0.0, k4=0.0)
     for part, scene in (("train", "0a5c013435"), ("val", "578511c8a9")):
         (source / "splits").mkdir(parents=True, exist_ok=True)
         (source / f"splits/nvs_sem_{part}.txt").write_text(f"{scene}\n")
-        dslr = source / f"data/{scene}/dslr"
-        meta = json.loads((rooms_dir / rooms[0].name / "transforms.json").read_text())
-        frames = []
+        dslr, frames = source / f"data/{scene}/dslr", []
         for n, (view, frame) in enumerate(zip(views, meta["frames"])):
             name = f"DSC{n:05}"
             save(dslr / f"undistorted_images/{name}.JPG", pixels(view))
-            save(source / f"obj_ids/{scene}/{name}.JPG.png", view.mask.numpy().astype(np.uint16))
-            save(source / f"semantics/{scene}/{name}.JPG.png", labels(view))
-            save(source / f"render/{scene}/dslr/render_depth/{name}.png", millimetres(view))
-            intrinsics = {key: frame.get(key, meta.get(key)) for key in ("fl_x", "fl_y", "cx", "cy")}
-            frames.append(intrinsics | {"file_path": f"{name}.JPG", "transform_matrix": frame["transform_matrix"],
-                                        "mask_path": f"{name}.png", "is_bad": n == 5})
+            save(source / f"obj_ids/{scene}/{name}.JPG.png", view.mask.numpy().astype(np.uint16).repeat(2, 0).repeat(2, 1))
+            save(source / f"semantics/{scene}/{name}.JPG.png", labels(view).repeat(2, 0).repeat(2, 1))
+            save(source / f"render/{scene}/dslr/render_depth/{name}.png", fisheye_depth())
+            frames.append({"file_path": f"{name}.JPG", "transform_matrix": frame["transform_matrix"], "mask_path": f"{name}.png", "is_bad": n == 5})
         (dslr / "nerfstudio").mkdir()
-        (dslr / "nerfstudio/transforms_undistorted.json").write_text(json.dumps({"frames": frames}))
+        for file, camera in (("transforms", FISHEYE), ("transforms_undistorted", pinhole)):
+            (dslr / f"nerfstudio/{file}.json").write_text(json.dumps(camera | {"frames": frames, "test_frames": frames[:1]}))
     converted("scannetpp", source, out)
     (scene,) = data.load_scenes(out / "scenes/train")
     assert len(scene) == 5  # one frame was bad
-    same_view(found := scene.view(2), views[2], label=False, near=1)
-    assert (found.mask == views[2].mask).all() and np.allclose(found.c2w, views[2].c2w, atol=1e-6)
+    same_view(found := scene.view(2), views[2], depth=False, label=False, near=1)
+    assert (found.mask == views[2].mask).all() and np.allclose(found.c2w, views[2].c2w, atol=1e-6) and np.allclose(found.K, K)
+    rows, cols = np.mgrid[:96, :128] + 0.5
+    true = plane((cols - K[0][2]) / K[0][0], (rows - K[1][2]) / K[1][1]) / 1000
+    seen = found.depth.numpy() > 0
+    assert seen.mean() > 0.9 and np.abs(found.depth.numpy() - true)[seen].max() < 0.02  # half a pixel of the slanted plane
     scenes = opened(out / "probe")
     assert (len(scenes["train"]), len(scenes["val"])) == (5, 5)
-    same_view(scenes["val"].view(4), views[4], near=1)
+    same_view(probed := scenes["val"].view(4), views[4], depth=False, near=1)
+    assert (probed.depth == scene.view(4).depth).all()
     assert (out / "probe/val/images/578511c8a9/DSC00004.jpg").samefile(source / "data/578511c8a9/dslr/undistorted_images/DSC00004.JPG")
 
 
