@@ -204,7 +204,7 @@ UNDISTORT = "run ScanNet++'s toolkit: python -m dslr.undistort dslr/configs/undi
 
 
 def scannetpp(source):
-    """ScanNet++'s undistorted DSLR images: scenes/ to distil on, probe/ to probe on, in its split of 230 and 50 scenes."""
+    """ScanNet++'s undistorted DSLR images: scenes/ to distil on, probe/ to probe on, in its split of 230 and 50."""
     ids, classes = rendered(source, "obj_ids/*/*.png", 0), rendered(source, "semantics/*/*.png", 0)
     depths = rendered(source, "*/dslr/render_depth/*.png", 2)
     for part in ("train", "val"):
@@ -221,7 +221,8 @@ def scannetpp(source):
                 depth = straight(depths.get((scene, name)), dslr)
                 yield from beside(f"probe/{part}", f"{scene}/{name}", image, depth=depth, labels=labels)
                 yield from beside(f"scenes/{part}/{scene}", name, image, depth=depth, masks=masks)
-                frames.append({"file_path": f"images/{name}{image.suffix.lower()}", "transform_matrix": frame["transform_matrix"]})
+                frames.append({"file_path": f"images/{name}{image.suffix.lower()}",
+                               "transform_matrix": frame["transform_matrix"]})
             yield f"scenes/{part}/{scene}/transforms.json", text(meta | {"frames": frames, "test_frames": []})
 
 
@@ -238,7 +239,7 @@ def straight(depth, dslr):
 
 
 def straightened(depth, dslr):
-    """A depth map, which the toolkit renders for the fisheye camera, as the undistorted camera sees it. z-depth stays."""
+    """A depth map as the undistorted camera sees it; the toolkit renders for the fisheye camera. z-depth stays z-depth."""
     bent, new = (json.loads(wanted(dslr / "nerfstudio" / name, "download this scene again").read_text())
                  for name in ("transforms.json", "transforms_undistorted.json"))
     stored = np.asarray(Image.open(depth))
@@ -250,7 +251,7 @@ def straightened(depth, dslr):
     u = np.floor((bent["fl_x"] * x * bend + bent["cx"]) * stored.shape[1] / bent["w"]).astype(int)
     v = np.floor((bent["fl_y"] * y * bend + bent["cy"]) * stored.shape[0] / bent["h"]).astype(int)
     inside = (u >= 0) & (u < stored.shape[1]) & (v >= 0) & (v < stored.shape[0])
-    return png(np.where(inside, stored[v.clip(0, stored.shape[0] - 1), u.clip(0, stored.shape[1] - 1)], 0).astype(np.uint16))
+    return png(np.where(inside, stored[np.where(inside, v, 0), np.where(inside, u, 0)], 0).astype(np.uint16))
 
 
 def ade20k(source):
