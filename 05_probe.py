@@ -386,7 +386,33 @@ def correspondence(tokens: Features, views: Views, pairs: list[Pair], device="cp
     return recall([m.error for m in matches]), recall([m.by_chance for m in matches]), matches
 
 
-# ------------------------------------------------------------------------------------------------ 7. The table
+# ------------------------------------------------------------------------------------------------ 7. Place share
+
+
+def place_share(patches, norm=nn.Identity()) -> dict:
+    """% of the variance of tokens (I, h, w, C) over views that their place in the grid explains: all, its rough part.
+
+    Perspective makes the means of places differ smoothly, as floors are below. The rough part is what a cubic
+    polynomial in row and column leaves of these means: artifacts that are tied to the place in the picture. Both are
+    corrected for the finite number of views, so that tokens of which neither is true have 0. `norm` is applied first.
+    """
+    views, (h, w), squares, total = len(patches), patches.shape[1:3], 0.0, 0.0
+    for tokens in patches:
+        x = norm(tokens.float()).detach().double()
+        total, squares = total + x, squares + x.square().mean().item()
+    place = (total / views).flatten(0, 1)  # (N, C)
+    around = squares / views - place.square().mean()  # variance of tokens around the mean of their place
+    place = place - place.mean(0)
+    chance = around / (views - 1)  # what a mean over so few views varies by itself
+    y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
+    cubic = torch.stack([(x**a * y**b).flatten() for a in range(4) for b in range(4 - a)], 1).double()  # (N, 10)
+    rough = place - cubic @ torch.linalg.lstsq(cubic, place, driver="gelsd").solution
+    everything = around + place.square().mean()
+    share = lambda x: (100 * (x.square().mean() - chance) / everything).item()
+    return {"all": share(place), "rough": share(rough)}
+
+
+# ------------------------------------------------------------------------------------------------ 8. The table
 
 PROBES = {"depth": depth_probe, "normals": normal_probe, "segmentation": segmentation_probe}
 TRUTH = {"depth": ("depth", 0), "normals": ("normal", 0), "segmentation": ("label", 255)}  # field of Views, "unknown"
@@ -415,6 +441,9 @@ def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args
             if pairs:
                 scores["correspondence"], chance, matches = correspondence(val_tokens, val, pairs, args.device)
                 results["no features"].scores.setdefault("correspondence", chance)  # of the first model's points
+            if len(parts_of(path)) == 1 < len(val_tokens.patches):
+                norm = nn.Identity() if args.layer == "norm" else lift.load_vit(path).norm
+                scores["place share"] = place_share(val_tokens.patches, norm)
             drawn = val_tokens.patches[views_of_features(val, pairs)].float()
             results[name] = Probed(scores, shown, [matches[n] for n in shown_pairs(pairs)], drawn)
     return results
@@ -685,8 +714,14 @@ def open_split(args):
     return [scenes[0].subset([i for i in range(len(scenes[0])) if i not in hidden])], [scenes[0].subset(hidden)]
 
 
-def views_with_truth(truth, unknown) -> Tensor:  # indices of the views of which something is known
-    return torch.tensor([i for i, view in enumerate(truth) if (view != unknown).any()], dtype=torch.long)
+def views_with_truth(truth, unknown) -> Tensor:
+    """Indices of the views of which something is known. Arrays on disk are searched once."""
+    known = getattr(truth, "known", None)
+    if known is None:
+        known = torch.tensor([i for i, view in enumerate(truth) if (view != unknown).any()], dtype=torch.long)
+    if isinstance(truth, Rows):
+        truth.known = known
+    return known
 
 
 def truths(train: Views | None, val: Views) -> dict:  # {probe: its maps of both splits}, where both know something
@@ -749,6 +784,17 @@ def choose_pairs(views: Views, per_range, seed) -> list[Pair]:
     return []
 
 
+def why_no_pairs(views: Views) -> str:
+    """A sentence for people whose posed scenes gave no pair."""
+    a, b, angle, _ = candidate_pairs(views)
+    if not len(a):
+        return "no pairs: no scene has two held-out views with poses, so there is no correspondence"
+    nearest = angle.argsort()[:200].tolist()
+    most = max(shared_share(views, a[n].item(), b[n].item()) for n in nearest)
+    return (f"no pairs: two views of a scene must share 20 % of what they see for correspondence, and no more than "
+            f"{100 * most:.0f} % is shared by any of the {len(nearest)} that turn least")
+
+
 def only_turned(c2w_a: Tensor, c2w_b: Tensor) -> bool:
     """Whether both views are from one place, up to the rounding of positions."""
     a, b = c2w_a[:3, 3], c2w_b[:3, 3]
@@ -789,19 +835,20 @@ def content_key(vit, layer, images) -> str:
     return digest.hexdigest()[:24]
 
 
-def extract(path, images, layer, cache, device) -> Features:
+def extract(path, images, layer, cache, device, mirrored=False) -> Features:
     """Tokens of `images` (I, 3, H, W) uint8 by the weights at `path`, in files of the folder `cache`, where they stay.
 
     layer "block": what the last block puts out; "norm": after the final LayerNorm. Sides that are no multiples of the
-    patch are rescaled to the nearest one. A path `a+b` is two models, side by side, as FiT3D is scored.
+    patch are rescaled to the nearest one. A path `a+b` is two models side by side, as FiT3D is scored. `a+a` is its
+    control of equal width: the second time the model sees mirrored images, and its tokens are mirrored back.
     """
     # Differs: the official correspondence normalises pictures by mean and deviation 0.5; here ImageNet's are used in
     # all probes, inside the ViT.
-    if len(parts_of(path)) > 1:
-        parts = [extract(part, images, layer, cache, device) for part in parts_of(path)]
-        return Features(*map(SideBySide, zip(*parts)))
+    if len(parts := parts_of(path)) > 1:
+        found = [extract(part, images, layer, cache, device, part in parts[:n]) for n, part in enumerate(parts)]
+        return Features(*map(SideBySide, zip(*found)))
     vit = lift.load_vit(path)
-    key = content_key(vit, layer, images)
+    key = content_key(vit, layer, images) + "-mirrored" * mirrored
     if layer == "block":
         vit.norm = nn.Identity()
     vit, grid = vit.to(device), [max(1, round(side / vit.patch)) for side in images.shape[2:]]
@@ -809,7 +856,7 @@ def extract(path, images, layer, cache, device) -> Features:
     @torch.no_grad()
     def make(first, last):
         batches = images[first:last].split(max(1, 2**14 // math.prod(grid)))
-        rows = [tokens_of(vit, batch, grid, device) for batch in batches]
+        rows = [tokens_of(vit, batch, grid, device, mirrored) for batch in batches]
         cls, patches = (torch.cat(column) for column in zip(*rows))
         if not (cls.isfinite().all() and patches.isfinite().all()):
             raise ValueError(f"{path}: its tokens are not finite in 16 bits; are the weights whole?")
@@ -818,12 +865,14 @@ def extract(path, images, layer, cache, device) -> Features:
     return Features(**on_disk(Path(cache) / key, columns, len(images), make, f"features of {path}"))
 
 
-def tokens_of(vit, images: Tensor, grid, device):  # (B, 3, H, W) uint8 -> (B, C), (B, h, w, C) float16 on the CPU
+def tokens_of(vit, images: Tensor, grid, device, mirrored):
+    """(B, 3, H, W) uint8 -> CLS (B, C), patches (B, h, w, C), float16 on the CPU."""
     images, size = images.to(device).float() / 255, tuple(n * vit.patch for n in grid)
     if images.shape[2:] != size:
         images = F.interpolate(images, size, mode="bilinear", antialias=True)
-    cls, _, patches = vit(images)
-    return cls.half().cpu(), patches.half().cpu().unflatten(1, grid)
+    cls, _, patches = vit(images.flip(3) if mirrored else images)
+    patches = patches.unflatten(1, grid)
+    return cls.half().cpu(), (patches.flip(2) if mirrored else patches).half().cpu()
 
 
 # ------------------------------------------------------------------------------------------------ what all models share
@@ -1031,6 +1080,31 @@ def draw_all(results, train, val, pairs, args):  # -> (title, caption, path) of 
     yield "Features", f"Equal colours of a column are equal features. Columns: image, {columns}.", path
 
 
+PLACE_SHARE = (
+    "The rough part is the share of the tokens' variance that is artifacts tied to places in the picture. "
+    "Splatting carries a feature to another place, so Splat and Distill averages such artifacts out: the larger the "
+    "rough part of a start, the more it can gain in depth, normals and segmentation. This was measured on artificial "
+    "artifacts, added to the built-in ViT (rough part 1.3 %: depth gains nothing; 26.5 %: 5.6 %); for any other "
+    "backbone it is a prediction.")
+
+
+def shares_in_words(scores) -> str:
+    shares = {m: s["place share"] for m, s in scores.items() if "place share" in s}
+    listed = "; ".join(f"{m} {x['all']:.1f} %, rough part {x['rough']:.1f} %" for m, x in shares.items())
+    return f"Place share: {listed}. {PLACE_SHARE}" if shares else ""
+
+
+def model_links(args) -> str:
+    """The models as a list, each with a link to the README.md of its folder, if there is one."""
+    items = []
+    for name, path in named_models(args).items():
+        cards = [Path(part) / "README.md" for part in parts_of(path) if (Path(part) / "README.md").is_file()]
+        links = [html.escape(os.path.relpath(card, args.out), quote=True) for card in cards]
+        text = f"{html.escape(name)}: {html.escape(path)}" if name != path else html.escape(path)
+        items.append(f"<li>{text}" + "".join(f' (<a href="{link}">model card</a>)' for link in links) + "</li>")
+    return f"<h2>Models</h2><ul>{''.join(items)}</ul>"
+
+
 def web_page(result, columns, figures) -> str:
     """The report as one file: tables, figures (title, caption, path) with their pictures inside, how it was made."""
     scores, tables = result["scores"], {}
@@ -1043,7 +1117,8 @@ def web_page(result, columns, figures) -> str:
             tables[f"{recall} within {limit} by viewpoint, %"] = by_viewpoint
     page = [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>Probes of frozen features</title><style>{STYLE}</style><h1>Probes of frozen features</h1>"
-            f"<p>{html.escape(result['about'])} Bold is the best model.</p>", html_table(*table(scores, columns))]
+            f"<p>{html.escape(result['about'])} Bold is the best model.</p>", html_table(*table(scores, columns)),
+            f"<p>{html.escape(shares_in_words(scores))}</p>{result['models']}"]
     page += [f"<h2>{title}</h2>{html_table(*table(scores, columns))}" for title, columns in tables.items()]
     for title, caption, path in figures:
         source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
@@ -1060,7 +1135,7 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
     """Writes results.json, the pictures and report.html, which holds them all; returns the table in Markdown."""
     out, scores = Path(args.out), {m: r.scores for m, r in results.items()}
     about = (f"{len(train.images) if train else 0} training views, {len(val.images)} held-out views, "
-             f"{'x'.join(map(str, val.images.shape[2:]))}; {len(pairs)} pairs.")
+             f"{'x'.join(map(str, val.images.shape[2:]))}" + f"; {len(pairs)} pairs" * bool(pairs) + ".")
     columns, measured = COLUMNS, not pairs or pairs[0].measured
     if pairs and measured:
         about += " Matches are scored by measured depth and the true pose."
@@ -1072,9 +1147,9 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
     result = dict(command=args.command, about=about, measured=measured, settings=settings,
                   changed=changed_constants(args), scores=scores)
     data.write_whole(out / "results.json", json.dumps(result, indent=1).encode())
-    page = web_page(result, columns, draw_all(results, train, val, pairs, args))
+    page = web_page(result | dict(models=model_links(args)), columns, draw_all(results, train, val, pairs, args))
     data.write_whole(out / "report.html", page.encode())
-    return f"{about}\n\n{markdown(*table(scores, columns))}\n"
+    return f"{about}\n\n{markdown(*table(scores, columns))}\n\n{shares_in_words(scores)}\n"
 
 
 # ------------------------------------------------------------------------------------------------ command
@@ -1083,6 +1158,10 @@ LAYOUTS = """
 Several models stand in one table, a row each. Splat and Distill trains two students (Sec. 4.1): one with blending for
 depth, normals and segmentation, one without (04_distill.py --no_blend) for correspondence. Both beside their start:
   python 05_probe.py --models start=tiny dense=out/04_distill/student matching=out/no_blend/student
+
+FiT3D is scored with its features beside the start's, so its heads are twice as wide. The fair comparison has four rows;
+in start+start the second start sees mirrored images, so it is as wide as start+distilled and knows nothing new:
+  python 05_probe.py --models start=tiny snd=out/04_distill/student both=tiny+out/04_distill/student control=tiny+tiny
 
 Images without poses: a folder with images/, and beside it depth/ normals/ labels/ (PNG or .npy, named like the image),
 all of that once in train/ and once in val/, or once alone: then every eighth image is held out.
@@ -1111,7 +1190,8 @@ def flags():
     add("--scene_dir", default="data", help="scenes, images with maps, or a list of pairs (below)")
     add("--out", default="out/05_probe", help="report, numbers, and cache/, which can be deleted")
     add("--models", nargs="+", help="'tiny', published names, files, folders; name=a gives a name, a+b puts the "
-        "features of two side by side; views are sized to the first's patches (default: tiny, out/04_distill/student)")
+        "features of two side by side (a+a: a control of equal width, below); views are sized to the first's patches "
+        "(default: tiny, and out/04_distill/student if it exists)")
     add("--preset", choices=list(PRESETS), default="tiny", help="how heads train, and flags marked [preset]")
     add("--pixels", type=data.positive, help="pixels a view; raise it for models of larger patches [preset]")
     add("--views", type=data.positive, help="views of each posed scene [preset] or plain folder (default: all)")
@@ -1182,6 +1262,8 @@ def open_data(args):
         if bool(in_train) != bool(in_val):
             print(f"{name}: left out, as only {'training' if in_train else 'held-out'} views have its truth")
     pairs = choose_pairs(val, args.pairs, args.seed)
+    if not pairs and not isinstance(val.where[0][0], Pictures):
+        print(why_no_pairs(val))
     if not pairs and not truths(train, val):
         raise data.DataError(f"{args.scene_dir}: no depth, normals or labels in both splits, and no pairs of views "
                              "that overlap; --help says where maps go")
