@@ -438,10 +438,33 @@ def test_models_have_names_and_stand_side_by_side(tmp_path, monkeypatch):
     args = probe.parse(["--models", "start=tiny", "dense=a/student", "c++/lr=1", "both=tiny+c++/lr=1"])
     named = {"start": "tiny", "dense": "a/student", "c++/lr=1": "c++/lr=1", "both": "tiny+c++/lr=1"}
     assert probe.named_models(args) == named
-    both = probe.extract("tiny+tiny", images_of(), "block", tmp_path, "cpu")
-    single = probe.extract("tiny", images_of(), "block", tmp_path, "cpu")
-    pick = torch.tensor([2, 0])
-    assert torch.equal(both.patches[pick], torch.cat(2 * [single.patches[pick]], -1)) and both.cls.shape == (3, 384)
+
+
+def test_the_second_time_a_model_sees_mirrored_images(tmp_path):
+    images, pick = images_of(), torch.tensor([2, 0])
+    both = probe.extract("tiny+tiny", images, "block", tmp_path, "cpu")
+    single = probe.extract("tiny", images, "block", tmp_path, "cpu")
+    mirrored = probe.extract("tiny", images.flip(3), "block", tmp_path, "cpu")
+    assert torch.equal(both.patches[pick], torch.cat([single.patches[pick], mirrored.patches[pick].flip(2)], -1))
+    assert torch.equal(both.cls[:], torch.cat([single.cls[:], mirrored.cls[:]], -1)) and both.cls.shape == (3, 384)
+
+
+def test_place_share_finds_what_is_tied_to_a_place():
+    views, h, w, C = 400, 6, 8, 5
+    clean = randn(views, h, w, C)
+    assert max(map(abs, probe.place_share(clean).values())) < 0.2  # without the correction it would be 0.25
+    y = torch.linspace(-1, 1, h).view(h, 1, 1)
+    smooth = probe.place_share(clean + y)  # variance 1 of the tokens, 7/15 of the places
+    assert abs(smooth["all"] - 100 * (7 / 15) / (22 / 15)) < 1 and abs(smooth["rough"]) < 0.2
+    rough = probe.place_share(clean + randn(1, h, w, C, seed=1))
+    assert 45 < rough["all"] < 55 and 30 < rough["rough"] < rough["all"]
+
+
+def test_no_pairs_are_explained(room_views):
+    alone = room_views._replace(where=room_views.where[:1], c2w=room_views.c2w[:1], depth=room_views.depth[:1])
+    assert "no scene has two held-out views" in probe.why_no_pairs(alone)
+    views = room_views._replace(K=room_views.K * torch.tensor([50, 50, 1.0]).view(3, 1))  # nothing is shared
+    assert probe.choose_pairs(views, 2, seed=0) == [] and "share 20 %" in probe.why_no_pairs(views)
 
 
 def test_what_is_asked_for_reaches_the_probes(tmp_path, monkeypatch):
@@ -614,6 +637,8 @@ def test_pairs_without_depth_are_scored_by_epipolar_lines(tmp_path, rooms):
     table = probe.report(probe.probe(models, train, val, pairs, args), train, val, pairs, args)
     assert "No depth" in table and "epipolar recall 10 px" in table and "RMSE" not in table
     flat = " ".join([*lines[0].split()[:22], *16 * ["0"]])  # a pose that is none
+    (tmp_path / "pairs.txt").write_text(lines[0] + "\n")
+    assert probe.table({"a": {"correspondence": {}}}, probe.COLUMNS) == ([""], [["a"]])  # no column without numbers
     for bad in (lines[0][:-9], flat, "\0\xff"):
         (tmp_path / "pairs.txt").write_bytes(bad.encode("latin-1"))
         with pytest.raises(data.DataError, match="line 1 is not two names"):
@@ -638,23 +663,30 @@ def script(*arguments, cwd=ROOT):
 
 def test_the_script(rooms_dir, tmp_path):
     out = tmp_path / "out"
-    command = ["--scene_dir", rooms_dir, "--out", out, "--models", "tiny", "twice=tiny+tiny", "--max_steps", "60",
+    (tmp_path / "a_student").mkdir()
+    (tmp_path / "a_student/README.md").write_text("# A student")
+    shutil.copy(ROOT / "tiny/vit.safetensors", tmp_path / "a_student/model.safetensors")
+    student = f"twice=tiny+{tmp_path / 'a_student'}"
+    command = ["--scene_dir", rooms_dir, "--out", out, "--models", "tiny", student, "--max_steps", "60",
                "--views", "6", "--pairs", "1", "--device", "cpu"]
     code, printed, err = script(*command)
     assert code == 0, err
     lines = [line for line in printed.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines] == ["| ", "| ---", "| no features", "| tiny", "| twice"]
     assert str(out / "report.html") in printed
+    assert "Place share: tiny " in printed
     result = json.loads((out / "results.json").read_text())
     scores = result["scores"]
     assert scores["tiny"]["segmentation"]["mIoU"] > scores["no features"]["segmentation"]["mIoU"] + 3
     assert scores["tiny"]["correspondence"]["10 px"] > scores["no features"]["correspondence"]["10 px"] + 5
-    assert scores["tiny"].keys() == scores["twice"].keys() == {"depth", "normals", "segmentation", "correspondence"}
+    assert scores["twice"].keys() == {"depth", "normals", "segmentation", "correspondence"}
+    assert scores["tiny"].keys() == {*scores["twice"], "place share"}
     assert any("depth: Recipe(steps=60" in line and "paper: Recipe(steps=307200" in line for line in result["changed"])
     page = (out / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 5 and result["command"] in page
     assert "http:" not in page and "https:" not in page  # opens offline
     assert f"{scores['tiny']['depth']['RMSE']:.3f}" in page
+    assert '<a href="../a_student/README.md">model card</a>' in page
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if line["head"] == "segmentation" and "loss" in line]
     assert losses[2] < losses[0] and len(losses) == 6
