@@ -145,7 +145,7 @@ def depth_of_patches(asked, *tokens_and_truth) -> dict:
 @functools.cache
 def views_of(scene_dir, views, device):  # -> training views, held-out views, pairs: the same for all models
     args = argparse.Namespace(scene_dir=scene_dir, views=views, device=device)
-    return probes.prepare(asked_of_probes(args, "tiny", ""))[1:]
+    return probes.open_data(asked_of_probes(args, "tiny", "out/study"))[1:]
 
 
 @torch.no_grad()
