@@ -62,7 +62,6 @@ OTHERS = {
     "adapters": ["--no-full_finetune", "--lr", "3e-3"],
     "temperatures 1 and 1": ["--tau_student", "1", "--tau_teacher", "1"],
     "temperatures 0.05 and 0.02": ["--tau_student", "0.05", "--tau_teacher", "0.02"],
-    "plane sweep": ["--geometry", "sweep"],
     "measured depth": ["--geometry", "depth"],
     "unmatched pixels dropped": ["--drop_unmatched"],
     "shared head": ["--shared_head"],
