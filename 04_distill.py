@@ -396,10 +396,12 @@ class BlockedLoss(torch.autograd.Function):
 
 def prepare(args):
     """-> training scenes, held-out triplets [(scene, indices)], and the Source of what a step needs of a triplet."""
+    if args.finetune_geometry and args.geometry != "mvsplat":
+        raise ValueError(f"--geometry {args.geometry} has nothing to fine-tune; leave out --finetune_geometry")
     scenes = whole = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
     if args.geometry == "depth":
-        scenes = [scene.subset([i for i, frame in enumerate(scene.frames) if frame.depth]) for scene in scenes]
-        scenes = [scene for scene in scenes if len(scene) >= 3]
+        measured = [[i for i, frame in enumerate(scene.frames) if frame.depth] for scene in scenes]
+        scenes = [scene.subset(views) for scene, views in zip(scenes, measured) if len(views) >= 3]
         if not scenes:
             raise data.DataError(f"{args.scene_dir}: no scene has measured depth for three views; "
                                  "use --geometry mvsplat")
@@ -484,9 +486,12 @@ def triplet_operator(
                                 *camera, grid, t.masks[2], blend, downscale)
 
 
+MAX_FEATURES = 2**27  # numbers, 0.5 GB: the features of all Gaussians that are splatted at a time
+
+
 def splat_in_blocks(tokens, gaussians, t, grid, *steps):
-    """`splat_features` for so many channels at a time that the Gaussians' features take at most 0.5 GB."""
-    channels = max(1, 2**27 // len(gaussians.means))
+    """`splat_features` of some channels at a time, so that memory does not grow with their number."""
+    channels = max(1, MAX_FEATURES // len(gaussians.means))
     parts = [splat_features(part, gaussians, t, grid, *steps) for part in tokens.split(channels, -1)]
     return torch.cat([goal for goal, _ in parts], -1), parts[0][1]
 
@@ -1127,8 +1132,7 @@ def parse(argv):
         kind = dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else kind
         values = ", ".join(f"{preset}: {settings[name]}" for preset, settings in PRESETS.items())
         add(f"--{name}", help=f"{HELP[name]} ({values})", **kind)
-    add("--geometry", choices=("mvsplat", "sweep", "depth"), default="mvsplat",
-        help="learned, stereo by hand, or measured depth")
+    add("--geometry", choices=("mvsplat", "depth"), default="mvsplat", help="learned, or measured depth")
     add("--finetune_geometry", type=int, default=0, metavar="STEPS",
         help="first adapt MVSplat to the scenes, for so many steps; 40000 in the paper")
     add("--geometry_lr", type=float, default=2e-4, help="its peak learning rate; halve it when its loss jumps")
