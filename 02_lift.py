@@ -761,7 +761,7 @@ def misplaced(x: Tensor) -> Tensor:
     return x.roll((h // 4, w // 4), (1, 2))
 
 
-def full_precision(tensor):  # for cameras and points inside a bf16 autocast: its 8 bits would be half a pixel off
+def full_precision(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -787,7 +787,7 @@ def load_vit(name_or_path) -> VisionTransformer:
         sizes = vit_sizes(stored, names, layout is TIMM, config)
         # Differs: SnD trained with Meta's way of interpolating positions, but its weights are opened in timm, which has
         # another. We take the way of the code whose layout the weights have, and `save_vit` keeps it.
-        if chunked or path.parent == WEIGHTS:  # DUNE interpolates as Meta without registers; `tiny` has no config.json
+        if chunked or path.name == "vit.safetensors":  # DUNE is as Meta without registers; tiny/ has no config.json
             way = "scale"
         elif sizes["registers"] or layout is TIMM:
             way = "antialiased"
@@ -850,20 +850,19 @@ def vit_sizes(stored, names, timm, config):
 # beside the ViT and is left out knowingly: heads, losses, and the student where the teacher is there too.
 WITHIN = ("model", "model_state_dict", "state_dict", "teacher", "student")
 WRAPPERS = r"^((module|_orig_mod|model|teacher|backbone|vit|dinov2(_with_registers)?|encoder(?!\.layer))\.)+"
-BESIDE = (r"(student|(dino|ibot)_head|(dino|ibot_patch)_loss|projectors|teacher_norms|classifier|linear_head|head|fc)"
-          r"\.")
+BESIDE = r"(student|(dino|ibot)_head|(dino|ibot_patch)_loss|projectors|teacher_norms|classifier|(linear_)?head|fc)\."
 
 
 def backbone_tensors(path):
-    """-> the ViT's tensors without what training code wraps around them, and whether its blocks were in chunks
-    (blocks.0.3)."""
+    """-> the ViT's tensors without what training code wraps around them, and whether its blocks came in chunks."""
     state, stored, chunked = read_checkpoint(path), {}, False
     for wrapper in WITHIN:
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     student_alone = not any("cls_token" in str(key) and "student." not in str(key) for key in state)
     for full_name, value in state.items():
         name = str(full_name).replace("student.", "") if student_alone else str(full_name)
-        name, chunks = re.subn(r"^blocks\.\d+\.(?=\d)", "blocks.", re.sub(WRAPPERS, "", name))
+        name = re.sub(WRAPPERS, "", name)
+        name, chunks = re.subn(r"^blocks\.\d+\.(?=\d)", "blocks.", name)  # blocks.0.3.x -> blocks.3.x
         if not re.match(BESIDE, name):
             if name in stored or not isinstance(value, Tensor):
                 said = "there twice" if name in stored else "not a tensor"
@@ -875,8 +874,7 @@ def backbone_tensors(path):
 def load_strictly(model, stored, path, names=lambda key: [key]):
     """`model` with the tensors of `stored`, in evaluation mode. names(our key) lists the stored tensors that, one after
     the other, make it up. ValueError names one that is missing, left over or misshapen."""
-    # Differs: SnD's README loads its weights with strict=False, which hides errors. Here every tensor must find its
-    # place.
+    # Differs: SnD's README loads its weights with strict=False, which hides errors. Here, every tensor must fit.
     kind = type(model).__name__
     for key, value in model.state_dict().items():
         for name, part in zip(names(key), value.chunk(len(names(key)))):
@@ -962,8 +960,8 @@ def read_checkpoint(path) -> dict:
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
             name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
-            raise fault(path, f"refused, for it names {name}, which tensors do not need (nothing of it was run);"
-                              " if it is your own file, save its state_dict() alone") from None
+            raise fault(path, f"refused, for it names {name}, which tensors do not need (nothing of it was run); "
+                              "if it is your own file, save its state_dict() alone") from None
         reason = re.split(r"\. |\n", f"{type(error).__name__}: {error}")[0]
         raise fault(path, f"cannot be read as a checkpoint ({reason}); {remedy(path)}") from None
     if not isinstance(found, dict):
@@ -1027,17 +1025,18 @@ def named_in(path):
     return names
 
 
-def refuse_hollow(found, path, seen=None):
-    """ValueError for a tensor that claims to be larger than the file's numbers, which a few bytes can do."""
-    seen = set() if seen is None else seen
-    for name, value in found.items():
-        if isinstance(value, dict) and id(value) not in seen:
-            seen.add(id(value))
-            refuse_hollow(value, path, seen)
-        elif isinstance(value, Tensor):
-            plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-            if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise fault(path, f"{name} is a tensor without all of its numbers; save a dense copy of it")
+def refuse_hollow(found, path):
+    """ValueError for a tensor that claims to be larger than the numbers in the file, which takes only a few bytes."""
+    todo, seen = [found], set()
+    while todo:
+        for name, value in todo.pop().items():
+            if isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                todo.append(value)
+            elif isinstance(value, Tensor):
+                plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+                if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    raise fault(path, f"{name} is a tensor without all of its numbers; save a dense copy of it")
 
 
 def remedy(path):

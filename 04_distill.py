@@ -183,8 +183,8 @@ def merge_lora(model):
 
 def networks_of(args):
     """-> the ViT to start from, student, teacher, and the student's optimiser."""
-    torch.manual_seed(args.seed)
     before = lift.load_vit(args.model).to(args.device)
+    torch.manual_seed(args.seed)  # here, so that the new weights depend on the seed and not on what loading has drawn
     vit = copy.deepcopy(before) if args.full_finetune else add_lora(copy.deepcopy(before), args.rank, args.rank)
     vit.mask_token.requires_grad_(False)  # takes no part
     head = None
