@@ -451,8 +451,8 @@ def problem_of(frame, thorough=False):
 
 
 def fit_camera(frame, stored, upright):
-    """Makes size and K of a frame those of its picture, where its camera is for the picture at another size or, by EXIF,
-    in another orientation. -> what is wrong, or None
+    """Makes size and K of a frame those of its picture, if its camera is for the picture at another size or, by EXIF, in
+    another orientation. -> what is wrong, or None
 
     `stored` and `upright` are the picture's (H, W) as it lies in the file and as it is to be seen.
     """
@@ -678,8 +678,8 @@ def maps_beside(image, root):
     """The maps of an image, in folders beside that of the images: -> {kind: path or None}.
 
     For scene/images/cam0/7.jpg a mask is looked for at scene/masks/cam0/7.jpg.png, then 7.png there (or .npy, .tif);
-    for an image in the scene folder itself at scene/masks/. A scene whose images lie deeper (scene/dslr/images/7.jpg) may
-    also have the folders beside these (scene/dslr/masks/).
+    for an image in the scene folder itself at scene/masks/. A scene whose images lie deeper (scene/dslr/images/7.jpg)
+    may also have the folders beside these (scene/dslr/masks/).
     """
     folders = Path(os.path.relpath(image.parent, root)).parts  # ("images", "cam0"); () for images in the scene folder
     homes = (root, image.parent.parent if folders else root)
@@ -1072,7 +1072,7 @@ def register_kinect_depth(depth):  # (480, 640) of the depth camera -> the same,
 
 def read_llff(folder):
     """LLFF: `poses_bounds.npy` (V, 17). A row is a 3x5 matrix [R | t | (H, W, f)], whose camera axes are down, right
-    and backwards, then near and far. The pictures are those of images/ (or images_4/ ...) in the order of their names."""
+    and backwards, then near and far. The pictures are those of images/ (or images_4/) in the order of their names."""
     file = folder / "poses_bounds.npy"
     table = np.asarray(decode_map(file), float)
     root = image_folder(folder) or folder
