@@ -451,8 +451,8 @@ def problem_of(frame, thorough=False):
 
 
 def fit_camera(frame, stored, upright):
-    """Makes size and K of a frame those of its picture, if its camera is for the picture at another size or, by EXIF, in
-    another orientation. -> what is wrong, or None
+    """Makes size and K of a frame those of its picture, if its camera is for another size of it or, by EXIF, another
+    orientation. -> what is wrong, or None
 
     `stored` and `upright` are the picture's (H, W) as it lies in the file and as it is to be seen.
     """
@@ -660,16 +660,17 @@ def left_out(paths):  # -> sentences that count the pictures among `paths` that 
             for end in sorted(set(endings))]
 
 
-def folders_not_read(folder, frames):  # -> sentences that name folders which look like maps but are called otherwise
-    words = ("depth", "mask", "normal", "label", "segment", "semantic", "instance")
-    maps = (*READABLE, ".npy", ".npz", ".exr", ".pfm")
-    used = {path.parent for f in frames for path in (f.image, f.mask, f.depth, f.normal, f.label) if path}
+def folders_not_read(folder, frames):
+    """Sentences that name folders which seem to hold maps that some frame lacks, but have other names than those read."""
+    words = dict(depth=["depth"], mask=["mask", "instance", "segment"], normal=["normal"], label=["label", "semantic"])
+    lacking = [word for kind in MAPS if any(getattr(f, kind) is None for f in frames) for word in words[kind]]
     homes = {frame.image.parent.parent for frame in frames} | {folder}
+    files = [path for f in frames for path in (f.image, f.mask, f.depth, f.normal, f.label) if path]
+    used = {parent for path in files for parent in path.parents}
     found = set()
-    for place in (d for home in homes if home.is_dir() for d in home.iterdir() if d.is_dir() and d.name[0] != "."):
-        named = any(word in place.name.lower() for word in words)
-        if named and not any(u.is_relative_to(place) for u in used):
-            found |= {place.name} if any(p.suffix.lower() in maps for p in place.iterdir()) else set()
+    for place in (d for home in homes if home.is_dir() for d in home.iterdir() if d.is_dir() and d not in used):
+        if any(word in place.name.lower() for word in lacking):
+            found |= {place.name for p in place.iterdir() if p.suffix in (*IMAGE_TYPES, ".npy", ".npz", ".exr", ".pfm")}
     return [f"ignored: {name}/ (maps are read from depth/ masks/ normals/ labels/, with the names of the images)"
             for name in sorted(found)]
 
