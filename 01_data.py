@@ -436,6 +436,9 @@ def checked_scene(name, folder, frames, extra, skip_bad_frames):
     return scene
 
 
+# ---------------------------------------------------------------------------------------------- does a frame fit its files?
+
+
 def problem_of(frame, thorough=False):
     """-> what is wrong with this frame, in words, or None. Fills in the size of the picture."""
     if frame.problem:
@@ -444,23 +447,20 @@ def problem_of(frame, thorough=False):
         return f"{frame.image} does not exist, but {frame.name} has a pose{look_alike(frame.image)}"
     try:
         stored = stored_size(frame.image, thorough)
-        upright = upright_size(frame.image, stored)
-        return fit_camera(frame, stored, upright) or problem_of_camera(frame) or problem_of_maps(frame, thorough)
+        return fit_camera(frame, stored) or problem_of_camera(frame) or problem_of_maps(frame, thorough)
     except DataError as error:
         return str(error)
 
 
-def fit_camera(frame, stored, upright):
-    """Makes size and K of a frame those of its picture, if its camera is for another size of it or, by EXIF, another
-    orientation. -> what is wrong, or None
-
-    `stored` and `upright` are the picture's (H, W) as it lies in the file and as it is to be seen.
-    """
-    (height, width), declared = stored, frame.size or centred_size(frame)
+def fit_camera(frame, stored):
+    """Makes size and K of a frame those of its picture, which is `stored` (H, W) in its file, if its camera is for another
+    size of it or, by EXIF, another orientation. -> what is wrong, or None"""
+    (height, width), declared = stored, frame.size or centred_size(frame, stored)
     guessed = frame.size is None and declared is not None
     frame.size = stored
     if declared is None or declared == stored:
         return None
+    upright = upright_size(frame.image, stored)
     for size in (stored, upright):
         if same_shape(declared, size):
             frame.size, frame.upright = size, size == upright != stored
@@ -486,20 +486,20 @@ def same_shape(declared, size):  # whether one is the other, scaled evenly and r
     return close and abs(size[0] * declared[1] / (size[1] * declared[0]) - 1) < 0.01
 
 
-def centred_size(frame):
+def centred_size(frame, stored):
     """(H, W) of the picture that K seems to be made for, where nobody says it, or None.
 
     Its centre gives it away: twice the principal point is about the size of the picture. Real cameras are off by some
     pixels, so a depth map of about this size settles it, and otherwise only an exact proportion is believed.
     """
-    stored, (cx, cy) = stored_size(frame.image), frame.K[:2, 2]
+    cx, cy = frame.K[:2, 2]
     if not (np.isfinite([cx, cy]).all() and min(cx, cy) > 8):
         return None
     implied = np.array([2 * cy, 2 * cx])
-    sizes = [stored_size(frame.depth)] if frame.depth and frame.depth.exists() else []
-    sizes += [upright_size(frame.image, stored)]
     if np.abs(implied / stored - 1).max() < 0.08:
         return None
+    sizes = [stored_size(frame.depth)] if frame.depth and frame.depth.exists() else []
+    sizes += [upright_size(frame.image, stored)]
     for size in sizes:
         if np.abs(implied / size - 1).max() < 0.08:
             return size
@@ -587,6 +587,9 @@ def ends_well(path):  # whether a PNG or JPEG ends as it should; of other types 
     if start[:2] == b"\xff\xd8":
         return end.endswith(b"\xff\xd9")
     return end[4:8] == b"IEND" if start == b"\x89PNG" else path.suffix.lower() not in (".png", ".jpg", ".jpeg")
+
+
+# ---------------------------------------------------------------------------------------------- names of files
 
 
 def inside(path, root, where):
