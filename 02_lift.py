@@ -6,7 +6,8 @@ In      two posed context images, their instance masks or superpixels; measured 
 Out     patch tokens (B, N, C); one Gaussian a pixel (G = V*H*W); features of every pixel (H, W, C).
 Run     python 02_lift.py     held-out rooms: depth and features as pictures, Gaussians as .ply files; 5 s on 2 cores
         python 02_lift.py --scene_dir photos/ --model dinov2_vits14 --mvsplat re10k.ckpt     published weights
-Copy    02_lift.py alone; its command needs 01_data.py and 03_splat.py too. The built-in weights are in tiny/.
+Copy    02_lift.py alone; its command needs 01_data.py and 03_splat.py too, `tiny` its weights in tiny/vit.safetensors
+        and tiny/mvsplat.safetensors.
 Read    Gaussians, pixel_rays, upscale_weights, mask_aware_upscale, depth_gaussians, VisionTransformer, Block,
         Attention, MVSplat.forward, FeatureCNN, MultiViewTransformer, WindowAttention, cost_volume, UNet,
         gaussian_adapter, mvsplat_gaussians
