@@ -428,6 +428,92 @@ def test_the_teacher_is_not_the_student(three_samples):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_three_steps_by_hand(rooms_dir, tmp_path):
+    """Three steps of two triplets in plain torch, from a teacher that differs from the student: every saved tensor."""
+    flags = ["--scene_dir", rooms_dir, "--operators", tmp_path / "operators", "--max_steps", 3, "--ema_every", 2, *SMALL,
+             "--batch", 2, "--full_finetune", "--lr", 3e-4, "--head_lr", 1e-4, "--geometry", "depth", "--out", tmp_path / "out"]
+    args = distill.parse([str(a) for a in flags])
+    student, teacher, _, _ = start = networks(*map(str, flags))
+    before = lift.load_vit("tiny")
+    with mock.patch.object(distill, "networks_of", lambda _: (before, *copy.deepcopy(start[:3]))):
+        main(*flags)
+    scenes, _, source = distill.prepare(args)
+    triplets = distill.draw_triplets(scenes, 4, 0)
+    order = distill.schedule(4, 6, 0)
+    state = {p: (torch.zeros_like(p), torch.zeros_like(p), 3e-4 if name.startswith("vit.") else 1e-4)
+             for name, p in distill.trained(student).items()}
+    logits = lambda head, x: head.gain * (F.normalize(head.mlp(x), dim=1) @ F.normalize(head.prototypes, dim=1).T)
+    for step in range(3):
+        student.zero_grad()
+        for scene, indices in (triplets[n] for n in order[2 * step:2 * step + 2]):
+            t, operator = source.load(scene, indices), source.operator(scene, indices)
+            with torch.no_grad():
+                goal = operator(teacher.vit(t.images[:2]).patches.flatten(0, 1))[operator.valid]
+                p = (logits(teacher.head, goal) / args.tau_teacher).softmax(1)
+            q = (logits(student.head, student.vit(t.images[2:]).patches[0][operator.valid]) / args.tau_student).log_softmax(1)
+            (-(p * q).sum(1).mean() / 2).backward()
+        with torch.no_grad():
+            for p, (m, v, lr) in state.items():  # Adam with betas 0.9 and 0.999, cosine decay over three steps
+                if p.grad is not None:
+                    m.lerp_(p.grad, 0.1)
+                    v.lerp_(p.grad.square(), 0.001)
+                    m_hat, v_hat = m / (1 - 0.9**(step + 1)), v / (1 - 0.999**(step + 1))
+                    p -= lr * 0.5 * (1 + math.cos(math.pi * step / 3)) * m_hat / (v_hat.sqrt() + 1e-8)
+            if step == 1:  # the only multiple of --ema_every
+                for theirs, ours in zip(teacher.parameters(), student.parameters()):
+                    theirs.copy_(args.momentum * theirs + (1 - args.momentum) * ours)
+    saved = distill.read_run(tmp_path / "out" / "checkpoint.safetensors")[2]
+    names = list(distill.trained(student))
+    # The keys' bias has no gradient but rounding, from which Adam makes steps of any sign: compared where there is one.
+    sure = {name: state[p][1].sqrt() > 1e-5 * state[p][1].max().sqrt() for name, p in distill.trained(student).items()}
+    assert sum(where.sum() for where in sure.values()) > 0.98 * sum(where.numel() for where in sure.values())
+    for who, network in (("student", student), ("teacher", teacher)):
+        for name, p in network.named_parameters():
+            if name in names:
+                ours = saved.pop(f"{who}.{name}")
+                assert torch.allclose(ours[sure[name]], p[sure[name]], rtol=1e-4, atol=3e-6), (who, name)
+    moments = {f"optimiser.{i}.{key}": x for i, (m, v, _) in enumerate(state.values()) for key, x in (("exp_avg", m), ("exp_avg_sq", v))}
+    for key, x in saved.items():
+        assert x == 3 if key.endswith("step") else (x - moments[key]).norm() < 1e-3 * x.norm(), key
+    assert len(saved) == 3 * len(names)
+
+
+def test_a_step_waits_for_the_device_at_most_twice_a_triplet(rooms_dir, tmp_path):
+    """Counted on the pretended CUDA device, for each loss; the operators are on disk."""
+    tools = ROOT.parent / "shared/tools"
+    if not (tools / "fake_cuda.py").exists():
+        pytest.skip(f"{tools}/fake_cuda.py, the pretended CUDA device, is not here")
+    program = """if True:
+        import importlib, sys
+        sys.path[:0] = sys.argv[1], "."
+        import fake_cuda
+        installed, distill = fake_cuda.install(), importlib.import_module("04_distill")
+        for loss in ("distill", "cosine", "correspondence"):
+            args = distill.parse([*sys.argv[2:], "--device", "cuda", "--bf16", "--loss", loss])
+            scenes, _, source = distill.prepare(args)
+            _, student, teacher, optimiser = distill.networks_of(args)
+            batch = [source.sample(*place, 0) for place in distill.draw_triplets(scenes, 2, 0)]
+            with fake_cuda.watch() as seen:
+                distill.learn(batch, student, teacher, args)
+                optimiser.step()
+                distill.ema_update(teacher, student, 0.9)
+            print("counted", sum(seen.syncs.values()))"""
+    flags = "--scene_dir", rooms_dir, "--operators", tmp_path, *SMALL, "--geometry", "depth"
+    done = subprocess.run([sys.executable, "-c", program, tools, *map(str, flags)], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | {"FAKE_CUDA_PROJECT": str(ROOT)})
+    counted = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("counted")]
+    assert counted == [3, 3, 3], done.stderr[-2000:]  # one a triplet, and one for the numbers of the log
+
+
+@pytest.mark.parametrize("native,device,left", [(True, "cuda", True), (False, "cuda", False), (False, "cpu", True)])
+def test_cards_without_bfloat16_compute_in_float32(monkeypatch, capsys, native, device, left):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    args = distill.parse(["--bf16", "--device", device])
+    distill.native_precision(args)
+    assert args.bf16 == left and ("an old card has no bfloat16" in capsys.readouterr().out) != left
+
+
 # ------------------------------------------------------------------------------------------------ every flag, in one step
 
 
@@ -589,6 +675,11 @@ def test_the_script_improves_on_its_start(rooms_dir, tmp_path):
     assert printed.startswith("preset tiny (") and " splat operators, " in printed
     assert "before: matching" in printed and all(str(out / name) in printed for name in ("student", "heldout.png", "curve.png"))
     assert (out / "heldout.png").exists() and (out / "curve.png").exists()
+    assert "40 triplets: " in printed and "6 held-out triplets" in printed
+    card = (out / "student" / "README.md").read_text()
+    for says in ("license: mit", "started from `tiny`", "release with blending", "6 held-out triplets",
+                 f"| after | {100 * result['after']['matching']:.1f} % |", "from transformers import AutoModel"):
+        assert says in card
     assert [line["step"] for line in log] == list(range(36)) and log[-1]["lr"] < 0.01 * log[0]["lr"]
     assert [line["step"] + 1 for line in log if "matching" in line] == [12, 24, 36]
     assert log[-1]["matching"] == pytest.approx(result["after"]["matching"], abs=0.01)
@@ -928,6 +1019,26 @@ def test_small_single_scenes_can_be_held_out_or_say_so(rooms, count, capsys):
     held_out = not targets & {frame.name for frame in train.frames}
     assert held_out or "what is measured below are training views" in capsys.readouterr().out
     assert held_out or count < 6
+
+
+def test_views_that_are_trained_on_are_not_called_held_out(rooms_dir, tmp_path, capsys):
+    shutil.copytree(rooms_dir / "room_000", tmp_path / "room")
+    path = tmp_path / "room/transforms.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"frames": meta["frames"][:3], "agreement": [0.31, 0.30]}))
+    main("--scene_dir", tmp_path / "room", "--out", tmp_path / "out", "--operators", tmp_path / "o", "--max_steps", 1, *SMALL)
+    printed = capsys.readouterr().out
+    assert " training triplets\n" in printed and "held-out" not in printed
+    assert "estimated from photos, do not trust them (neighbouring photos agree to 31 %" in printed
+
+
+@pytest.mark.parametrize("flags,says", [
+    ("--model dinov2_vits14", "license: apache-2.0"), ("--model my_weights", "license: other"),
+    ("--no_blend", "release without blending, for correspondence"), ("--loss cosine", "neither of the paper's two releases")])
+def test_the_model_card_says_where_a_student_comes_from(flags, says):
+    scores = distill.Agreement(0.5, 0.6, 70.0)
+    card = distill.model_card(distill.parse(flags.split()), small_vit(), "2 held-out triplets", scores, scores)
+    assert says in card and "last_hidden_state[:, 1:]" in card
 
 
 def moved_apart(scene, which):
