@@ -427,7 +427,7 @@ def say_whose_cameras(scene_dir):
 def say_levels(triplets):
     """How good the contexts are that `sample_triplet` has found: it asks for less where there are no better ones."""
     levels = Counter(data.best_pairs(scene, target)[0] for scene, (*_, target) in triplets)
-    parts = [f"{levels[n]} with an overlap of {100 * least:.0f} % and a baseline below {widest:g} of the depth"
+    parts = [f"{levels[n]} with an overlap from {100 * least:.0f} % and a baseline below {widest:g} of the depth"
              for n, (least, widest) in enumerate(data.LEVELS) if levels[n]]
     print(f"{len(triplets)} triplets: {', '.join(parts)}")
 
