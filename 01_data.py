@@ -33,7 +33,7 @@ import struct
 import sys
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -69,12 +69,12 @@ class View(NamedTuple):
 class Scene:
     """Posed views of one place. It holds file names and cameras; pictures are decoded when `view` asks for them."""
 
-    def __init__(self, name, frames, points=None, class_names=None, notes=(), depth_scale=1e-3, kinect=False):
+    def __init__(self, name, frames, depth_scale=1e-3, points=None, notes=(), class_names=None, kinect=False):
         self.name, self.frames = name, frames  # a list of `Frame`, one for each view: files, K, c2w, lens
-        self.points = points  # (M, 3) world points of a sparse reconstruction, or None
-        self.class_names = class_names  # a tuple: what the label ids mean, or None
-        self.notes = list(notes)  # sentences for the user: what was left out or assumed
         self.depth_scale, self.kinect = depth_scale, kinect  # how stored depth is to be read
+        self.points = points  # (M, 3) world points of a sparse reconstruction, or None
+        self.notes = list(notes)  # sentences for the user: what was left out or assumed
+        self.class_names = class_names  # a tuple: what the label ids mean, or None
         self.c2w = torch.from_numpy(np.stack([frame.c2w for frame in frames])).float()  # (V, 4, 4)
         self.pairs = {}  # what `context_pairs` has found so far
 
@@ -88,12 +88,13 @@ class Scene:
         stretched. Maps are taken from the nearest stored pixel, and left unread with `maps=False`.
         """
         frame = self.frames[i]
-        size = size or frame.size
+        size = tuple(size or frame.size)
         scale, (left, top, *_) = covering_crop(frame.size, size)
         to_view = np.array([[scale, 0, -scale * left], [0, scale, -scale * top], [0, 0, 1]])  # pixels -> pixels
         K = torch.from_numpy(to_view @ undistorted_K(frame)).float()
-        found = read_maps(self, frame, size) if maps else {}
-        return View(frame.name, read_image(frame, size), K, self.c2w[i], **found)
+        image = kept(("image", size), frame, lambda: read_image(frame, size))  # a photo is decoded once a run
+        found = kept(("maps", size), frame, lambda: read_maps(self, frame, size)) if maps else {}
+        return View(frame.name, image.float() / 255, K, self.c2w[i], **{kind: values + 0 for kind, values in found.items()})
 
     @cached_property
     def depth_range(self):
@@ -235,23 +236,32 @@ def held_out_views(scene) -> list[int]:
 def show_triplets(scene, triplets, path):
     """One row a triplet: the target between its two contexts, and the target's maps. Below: the cameras from above."""
     size = fit_size(scene, 200 * 150, 2)
-    rows = []
-    for a, b, target in triplets:
-        left, middle, right = (scene.view(i, size) for i in (a, target, b))
-        depth = None if middle.depth is None else colour_depth(middle.depth)
-        normal = None if middle.normal is None else colour_normals(middle.normal)
-        rows.append([left.image, middle.image, right.image, colour_ids(regions(middle)), depth, normal])
-    masks = "its mask" if any(frame.mask for frame in scene.frames) else "its superpixels (no masks)"
-    plan = lambda width: camera_plan(scene, triplets, 360, width)
-    headings = ["context", "target", "context", masks, "its depth", "its normals"]
-    return picture_grid(path, headings, rows, scale=1, below=plan)
+    rows = [[scene.view(i, size) for i in (a, target, b)] for a, b, target in triplets]
+    targets = [target for _, target, _ in rows]
+    columns = {"context": [a.image for a, _, _ in rows], "target": [view.image for view in targets],
+               "context ": [b.image for _, _, b in rows]}
+    masks = "its mask" if any(view.mask is not None for view in targets) else "its superpixels (no masks)"
+    columns[masks] = [colour_ids(regions(view)) for view in targets]
+    depths = [view.depth for view in targets if view.depth is not None]
+    if depths:
+        together = torch.cat([depth.flatten() for depth in depths])  # one scale for all rows
+        columns["its depth"] = [None if v.depth is None else colour_depth(v.depth, together) for v in targets]
+    if any(view.normal is not None for view in targets):
+        columns["its normals"] = [None if v.normal is None else colour_normals(v.normal) for v in targets]
+
+    def below(width):
+        legend = [depth_legend(together, width)] if depths else []
+        return torch.cat([*legend, camera_plan(scene, triplets, 360, width)], 1)
+    return picture_grid(path, list(columns), list(zip(*columns.values())), scale=1, below=below)
 
 
 # ---- Workshop: not needed to understand the method ----
 
 
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # flips y and z: OpenGL camera axes <-> OpenCV camera axes, its own inverse
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".JPG", ".JPEG", ".PNG")
+READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+IMAGE_TYPES = tuple(spelled(end) for spelled in (str.lower, str.upper, str.title) for end in READABLE)
+UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr", ".gif")
 MAPS = ("mask", "depth", "normal", "label")
 CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
 DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
@@ -272,7 +282,10 @@ class Frame:
     normal: Path | None = None
     label: Path | None = None
     two_regions: bool = False  # the mask says which pixels are valid: its two sides are two regions
+    upright: bool = False  # the picture is turned as its EXIF tag says, because its camera is that of the upright picture
     problem: str | None = None  # why it cannot be used, where its reader found that out
+    notes: tuple = ()  # what was changed to make it fit
+    kept: dict = field(default_factory=dict, init=False, repr=False)  # its views, see `kept`
 
 
 # ----------------------------------------------------------------------------------------- finding and checking scenes
@@ -332,20 +345,27 @@ def load_scenes(path, skip_bad_frames=False) -> list[Scene]:
     """All scenes at `path`: the folder itself, or every scene folder up to three levels below it, in natural order.
 
     Headers of all files are checked here, so that a run does not die of them later. Raises DataError (one line with
-    the remedy) on the first bad one; with `skip_bad_frames` every file is decoded to its end, and frames with a problem
-    are left out and listed in `Scene.notes`.
+    the remedy) on the first bad one; with `skip_bad_frames` every file is decoded to its end, frames with a problem are
+    left out and listed in `Scene.notes`, and a scene of which too little remains is left out as well.
     """
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{path}: no such folder; give --scene_dir a scene, or a folder of scenes")
-    scenes = []
+    scenes, error = [], None
     for folder, reader in find_scenes(root):
         name = folder.resolve().name if folder == root else folder.relative_to(root).as_posix()
-        frames, extra = reader(folder)
-        scenes.append(checked_scene(name, folder, frames, extra, skip_bad_frames))
+        try:
+            scenes.append(checked_scene(name, folder, *reader(folder), skip_bad_frames))
+        except DataError as unusable:
+            error = unusable
+            if not skip_bad_frames:
+                raise
+            print(f"left out: {error}")
+    if not scenes and error:
+        raise error
     if not scenes:
-        raise DataError(f"{path}: no scene in here (looked for transforms*.json, sparse/0 and frame-*.pose.txt, three "
-                        "levels deep); for photos without poses run COLMAP first and put its model in sparse/0")
+        raise DataError(f"{path}: no scene in here (looked for transforms*.json, sparse/0, frame-*.pose.txt and poses_bounds"
+                        ".npy, three levels deep); for photos without poses run COLMAP first and put its model in sparse/0")
     return scenes
 
 
@@ -364,9 +384,11 @@ def find_scenes(folder, levels=3):  # -> [(folder, its reader), ...]
 def reader_of(folder):
     if transforms_files(folder):
         return read_transforms
-    if colmap_folder(folder):
+    if colmap_models(folder):
         return read_colmap
-    return read_rgbd if next(folder.glob("frame-*.pose.txt"), None) else None
+    if next(folder.glob("frame-*.pose.txt"), None):
+        return read_rgbd
+    return read_llff if (folder / "poses_bounds.npy").is_file() else None
 
 
 def checked_scene(name, folder, frames, extra, skip_bad_frames):
@@ -391,9 +413,18 @@ def checked_scene(name, folder, frames, extra, skip_bad_frames):
         u, _, vt = np.linalg.svd(frame.c2w[:3, :3])  # poses in text files are rounded: the nearest true rotation
         frame.c2w = np.vstack([np.hstack([u @ vt, frame.c2w[:3, 3:]]), [0, 0, 0, 1]])
     notes = [*extra.pop("notes", ()), *(f"left out: {problem}" for problem in problems.values())]
+    changed = [note for frame in frames for note in frame.notes]
+    notes += [f"{note} ({changed.count(note)} views)" for note in dict.fromkeys(changed)]
     lacking = {kind: sum(getattr(f, kind) is None for f in frames) for kind in MAPS}
     notes += [f"{n} of {len(frames)} views have no {kind}" for kind, n in lacking.items() if 0 < n < len(frames)]
-    return Scene(name, frames, notes=notes, **extra)
+    notes += folders_not_read(folder, frames)
+    near_and_far, unit_given = extra.pop("depth_range", None), extra.pop("unit_given", False)
+    scene = Scene(name, frames, notes=notes, **extra)
+    if near_and_far:
+        scene.depth_range, scene.range_source = near_and_far, "poses_bounds.npy"
+    if not unit_given:
+        settle_depth_unit(scene)
+    return scene
 
 
 def problem_of(frame, thorough=False):
@@ -401,17 +432,77 @@ def problem_of(frame, thorough=False):
     if frame.problem:
         return frame.problem
     if not frame.image.exists():
-        return f"{frame.image} does not exist, but {frame.name} has a pose"
+        return f"{frame.image} does not exist, but {frame.name} has a pose{look_alike(frame.image)}"
     try:
-        size = stored_size(frame.image, thorough)
-        if frame.size and size != frame.size:
-            declared = f"{frame.size[1]}x{frame.size[0]}"
-            return (f"{frame.image} is {size[1]}x{size[0]}, but its intrinsics are for {declared}: "
-                    "scale fl_x, fl_y, cx, cy, w, h, or use the images they were made for")
-        frame.size = size
-        return problem_of_camera(frame) or problem_of_maps(frame, thorough)
+        stored = stored_size(frame.image, thorough)
+        upright = upright_size(frame.image, stored)
+        return fit_camera(frame, stored, upright) or problem_of_camera(frame) or problem_of_maps(frame, thorough)
     except DataError as error:
         return str(error)
+
+
+def fit_camera(frame, stored, upright):
+    """Makes size and K of a frame those of its picture, where the data set describes the picture at another size or (EXIF)
+    in another orientation. `stored` and `upright` are the picture's (H, W) as it lies in the file and as it is to be seen.
+    -> what is wrong, or None."""
+    (height, width), declared = stored, frame.size or centred_size(frame)
+    guessed = frame.size is None and declared is not None
+    frame.size = stored
+    if declared is None or declared == stored:
+        return None
+    for size in (stored, upright):
+        if same_shape(declared, size):
+            frame.size, frame.upright = size, size == upright != stored
+            if declared != size:
+                zoom = np.array([size[1] / declared[1], size[0] / declared[0], 1])
+                frame.K = zoom[:, None] * frame.K
+                what = "intrinsics seem to be" if guessed else "cameras are"
+                frame.notes += (f"{what} for pictures of {declared[1]}x{declared[0]}: scaled to the {size[1]}x{size[0]} of "
+                                f"{frame.image.parent.name}/",)
+            if frame.upright:
+                frame.notes += ("pictures are turned upright, as EXIF says and as their cameras expect",)
+            return None
+    if guessed:
+        return None
+    turned = " (EXIF turns it)" if upright != stored else ""
+    return (f"{frame.image} is {width}x{height}{turned}, but its camera is for {declared[1]}x{declared[0]}, "
+            "which is another shape: use the pictures that the cameras were made for")
+
+
+def same_shape(declared, size):  # whether one is the other, scaled evenly and rounded to whole or even pixels
+    zoom = math.sqrt(size[0] * size[1] / (declared[0] * declared[1]))
+    close = all(abs(have - zoom * want) <= 2 * max(1, zoom) for want, have in zip(declared, size))
+    return close and abs(size[0] * declared[1] / (size[1] * declared[0]) - 1) < 0.01
+
+
+def centred_size(frame):
+    """(H, W) of the picture that K seems to be made for, where nobody says it, or None.
+
+    Its centre gives it away: twice the principal point is about the size of the picture. That of a real camera is off by
+    some pixels, so a depth map of about this size settles it, and otherwise only an exact proportion is believed.
+    """
+    stored, (cx, cy) = stored_size(frame.image), frame.K[:2, 2]
+    if not (np.isfinite([cx, cy]).all() and min(cx, cy) > 8):
+        return None
+    implied = np.array([2 * cy, 2 * cx])
+    sizes = [stored_size(frame.depth)] if frame.depth and frame.depth.exists() else []
+    sizes += [upright_size(frame.image, stored)]
+    if np.abs(implied / stored - 1).max() < 0.08:
+        return None
+    for size in sizes:
+        if np.abs(implied / size - 1).max() < 0.08:
+            return size
+    zooms = implied / stored
+    return tuple(np.round(implied).astype(int).tolist()) if abs(zooms[0] / zooms[1] - 1) < 0.004 else None
+
+
+def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, which its EXIF tag may say
+    try:
+        with Image.open(path) as image:
+            orientation = image.getexif().get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        orientation = 1
+    return stored[::-1] if orientation in (5, 6, 7, 8) else stored
 
 
 def problem_of_camera(frame):
@@ -420,16 +511,22 @@ def problem_of_camera(frame):
     if frame.c2w.shape != (4, 4):
         return f"{frame.image}: its pose is {frame.c2w.shape}, not a 4x4 matrix"
     rotation, last = frame.c2w[:3, :3], frame.c2w[3]
-    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 0.02 or np.linalg.det(rotation) < 0:
-        return f"{frame.image}: its pose is not a rigid motion (determinant {np.linalg.det(rotation):.3f})"
+    scale = np.cbrt(np.linalg.det(rotation))
+    if scale <= 1e-9 or np.abs(rotation @ rotation.T / scale**2 - np.eye(3)).max() > 0.02:
+        return (f"{frame.image}: its pose is not a rigid motion (determinant {scale**3:.3f}); "
+                "its matrix mirrors, shears or squeezes")
     if np.abs(last - [0, 0, 0, 1]).max() > 1e-6:
         return f"{frame.image}: the last row of its pose is {last.tolist()}, not 0 0 0 1; is the matrix transposed?"
     if not np.isfinite(frame.K).all() or min(frame.K[0, 0], frame.K[1, 1]) <= 0 or (frame.K[2] != [0, 0, 1]).any():
         return f"{frame.image}: its intrinsics are singular (focal lengths {frame.K[0, 0]:g}, {frame.K[1, 1]:g})"
     (height, width), (cx, cy) = frame.size, frame.K[:2, 2]
-    if not (0 < cx < width and 0 < cy < height):
-        return (f"{frame.image} is {width}x{height}, but its intrinsics put the centre at ({cx:g}, {cy:g}): "
-                "scale them to the size of the image")
+    zooms = np.array([2 * cx / width, 2 * cy / height])
+    if not (0 < cx < width and 0 < cy < height) or (abs(zooms[0] / zooms[1] - 1) < 0.02 and abs(zooms[0] - 1) > 0.2):
+        return (f"{frame.image} is {width}x{height}, but its intrinsics put the centre at ({cx:g}, {cy:g}), as for a picture "
+                f"of about {2 * cx:.0f}x{2 * cy:.0f}: scale them to the size of the image")
+    if abs(scale - 1) > 0.02:
+        frame.c2w[:3, :3] /= scale
+        frame.notes += (f"the rotation of poses was scaled by {scale:.3g}, which is taken out",)
     undistorted_K(frame)  # raises where the lens cannot be undone
 
 
@@ -440,7 +537,7 @@ def problem_of_maps(frame, thorough):
         if path is None:
             continue
         if not path.exists():
-            return f"{path} does not exist, but {frame.name} names it"
+            return f"{path} does not exist, but {frame.name} names it{look_alike(path)}"
         map_h, map_w = stored_size(path, thorough, CHANNELS.get(kind))
         if kind == "depth" and abs(map_w / map_h - width / height) < 0.02 * width / height:
             continue  # sensors often measure depth at another resolution of the same field of view
@@ -449,7 +546,7 @@ def problem_of_maps(frame, thorough):
                     f"a {kind} must have the size of its image")
 
 
-def stored_size(path, thorough, channels=None):
+def stored_size(path, thorough=False, channels=None):
     """(H, W) of a picture or array. Its header and its last bytes are looked at, which shows most damage; `thorough`
     decodes it to the end."""
     if path.suffix == ".npy":
@@ -471,11 +568,14 @@ def header(path):  # -> (H, W, C) of a picture, not decoded; None where even tha
         return None
 
 
-def ends_well(path):  # whether a PNG or JPEG ends as it should
+def ends_well(path):  # whether a PNG or JPEG ends as it should; of other types nothing is known
     with open(path, "rb") as file:
+        start = file.read(4)
         file.seek(max(0, os.path.getsize(path) - 12))
         end = file.read()
-    return end.endswith(b"\xff\xd9") if path.suffix.lower() in (".jpg", ".jpeg") else end[4:8] == b"IEND"
+    if start[:2] == b"\xff\xd8":
+        return end.endswith(b"\xff\xd9")
+    return end[4:8] == b"IEND" if start == b"\x89PNG" else path.suffix.lower() not in (".png", ".jpg", ".jpeg")
 
 
 def inside(path, root, where):
@@ -487,16 +587,83 @@ def inside(path, root, where):
     return path
 
 
+def find_file(root, name, where, folders=(), endings=()):
+    """The file that a list calls `name`, below `root` or in one of its `folders`; the first guess if there is none.
+
+    Lists come from other machines. A name may have backslashes or a drive letter, upper and lower case may differ, the
+    ending may lack or be another one, and `images/` may be there as `images_4/` only.
+    """
+    name = name.replace("\\", "/")
+    if drive := re.match("[A-Za-z]:/+", name):  # of the folders on that machine, those below the scene are looked for
+        parts = name[drive.end():].split("/")
+        found = (find_file(root, "/".join(parts[n:]), where, folders, endings) for n in range(len(parts)))
+        return next((path for path in found if path.is_file()), root / parts[-1])
+    first = inside(root / name, root, where)
+    relative = Path(os.path.relpath(first, root))
+    smaller = [Path(f"{relative.parts[0]}_{n}", *relative.parts[1:]) for n in (2, 4, 8)] if len(relative.parts) > 1 else []
+    for path in (relative, *(Path(folder) / relative for folder in folders), *smaller):
+        if found := look_for(root, path, endings):
+            return found
+    return first
+
+
+def look_for(root, path, endings):  # -> the file at root / path, exact or nearly so; None
+    if (root / path).is_file():
+        return root / path
+    folder = root
+    for part in path.parts[:-1]:
+        folder = folder / part if (folder / part).is_dir() else listing(folder).get(part.lower())
+        if folder is None:
+            return None
+    there, name = listing(folder), path.name.lower()
+    stem = Path(name).stem if Path(name).suffix in endings else name
+    near = (there.get(candidate) for candidate in (name, *(stem + end for end in endings)))
+    return next((file for file in near if file is not None and file.is_file()), None)
+
+
+def listing(folder):  # -> {name in lower case: path}
+    return listed(folder, folder.stat().st_mtime_ns) if folder.is_dir() else {}
+
+
+@lru_cache(maxsize=64)
+def listed(folder, _changed):
+    return {path.name.lower(): path for path in folder.iterdir()}
+
+
+def look_alike(path):  # -> words that name a file which may be meant
+    near = sorted(p.name for p in listing(path.parent).values() if p.stem.lower() == path.stem.lower() and p != path)
+    return f" ({near[0]} is there)" if near else ""
+
+
+def is_picture(path):
+    return path.suffix.lower() in READABLE and path.name[0] != "."
+
+
+def left_out(paths):  # -> sentences that count the pictures among `paths` that no stage reads
+    endings = [path.suffix[1:].upper() for path in paths if path.suffix.lower() in UNREADABLE]
+    return [f"ignored: {endings.count(end)} {end} files, which are not read; save them as JPEG or PNG"
+            for end in sorted(set(endings))]
+
+
+def folders_not_read(folder, frames):  # -> sentences that name folders which look like maps but are called otherwise
+    words = ("depth", "mask", "normal", "label", "segment", "semantic", "instance")
+    used = {path.parent for f in frames for path in (f.image, f.mask, f.depth, f.normal, f.label) if path}
+    home = {frame.image.parent.parent for frame in frames} | {folder}
+    others = [d for place in home if place.is_dir() for d in place.iterdir() if d.is_dir() and d.name[0] != "."]
+    others = [d for d in others if any(w in d.name.lower() for w in words) and not any(u.is_relative_to(d) for u in used)]
+    return [f"ignored: {d.name}/ (maps are read from depth/ masks/ normals/ labels/, with the names of the images)"
+            for d in sorted(set(others)) if any(is_picture(p) or p.suffix == ".npy" for p in d.iterdir())]
+
+
 def maps_beside(image, root):
     """The maps of an image, in folders beside that of the images: -> {kind: path or None}.
 
-    For scene/images/cam0/7.jpg a mask is looked for at scene/masks/cam0/7.jpg.png, then 7.png, 7.jpg.npy and 7.npy
-    there; for an image in the scene folder itself at scene/masks/. A scene whose images lie deeper
+    For scene/images/cam0/7.jpg a mask is looked for at scene/masks/cam0/7.jpg.png, then 7.png there (or .npy, .tif); for an image in the scene folder itself at scene/masks/. A scene whose images lie deeper
     (scene/dslr/images/7.jpg) may also have the folders beside these (scene/dslr/masks/).
     """
     folders = Path(os.path.relpath(image.parent, root)).parts  # ("images", "cam0"); () for images in the scene folder
     homes = (root, image.parent.parent if folders else root)
-    names = [Path(*folders[1:], f"{name}.{end}") for name in (image.name, image.stem) for end in ("png", "npy")]
+    names = [Path(*folders[1:], f"{name}.{end}") for name in (image.name, image.stem) for end in ("png", "npy", "tif", "tiff")]
 
     def first(*kinds):
         paths = (home / kind / name for kind in kinds for home in homes for name in names)
@@ -519,53 +686,92 @@ def transforms_files(folder):
 def read_transforms(folder):
     """nerfstudio / instant-ngp: OpenGL camera-to-world, intrinsics of the whole file or of each frame."""
     file, *others = transforms_files(folder)
-    root = file.parent.parent if file.parent.name == "nerfstudio" else file.parent
     try:
         meta = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: not JSON ({str(error).splitlines()[0]}); write it again") from None
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list):
         raise DataError(f"{file}: has no list 'frames'; is it a nerfstudio file?")
-    frames = [transforms_frame(meta, entry, root, f"{file}: frame {n}") for n, entry in enumerate(meta["frames"])]
+    root = transforms_root(file, meta)
+    frames = [transforms_frame(meta, entry, root, f"{file}: frame {n}") for n, entry in enumerate(meta["frames"])
+              if not (isinstance(entry, dict) and entry.get("is_bad") is True)]
+    bad = len(meta["frames"]) - len(frames)
+    without_masks = bool(frames) and all(f.two_regions and not f.mask.exists() for f in frames)
+    for frame in frames if without_masks else ():
+        frame.mask, frame.two_regions = None, False
+    unit = next((key for key in ("depth_unit_scale_factor", "integer_depth_scale") if meta.get(key) is not None), None)
     try:
-        depth_scale = float(meta.get("depth_unit_scale_factor", 1e-3))
+        depth_scale = float(meta[unit]) if unit else 1e-3
         assert 0 < depth_scale < math.inf
     except (AssertionError, TypeError, ValueError):
-        raise DataError(f"{file}: 'depth_unit_scale_factor' must be a positive number "
-                        "(0.001 for millimetres)") from None
+        raise DataError(f"{file}: '{unit}' must be a positive number (0.001 for millimetres)") from None
     notes = [f"ignored: {other.relative_to(folder)} ({file.relative_to(folder)} comes first)" for other in others]
-    known = {frame.image for frame in frames}
-    kinds, places = {p.suffix for p in known}, {p.parent for p in known if p.parent.is_dir()}
-    spare = sum(p.suffix in kinds and p not in known for place in places for p in place.iterdir())
-    notes += [f"ignored: {spare} pictures without a pose"] if spare else []
+    notes += [f"left out: {bad} frames that are marked is_bad"] if bad else []
+    notes += ["the masks that mask_path names are not there; read without"] if without_masks else []
+    places = {frame.image.parent for frame in frames}
+    notes += spare_pictures([path for place in places if place.is_dir() for path in place.iterdir()], frames, bad)
     names = meta.get("class_names")
-    return frames, dict(depth_scale=depth_scale, notes=notes, class_names=tuple(map(str, names)) if names else None)
+    return frames, dict(depth_scale=depth_scale, unit_given=bool(unit), notes=notes,
+                        class_names=tuple(map(str, names)) if names else None)
+
+
+def spare_pictures(there, frames, expected=0):  # -> sentences about pictures without a pose, and pictures of no use
+    known, endings = {frame.image for frame in frames}, {frame.image.suffix for frame in frames}
+    spare = sum(path.suffix in endings and is_picture(path) and path not in known for path in there) - expected
+    return [f"ignored: {spare} pictures without a pose"] * (spare > 0) + left_out(there)
+
+
+IMAGE_FOLDERS = ("images", "undistorted_images", "resized_undistorted_images", "images_2", "images_4", "images_8")
+MASK_FOLDERS = ("undistorted_anon_masks", "resized_anon_masks", "masks")  # the first two are ScanNet++'s
+
+
+def transforms_root(file, meta):
+    """The folder that names are relative to: the file's own, or for dslr/nerfstudio/transforms.json (ScanNet++) dslr/."""
+    first = next((entry["file_path"] for entry in meta["frames"] if isinstance(entry, dict)
+                  and isinstance(entry.get("file_path"), str)), "")
+    for root in (file.parent, file.parent.parent) if file.parent.name == "nerfstudio" else (file.parent,):
+        try:
+            if first and find_file(root, first, "", IMAGE_FOLDERS, READABLE).is_file():
+                return root
+        except DataError:  # outside of this root: perhaps not of the other
+            pass
+    return file.parent.parent if file.parent.name == "nerfstudio" and file.parent.parent.name == "dslr" else file.parent
 
 
 def transforms_frame(meta, entry, root, where):
-    for key, kind in (("file_path", str), ("transform_matrix", list)):
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-            raise DataError(f"{where} lacks '{key}'; add it or remove the frame")
-    settings = meta | {key: value for key, value in entry.items() if value is not None}
+    """One frame; what is wrong with it alone becomes its `problem`."""
+    settings = meta | {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else meta
     model = str(settings.get("camera_model", "")).upper()
     if settings.get("is_fisheye") or any(word in model for word in ("FISHEYE", "EQUIRECT", "ORTHO")):
         raise DataError(f"{where}: {model or 'fisheye'} cameras are not read; undistort first "
                         "(ScanNet++ ships transforms_undistorted.json)")
-    image = find_image(root, entry["file_path"], where)
+    unusable = lambda problem: Frame(where, root / where, np.eye(3), np.full((4, 4), np.nan), None, problem=problem)
+    for key, kind in (("file_path", str), ("transform_matrix", list)):
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+            return unusable(f"{where} lacks '{key}'; add it or remove the frame")
+    image = find_file(root, entry["file_path"], where, IMAGE_FOLDERS, READABLE)
     try:
         K, size, distortion = transforms_camera(settings, image, where)
         pose = np.array(entry["transform_matrix"], float)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise DataError(f"{where}: a number is not a number ({str(error).splitlines()[0]}); mend the frame") from None
+        return unusable(f"{where}: a number is not a number ({str(error).splitlines()[0]}); mend the frame")
     pose = np.vstack([pose, [0, 0, 0, 1]]) if pose.shape == (3, 4) else pose
     c2w = pose * OPENGL.diagonal() if pose.shape == (4, 4) else pose  # flips the y and z axes: columns 1 and 2
+    maps, two_regions = transforms_maps(entry, image, root, where)
+    return Frame(entry["file_path"], image, K, c2w, size, distortion, two_regions=two_regions, **maps)
+
+
+def transforms_maps(entry, image, root, where):  # -> {kind: path or None}, whether the mask is one of two regions
     maps = maps_beside(image, root)
-    keys = dict(mask="instance_file_path", depth="depth_file_path", normal="normal_file_path", label="label_file_path")
-    maps |= {kind: inside(root / str(entry[key]), root, where) for kind, key in keys.items() if entry.get(key)}
-    valid = inside(root / str(entry["mask_path"]), root, where) if entry.get("mask_path") else None
+    keys = dict(mask=["instance_file_path"], depth=["depth_file_path", "depth_path"], normal=["normal_file_path"],
+                label=["label_file_path"], valid=["mask_path"])
+    named = {kind: find_file(root, str(entry[key]), where, MASK_FOLDERS if kind == "valid" else ())
+             for kind, names in keys.items() for key in names[:: -1] if entry.get(key)}
+    valid = named.pop("valid", None)
+    maps |= named
     two_regions = valid is not None and maps["mask"] in (None, valid)  # instance masks are better where there are some
     maps["mask"] = valid if two_regions else maps["mask"]
-    return Frame(entry["file_path"], image, K, c2w, size, distortion, two_regions=two_regions, **maps)
+    return maps, two_regions
 
 
 def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None, distortion
@@ -585,48 +791,55 @@ def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None,
     return K, size, (radial, tangential)
 
 
-def find_image(root, file_path, where):
-    """`file_path` below the scene, as written or in the folders where converters put images; the ending may lack."""
-    first = inside(root / file_path, root, where)
-    places = [first] + [root / d / file_path for d in ("images", "undistorted_images", "resized_undistorted_images")]
-    endings = ("",) if first.suffix in IMAGE_TYPES else ("", *IMAGE_TYPES)
-    candidates = [p.with_name(p.name + end) for p in places for end in endings]
-    return next((p for p in candidates if p.is_file()), first)
-
-
 # ---------------------------------------------------------------------------------------------- reader: COLMAP
 
 
-def colmap_folder(folder):
-    places = (folder / "sparse" / "0", folder / "sparse", folder / "colmap" / "sparse" / "0")
-    return next((p for p in places for kind in ("bin", "txt") if (p / f"cameras.{kind}").exists()), None)
+def colmap_models(folder):  # -> the folders of all models of a scene, the one of most images first
+    places = [folder / "sparse", folder / "colmap" / "sparse"]
+    places = [place for home in places if home.is_dir()
+              for place in (home, *sorted((d for d in home.iterdir() if d.is_dir()), key=natural))]
+    models = [p for p in places for kind in ("bin", "txt") if (p / f"cameras.{kind}").exists()]
+    return sorted(dict.fromkeys(models), key=colmap_size, reverse=True)
+
+
+def colmap_size(model):  # about the number of its images, for comparing models
+    try:
+        if (model / "images.bin").exists():
+            with open(model / "images.bin", "rb") as file:
+                return struct.unpack("<Q", file.read(8))[0]
+        return sum(line.count(" ") == 9 for line in (model / "images.txt").read_text(errors="replace").splitlines())
+    except (OSError, struct.error):
+        return 0
 
 
 def read_colmap(folder):
     """A COLMAP model: world-to-camera quaternions (w, x, y, z), OpenCV axes, pixel (0, 0) at the top-left corner."""
-    model = colmap_folder(folder)
+    model, *others = colmap_models(folder)
     try:
         cameras, poses, points = (colmap_binary if (model / "cameras.bin").exists() else colmap_text)(model)
     except FileNotFoundError as error:
-        raise DataError(f"{error.filename} does not exist; a COLMAP model is cameras, images and points3D") from None
+        raise DataError(f"{error.filename} does not exist; a COLMAP model is cameras and images") from None
     except (struct.error, ValueError, IndexError):
         raise DataError(f"{model}: the COLMAP model is cut off or damaged; export it again") from None
-    root = folder / "images"
+    root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder / "images")
     if not root.is_dir():
         raise DataError(f"{root} does not exist, but {model} is a COLMAP model of images; put them there")
     frames = []
     for name, camera, quaternion, translation in poses:
         if camera not in cameras:
             raise DataError(f"{model}: image {name} uses camera {camera}, which the model lacks; export it again")
-        image = inside(root / name, root, str(model))
+        image = find_file(root, name, str(model), endings=READABLE)
         K, size, distortion = colmap_camera(*cameras[camera], model)
         w2c = np.eye(4)
         w2c[:3, :3], w2c[:3, 3] = rotation_of(quaternion), translation
         c2w = np.linalg.inv(w2c) if np.isfinite(w2c).all() else w2c  # a pose that is not finite is named later
         frames.append(Frame(name, image, K, c2w, size, distortion, **maps_beside(image, folder)))
     frames.sort(key=lambda frame: natural(frame.name))
-    spare = sum(p.suffix in IMAGE_TYPES for p in root.rglob("*")) - len(frames)
-    return frames, dict(points=points, notes=[f"ignored: {spare} pictures without a pose"] if spare > 0 else [])
+    notes = [f"ignored: {other.relative_to(folder)}, another model ({colmap_size(other)} images; "
+             f"{model.relative_to(folder)} has {len(poses)})" for other in others]
+    notes += [] if points is not None else ["no points3D are read: near and far come from the depth or the cameras"]
+    notes += spare_pictures(list(root.rglob("*")), frames)
+    return frames, dict(points=points, notes=notes)
 
 
 def rotation_of(quaternions):  # (..., 4) w x y z, of any length -> (..., 3, 3)
@@ -689,6 +902,8 @@ def colmap_binary(model):  # -> {id: (name, W, H, params)}, [(image, camera, qua
         _, *pose, camera = file.take("i7di")
         poses.append((file.text(), camera, pose[:4], pose[4:]))
         file.take(f"{24 * file.take('Q')[0]}x")  # its 2D points are not needed
+    if not (model / "points3D.bin").exists():
+        return cameras, poses, None
     file = Bytes(model / "points3D.bin")
     for _ in range(file.take("Q")[0]):
         _, x, y, z, _, _, _, _, track = file.take("Q3d3BdQ")
@@ -697,13 +912,29 @@ def colmap_binary(model):  # -> {id: (name, W, H, params)}, [(image, camera, qua
     return cameras, poses, np.array(points).reshape(-1, 3)
 
 
-def colmap_text(model):  # the same from cameras.txt, images.txt (every second line lists 2D points), points3D.txt
-    lines = lambda name: [line.split() for line in (model / name).read_text().splitlines() if not line.startswith("#")]
-    cameras = {int(w[0]): (w[1], int(w[2]), int(w[3]), tuple(map(float, w[4:]))) for w in lines("cameras.txt") if w}
-    poses = [(" ".join(w[9:]), int(w[8]), tuple(map(float, w[1:5])), tuple(map(float, w[5:8])))
-             for w in lines("images.txt")[::2] if w]
-    points = [tuple(map(float, w[1:4])) for w in lines("points3D.txt") if w]
-    return cameras, poses, np.array(points).reshape(-1, 3)
+def colmap_text(model):
+    """The same from cameras.txt, images.txt and points3D.txt.
+
+    In images.txt an image is one line, and its 2D points are the next one, which may be empty. Programs that write such
+    files leave lines out or add some, so a line is told by what is in it: 2D points are numbers in threes.
+    """
+    def lines(name, columns):
+        rows = (line.strip() for line in (model / name).read_text().splitlines())
+        return [row.split(None, columns) for row in rows if row and row[0] != "#"]
+    numbers = lambda words: tuple(map(float, words))
+    cameras = {int(w[0]): (w[1], round(float(w[2])), round(float(w[3])), numbers(w[4:])) for w in lines("cameras.txt", -1)}
+    poses = [(w[9], int(w[8]), numbers(w[1:5]), numbers(w[5:8])) for w in lines("images.txt", 9) if not are_2d_points(w)]
+    if not (model / "points3D.txt").exists():
+        return cameras, poses, None
+    return cameras, poses, np.array([numbers(w[1:4]) for w in lines("points3D.txt", -1)]).reshape(-1, 3)
+
+
+def are_2d_points(words):
+    words = [*words[:9], *(words[9].split() if len(words) > 9 else [])]
+    try:
+        return len(words) % 3 == 0 and np.array(words, float).size > 0
+    except ValueError:
+        return False
 
 
 # --------------------------------------------------------------------------------------------- reader: RGB-D sequences
@@ -718,32 +949,60 @@ KINECT_DEPTH_TO_COLOUR = np.array([[0.9999148, 0.0026753, -0.0079073, -0.0255589
 def read_rgbd(folder):
     """An RGB-D sequence as 7-Scenes stores it: frame-XXXXXX.{color, depth, pose}. Poses are depth camera to world.
 
-    With the Kinect's intrinsics (or none) beside it, depth is registered into the colour camera; with any other
-    `camera-intrinsics.txt`, colour and depth are taken as registered already.
+    Without intrinsics, or with those of its depth camera, it is a recording of 7-Scenes: there depth is registered into
+    the colour camera. With any other intrinsics, colour and depth are taken as registered already.
     """
-    listed = folder / "camera-intrinsics.txt"
-    try:
-        K = np.array(listed.read_text().split(), float).reshape(3, 3) if listed.exists() else None
-    except ValueError:
-        raise DataError(f"{listed}: not nine numbers; write K as three rows of three") from None
+    poses = sorted(folder.glob("frame-*.pose.txt"))
+    images = [rgbd_image(folder, file.name.removesuffix(".pose.txt")) for file in poses]
+    K, size, where = rgbd_intrinsics(folder)
     kinect = K is None or K[[0, 1, 0, 1], [0, 1, 2, 2]].tolist() == [KINECT_DEPTH_F, KINECT_DEPTH_F, 320, 240]
     if kinect:
+        sizes = {shape[1::-1] for path in images if path.exists() and (shape := header(path))}
+        if K is None and sizes and sizes != {(640, 480)}:
+            width, height = min(sizes)
+            raise DataError(f"{folder}: no intrinsics for its pictures of {width}x{height}; write K as three rows of three "
+                            f"into {folder / 'camera-intrinsics.txt'}")
         K = np.array([[KINECT_COLOUR_F, 0, 320.5], [0, KINECT_COLOUR_F, 240.5], [0, 0, 1]])  # + 0.5: it counts centres
     frames = []
-    for file in sorted(folder.glob("frame-*.pose.txt")):
-        stem = file.name.removesuffix(".pose.txt")
+    for file, image in zip(poses, images):
+        depth, problem = folder / file.name.replace(".pose.txt", ".depth.png"), None
         try:
-            pose = np.array(file.read_text().split(), float).reshape(4, 4)
+            pose = np.array(file.read_text(errors="replace").split(), float).reshape(4, 4)
         except ValueError:
-            raise DataError(f"{file}: not sixteen numbers; restore the pose or remove the frame") from None
-        images = [folder / f"{stem}.color{end}" for end in IMAGE_TYPES]
-        image = next((path for path in images if path.exists()), images[0])
-        depth = folder / f"{stem}.depth.png"
+            pose, problem = np.full((4, 4), np.nan), f"{file}: not sixteen numbers; restore the pose or remove the frame"
         c2w = pose @ np.linalg.inv(KINECT_DEPTH_TO_COLOUR) if kinect and np.isfinite(pose).all() else pose
         maps = maps_beside(image, folder) | {"depth": depth if depth.exists() else None}
-        frames.append(Frame(image.name, image, K, c2w, (480, 640) if kinect else None, **maps))
-    note = ["depth registered into the colour camera with the published Kinect calibration of 7-Scenes"]
-    return frames, dict(kinect=kinect, notes=note if kinect else [])
+        frames.append(Frame(image.name, image, K, c2w, (480, 640) if kinect else size, problem=problem, **maps))
+    notes = [f"intrinsics from {where}"] if where and where.parent != folder else []
+    if kinect:
+        notes = ["depth registered into the colour camera with the published Kinect calibration of 7-Scenes"]
+    return frames, dict(kinect=kinect, notes=notes, unit_given=True)
+
+
+def rgbd_image(folder, stem):
+    images = [folder / f"{stem}.color{end}" for end in IMAGE_TYPES]
+    return next((path for path in images if path.exists()), images[0])
+
+
+def rgbd_intrinsics(folder):
+    """-> K, (H, W) that it is for or None, the file; three times None where there is none, here or one level up."""
+    names = ("camera-intrinsics.txt", "camera_intrinsics.txt", "intrinsics.txt", "intrinsic_color.txt",
+             "intrinsic/intrinsic_color.txt", "info.txt", "_info.txt")
+    file = next((home / name for home in (folder, folder.absolute().parent) for name in names if (home / name).is_file()), None)
+    if file is None:
+        return None, None, None
+    text, size = file.read_text(errors="replace"), None
+    try:
+        if "info" in file.name:  # of BundleFusion and 12-Scenes: lines "key = value"
+            pairs = dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line)
+            size = int(pairs["m_colorHeight"]), int(pairs["m_colorWidth"])
+            text = pairs["m_calibrationColorIntrinsic"]
+        numbers = np.array(text.split(), float)
+        side = math.isqrt(numbers.size)
+        return numbers.reshape(side, side)[:3, :3] + 0 * np.eye(3), size, file  # three rows of three, or four of four
+    except (ValueError, KeyError):
+        raise DataError(f"{file}: not nine numbers; write K as three rows of three "
+                        f"into {folder / 'camera-intrinsics.txt'}") from None
 
 
 def register_kinect_depth(depth):  # (480, 640) of the depth camera -> the same, seen from the colour camera
@@ -763,6 +1022,108 @@ def register_kinect_depth(depth):  # (480, 640) of the depth camera -> the same,
     return registered
 
 
+# ---------------------------------------------------------------------------------------------- reader: LLFF
+
+
+def read_llff(folder):
+    """LLFF: `poses_bounds.npy` (V, 17). A row is a 3x5 matrix [R | t | (H, W, f)], whose camera axes are down, right and
+    backwards, then near and far. Its pictures are those of images/ (or images_4, images_8) in the order of their names."""
+    file = folder / "poses_bounds.npy"
+    table = np.asarray(decode_map(file), float)
+    root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder)
+    images = sorted((path for path in root.iterdir() if is_picture(path)), key=natural)
+    if table.ndim != 2 or table.shape[1] != 17 or len(table) != len(images):
+        raise DataError(f"{file}: of shape {table.shape}, but {root} has {len(images)} pictures; it must be one row of 17 "
+                        "numbers for each picture")
+    frames = []
+    for image, row in zip(images, table):
+        (down, right, back, at, (height, width, f)), c2w = row[:15].reshape(3, 5).T, np.eye(4)
+        c2w[:3] = np.stack([right, down, -back, at], 1)
+        K = np.array([[f, 0, width / 2], [0, f, height / 2], [0, 0, 1]])
+        size = (int(height), int(width)) if np.isfinite(row).all() and min(height, width) >= 1 else None
+        frames.append(Frame(image.name, image, K, c2w, size, **maps_beside(image, folder)))
+    near, far = np.nanmin(table[:, 15]), np.nanmax(table[:, 16])
+    bounds = (float(near), float(far)) if 0 < near < far < math.inf else None
+    return frames, dict(depth_range=bounds, notes=left_out(root.iterdir()))
+
+
+# ---------------------------------------------------------------------------------------------- the unit of depth
+
+
+def settle_depth_unit(scene):
+    """Where the data set does not name the unit of its depth: floats are taken in the unit of the poses, integers as
+    millimetres. Sparse points, or else the agreement of neighbouring views, then tell whether this can be right."""
+    frames = [frame for frame in scene.frames if frame.depth]
+    if not frames:
+        return
+    if np.issubdtype(decode_map(frames[0].depth).dtype, np.floating):
+        scene.depth_scale = 1.0
+    some = [frames[i] for i in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
+    if scene.points is not None and (ratio := ratio_to_points(scene, some)):
+        if abs(math.log(ratio)) > 0.03:
+            scene.depth_scale /= ratio
+            scene.notes.append(f"depth was {ratio:.4g} times as far as the sparse points: scaled to them "
+                               f"(as depth_unit_scale_factor {scene.depth_scale:.4g} would)")
+        return
+    units = scene.depth_scale * np.geomspace(1e-4, 1e4, 161)
+    error = {unit: view_disagreement(scene, frames, unit) for unit in (scene.depth_scale, *units)}
+    best = min(error, key=error.get)
+    if error[scene.depth_scale] > 0.1 and error[best] < 0.4 * error[scene.depth_scale]:
+        scene.notes.append(f"warning: depth of neighbouring views differs by {100 * error[scene.depth_scale]:.0f} %; "
+                           f"its unit seems wrong: \"depth_unit_scale_factor\": {best:.2g} in transforms.json would give "
+                           f"{100 * error[best]:.0f} %")
+
+
+def ratio_to_points(scene, frames):
+    """How many times as far as the sparse points the measured depth is; None where they do not tell.
+
+    Points that something hides from a view lie at any distance behind the surface, so that neither mean nor median will
+    do: of the sorted ratios, the narrowest third is taken.
+    """
+    ratios = []
+    for frame in frames:
+        depth, z = read_depth(scene, frame), depth_in_view(scene.points, frame)
+        camera = (scene.points[z > 0] - frame.c2w[:3, 3]) @ frame.c2w[:3, :3] @ frame.K.T
+        x, y = camera[:, 0] / camera[:, 2] / frame.size[1], camera[:, 1] / camera[:, 2] / frame.size[0]
+        measured = depth[(y * depth.shape[0]).astype(int), (x * depth.shape[1]).astype(int)]
+        ratios += (measured[measured > 0] / z[z > 0][measured > 0]).tolist()
+    if len(ratios) < 30:
+        return None
+    logs = np.sort(np.log(ratios))
+    third = len(logs) // 3
+    first = int(np.argmin(logs[third:] - logs[:-third]))
+    return math.exp(np.median(logs[first:first + third])) if logs[first + third] - logs[first] < 0.2 else None
+
+
+def view_disagreement(scene, frames, unit):  # -> the median relative difference of depth between neighbouring views
+    errors = []
+    for a, b in zip(frames[::max(1, len(frames) // 4)], frames[1::max(1, len(frames) // 4)]):
+        first, second = (small_depth(frame) * np.float64(unit) for frame in (a, b))
+        rows, cols = np.nonzero(first)
+        z = first[rows, cols]
+        pixel = np.stack([(cols + 0.5) / first.shape[1] * a.size[1], (rows + 0.5) / first.shape[0] * a.size[0]], 1)
+        rays = np.stack([(pixel[:, 0] - a.K[0, 2]) / a.K[0, 0], (pixel[:, 1] - a.K[1, 2]) / a.K[1, 1], np.ones(len(z))], 1)
+        world = (rays * z[:, None]) @ a.c2w[:3, :3].T + a.c2w[:3, 3]
+        seen = depth_in_view(world, b)
+        camera = (world[seen > 0] - b.c2w[:3, 3]) @ b.c2w[:3, :3] @ b.K.T
+        x, y = camera[:, 0] / camera[:, 2] / b.size[1], camera[:, 1] / camera[:, 2] / b.size[0]
+        there = second[(y * second.shape[0]).astype(int), (x * second.shape[1]).astype(int)]
+        errors += np.abs(np.log(there[there > 0] / seen[seen > 0][there > 0])).tolist()
+    return float(np.median(errors)) if len(errors) > 50 else math.inf
+
+
+@lru_cache(maxsize=32)
+def small_depth_file(path, _changed):
+    stored = np.nan_to_num(np.asarray(decode_map(path), np.float32), nan=0, posinf=0, neginf=0)
+    stored = stored.reshape(stored.shape[:2])
+    step = max(1, stored.shape[1] // 48)
+    return np.where(stored == 65535, 0, stored)[step // 2::step, step // 2::step].clip(0)
+
+
+def small_depth(frame):
+    return small_depth_file(frame.depth, frame.depth.stat().st_mtime_ns)
+
+
 # ------------------------------------------------------------------------------------------ pictures of a view, lenses
 
 
@@ -776,30 +1137,72 @@ def covering_crop(stored, size):
     return scale, (left, top, right, bottom)
 
 
-def read_image(frame, size) -> Tensor:  # -> (3, H, W) in [0, 1], undistorted, covering `size`
-    image = decode(frame.image, colour=True)
+def read_image(frame, size) -> Tensor:
+    """-> (3, H, W) uint8, undistorted, covering `size`.
+
+    A large photo is decoded and undistorted at twice the size that is needed and no larger, which takes a fraction of
+    the time and changes pixels by less than 1/255 on average.
+    """
+    scale, box = covering_crop(frame.size, size)
+    work = tuple(math.ceil(2 * scale * side) for side in frame.size) if scale < 0.5 else frame.size  # (H, W) of the whole
+    image, shrunk = decode_small(frame, work)  # image pixels = stored pixels * shrunk
     if is_distorted(frame):
-        image = undistorted(image, frame)
-    height, width = size
-    image = image.resize((width, height), Image.BICUBIC, box=covering_crop(frame.size, size)[1])  # antialiased
-    return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 255
+        image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
+    corners = (np.reshape(box, (2, 2)) * shrunk).clip(0, image.size).ravel()
+    image = image.resize(size[::-1], Image.BICUBIC, box=tuple(corners.tolist()))  # antialiased
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def undistorted(image, frame):
-    height, width = frame.size
-    x, y = stored_position(frame, frame.size)
-    grid = torch.from_numpy(np.stack([2 * x - 1, 2 * y - 1], -1)).float()[None]
+def decode_small(frame, work):  # -> the upright RGB picture, at least as large as `work`; (x, y) stored pixels -> its pixels
+    image = decode(frame.image, colour=True, least=work[::-1], upright=frame.upright)
+    full = np.array(frame.size[::-1])
+    steps = [1, 2, 4, 8]  # a JPEG is decoded at one of these fractions, its last row and column rounded up
+    step = next((k for k in steps if tuple(-(-full // k)) == image.size), None)
+    return image, np.full(2, 1 / step) if step else np.divide(image.size, full)
+
+
+def undistorted(image, shrunk, frame, work):  # -> the whole picture at size `work` (H, W)
+    width, height = np.array(frame.size[::-1]) * shrunk
+    x, y = stored_position(frame, work, np.divide(work, frame.size)[::-1])
+    grid = np.stack([2 * x * width / image.width - 1, 2 * y * height / image.height - 1], -1)
+    if image.width > 1.5 * work[1]:  # grid_sample looks at 2x2 pixels: the picture must not be much finer than its grid
+        image = image.resize(work[::-1], Image.BICUBIC, box=(0, 0, min(width, image.width), min(height, image.height)))
+        grid = np.stack([2 * x - 1, 2 * y - 1], -1)
     pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)[None]
-    straight = F.grid_sample(pixels, grid, align_corners=False, padding_mode="border")
+    straight = F.grid_sample(pixels, torch.from_numpy(grid).float()[None], align_corners=False, padding_mode="border")
     return Image.fromarray(straight[0].permute(1, 2, 0).round().byte().numpy())
 
 
-def stored_position(frame, size):
-    """-> x, y (H, W) in 0 ... 1: where in the stored picture the centre of each pixel of a view of `size` lies."""
-    scale, (left, top, *_) = covering_crop(frame.size, size)
+def stored_position(frame, size, scale, corner=(0, 0)):
+    """-> x, y (H, W) in 0 ... 1: where in the stored picture the centres of `size` pixels lie, if they show the undistorted
+    picture `scale` (x, y) times as large, from its point `corner` on."""
     rows, cols = np.mgrid[0:size[0], 0:size[1]] + 0.5
-    x, y = distort(cols / scale + left, rows / scale + top, undistorted_K(frame), frame)
+    x, y = cols / scale[0] + corner[0], rows / scale[1] + corner[1]
+    x, y = distort(x, y, undistorted_K(frame), frame) if is_distorted(frame) else (x, y)
     return x / frame.size[1], y / frame.size[0]
+
+
+VIEWS_IN_MEMORY = {"bytes": 0, "most": 2e9}  # of all scenes together; --view_memory
+
+
+def kept(what, frame, make):
+    """What `make()` gives, made once and kept with its frame as long as there is memory for it."""
+    if what in frame.kept:
+        return frame.kept[what]
+    made = make()
+    tensors = [made] if isinstance(made, Tensor) else made.values()
+    size = sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
+    if VIEWS_IN_MEMORY["bytes"] + size <= VIEWS_IN_MEMORY["most"]:
+        VIEWS_IN_MEMORY["bytes"] += size
+        frame.kept[what] = made
+    return made
+
+
+def keep_views(scenes, size_of, maps=True):
+    """Make all views of the scenes at the size (H, W) that `size_of(scene)` gives, with a bar if it takes more than seconds."""
+    todo = [(scene, i, size_of(scene)) for scene in scenes for i in range(len(scene))]
+    for scene, i, size in tqdm(todo, desc="views", unit="view", delay=2):
+        scene.view(i, size, maps)
 
 
 def is_distorted(frame):
@@ -852,7 +1255,8 @@ def zoomed_K(stored_K, size, distortion):
 def read_maps(scene, frame, size):
     """-> {kind: tensor} of the frame's maps. A pixel takes the value of the stored pixel that its centre falls into."""
     readers = dict(mask=read_mask, depth=lambda frame: read_depth(scene, frame), normal=read_normal, label=read_label)
-    x, y = stored_position(frame, size)
+    scale, corner = covering_crop(frame.size, size)
+    x, y = stored_position(frame, size, (scale, scale), corner)
     found = {}
     for kind in MAPS:
         if getattr(frame, kind):
@@ -891,12 +1295,21 @@ def read_normal(frame):  # -> (H, W, 3) float32
     return np.where(known, normal / np.where(known, length, 1), 0).astype(np.float32)
 
 
-def decode(path, colour=False):
-    """The picture at `path`, decoded to the last byte; transparent pixels become white. Raises DataError."""
+def decode(path, colour=False, least=None, upright=False):
+    """The picture at `path`, decoded to the last byte; transparent pixels become white. Raises DataError.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if that is not below `least` (W, H). `upright` turns it as EXIF says.
+    """
     try:
         with Image.open(path) as image:
+            if least:
+                image.draft(None, least[::-1] if upright else least)
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = ImageOps.exif_transpose(image) if upright else image
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: has more pixels than are read ({2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million); make the "
+                        "picture smaller") from None
+    except (OSError, SyntaxError, ValueError) as error:
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
         raise DataError(f"{path}: cannot be decoded ({reason}); restore the file or pass --skip_bad_frames") from None
     if colour and image.has_transparency_data:
@@ -1009,8 +1422,8 @@ def positive(text):  # the type of a flag that counts
     return int(text)
 
 
-def scene_flags(parser, out):
-    """The flags that all stages have."""
+def scene_flags(parser, out, view_memory=2):
+    """The flags that all stages have. A stage that looks at each view once has no use for `view_memory`: it gives 0."""
     add = parser.add_argument
     add("--scene_dir", default="data", help="a scene or a folder of scenes; default: data/, made if it is missing")
     add("--out", default=out, help=f"where everything is written; default: {out}/")
@@ -1019,6 +1432,7 @@ def scene_flags(parser, out):
     add("--far", type=float, help="farthest depth; python 01_data.py shows the range that is taken")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
     add("--seed", type=int, default=0, help="of everything that is drawn at random")
+    add("--view_memory", type=float, default=view_memory, metavar="GB", help="memory for views, so that each is decoded once")
 
 
 @contextmanager
@@ -1029,6 +1443,7 @@ def explained(args, goes_on):
         torch.zeros(1, device=args.device)
     except (AssertionError, RuntimeError) as error:
         sys.exit(f"--device {args.device}: {str(error).splitlines()[0]}")
+    VIEWS_IN_MEMORY["most"] = 1e9 * getattr(args, "view_memory", 0)
     try:
         yield
     except (DataError, ValueError) as error:
@@ -1056,6 +1471,19 @@ def colour_depth(depth: Tensor, like: Tensor | None = None) -> Tensor:
                       [0.99, 0.91, 0.14]])
     colours = np.stack([np.interp(level, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)])
     return torch.from_numpy(colours).float() * known
+
+
+def depth_legend(depth: Tensor, width: int) -> Tensor:
+    """(3, 26, width): which colour `colour_depth` gives to which depth of `depth`, and to what is not known."""
+    low, high = usual_range(depth).tolist()
+    ramp = colour_depth(torch.linspace(low, high, 200).clamp_min(1e-9).expand(12, 200), depth)
+    bar = Image.fromarray((255 * ramp).byte().permute(1, 2, 0).numpy())
+    picture = Image.new("RGB", (width, 26), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((6, 7), f"depth: near {low:.3g}", fill="black")
+    picture.paste(bar, (110, 7))
+    draw.text((320, 7), f"{high:.3g} far; black: not known", fill="black")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 def colour_ids(ids: Tensor) -> Tensor:  # (H, W) -> (3, H, W): one fixed colour an id, unlabelled black
@@ -1173,9 +1601,23 @@ def describe(scene, triplets):  # -> lines that say what is in a scene
     yield f"{scene.name}: {len(scene)} views, {resolution}, with {maps}"
     yield f"  depth range {near:.3g} to {far:.3g} from {scene.range_source}, in the data set's unit"
     yield f"  context baselines {min(baselines):.3g} to {max(baselines):.3g} (median {np.median(baselines):.3g})"
-    yield from (f"  {note}" for note in scene.notes[:5])
-    if len(scene.notes) > 5:
-        yield f"  ... and {len(scene.notes) - 5} more notes"
+    yield f"  {describe_levels(scene)}"
+    yield from (f"  {note}" for note in scene.notes[:8])
+    if len(scene.notes) > 8:
+        yield f"  ... and {len(scene.notes) - 8} more notes"
+
+
+def describe_levels(scene, targets=None) -> str:
+    """A sentence: how many targets have contexts on which of LEVELS. Of many targets, fifty are looked at."""
+    targets = list(range(len(scene))) if targets is None else list(targets)
+    targets = targets[::math.ceil(len(targets) / 50)]
+    levels = [best_pairs(scene, target)[0] for target in targets]
+    parts = [f"{levels.count(n)} at overlap {least:g} and baseline {widest:g}"
+             for n, (least, widest) in enumerate(LEVELS) if levels.count(n)]
+    parts += [f"{levels.count(None)} have none"] if None in levels else []
+    poor = sum(level is None or level > 1 for level in levels) > len(levels) / 2
+    advice = "; warning: most views are far apart, and geometry from two of them is poor: add views in between" if poor else ""
+    return f"contexts of {len(targets)} targets: " + ", ".join(parts) + advice
 
 
 def report_scenes(scenes, args):
@@ -1185,8 +1627,11 @@ def report_scenes(scenes, args):
         triplets = [sample_triplet(scene, generator) for _ in range(4)]
         print("\n".join(describe(scene, triplets)))
         print(f"  ->  {show_triplets(scene, triplets, Path(args.out) / (scene.name.replace('/', '_') + '.png'))}")
-    print(f"{len(scenes)} scenes ({len(split(scenes, 'train'))} train, {len(split(scenes, 'val'))} val), "
-          f"{sum(map(len, scenes))} views" + (f"; {len(shown)} of them shown" if len(shown) < len(scenes) else ""))
+    held_out = f"{len(split(scenes, 'train'))} train, {len(split(scenes, 'val'))} val"
+    if len(scenes) == 1:
+        held_out = f"a single one: every eighth of its views is held out, {len(held_out_views(scenes[0]))}"
+    print(f"{len(scenes)} scene{'s' * (len(scenes) > 1)} ({held_out}), {sum(map(len, scenes))} views"
+          + (f"; {len(shown)} scenes of them shown" if len(shown) < len(scenes) else ""))
 
 
 def main(argv=None):

@@ -72,7 +72,7 @@ def pixel_rays(K: Tensor, height, width) -> Tensor:
 # those of the four that lie on the same instance as the pixel, and scales their weights so that they sum to 1 again.
 
 
-def bilinear_taps(size, count, device):
+def bilinear_axis(size, count, device):
     """One axis of bilinear interpolation from `count` patches to `size` pixels. A token sits at its patch's centre.
 
     Returns, for each pixel, the two patches around it (size, 2) and their weights (size, 2); and, for each patch, the
@@ -96,8 +96,8 @@ def upscale_weights(
     Returns index (H*W, 4) int64 into the h*w tokens, and weight (H*W, 4), both row-major.
     """
     (H, W), (h, w) = mask.shape, grid
-    rows, row_weight, centre_row = bilinear_taps(H, h, mask.device)
-    cols, col_weight, centre_col = bilinear_taps(W, w, mask.device)
+    rows, row_weight, centre_row = bilinear_axis(H, h, mask.device)
+    cols, col_weight, centre_col = bilinear_axis(W, w, mask.device)
     index = (rows[:, None, :, None] * w + cols[None, :, None, :]).reshape(H * W, 4)  # N(u), the four tokens around u
     bilinear = (row_weight[:, None, :, None] * col_weight[None, :, None, :]).reshape(H * W, 4)  # w~_uv
     # Differs: the official code reads the id of a token at row linspace(0, H-1, h) of the mask (columns likewise), up
@@ -318,7 +318,7 @@ class MVSplat(nn.Module):
         raw = torch.cat([self.raw_gaussians(torch.cat(maps, 1)) for maps in seen])
         crop = lambda x: x[:, :, :height, :width].permute(0, 2, 3, 1).to(images)
         depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(raw)  # (V, height, width, 1 or 9)
-        with full_precision(images):
+        with no_autocast(images):
             means, scales, quaternions = gaussian_adapter(depth, raw, K, c2w)
             rotation = c2w[:, None, None, :3, :3] @ rotation_matrix(quaternions)  # to the world frame
             axes = rotation * scales[..., None, :]  # the columns are the axes of the Gaussian
@@ -329,7 +329,7 @@ class MVSplat(nn.Module):
         of each candidate depth, both (V, D, h, w)."""
         cnn = self.backbone["backbone"](images)
         features = self.backbone["transformer"](cnn)
-        with full_precision(images):
+        with no_autocast(images):
             small_K = K / K.new_tensor([4, 4, 1])[:, None]
             volume = cost_volume(features.to(images), small_K, c2w, disparities)
         net, x = self.depth_predictor, torch.cat([volume, features], 1)
@@ -761,7 +761,7 @@ def misplaced(x: Tensor) -> Tensor:
     return x.roll((h // 4, w // 4), (1, 2))
 
 
-def full_precision(tensor):  # for cameras and points inside a bf16 autocast: its 8 bits would be half a pixel off
+def no_autocast(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -781,27 +781,33 @@ def load_vit(name_or_path) -> VisionTransformer:
     layout = META if {"mask_token", "register_tokens"} & stored.keys() else TIMM
     layout = HUGGING_FACE if any(name.startswith("embeddings.") for name in stored) else layout
     names = lambda key: stored_names(key, layout)
-    config = path.with_name("config.json")
+    beside = path.with_name("config.json")
+    config = read_json(beside) if layout is HUGGING_FACE and beside.exists() else None
     try:
-        config = json.loads(config.read_text()) if layout is HUGGING_FACE and config.exists() else None
         sizes = vit_sizes(stored, names, layout is TIMM, config)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{config}: not JSON ({error}); copy it again") from None
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not in any layout of DINOv2 or DUNE ({type(error).__name__}: {error})") from None
+        # Differs: SnD trained with Meta's way of interpolating positions, but its weights are opened in timm, which has
+        # another. We take the way of the code whose layout the weights have, and `save_vit` keeps it.
+        if chunked or path.name == "vit.safetensors":  # DUNE is as Meta without registers; tiny/ has no config.json
+            way = "scale"
+        elif sizes["registers"] or layout is TIMM:
+            way = "antialiased"
+        else:
+            way = "size" if layout is HUGGING_FACE else "scale"
+        with torch.device("meta"):  # without memory, until all shapes are known to fit
+            model = VisionTransformer(**sizes, positions=(config or {}).get("positions") or way)
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise fault(path, f"not in any layout of DINOv2 or DUNE ({type(error).__name__}: {reason}); give "
+                          "weights of one of these") from None
     if layout is TIMM and sizes["registers"]:  # timm adds the position of the class token to that token
         stored["pos_embed"] = F.pad(stored["pos_embed"], (0, 0, 1, 0))
     stored.setdefault(names("mask_token")[0], torch.zeros(1, sizes["dim"]))  # timm has none; no forward pass uses it
-    # Differs: SnD trained with Meta's way of interpolating positions, but its weights are opened in timm, which has
-    # another. We take the way of the code whose layout the weights have, and `save_vit` keeps it.
-    if chunked or path.parent == WEIGHTS:  # DUNE interpolates as Meta does without registers; `tiny` has no config.json
-        way = "scale"
-    elif sizes["registers"] or layout is TIMM:
-        way = "antialiased"
-    else:
-        way = "size" if layout is HUGGING_FACE else "scale"
-    model = VisionTransformer(**sizes, positions=(config or {}).get("positions") or way)
     return load_strictly(model, stored, path, names)
+
+
+def fault(path, text):
+    """The error to raise about a file, in one line whatever names the file holds."""
+    return ValueError("".join(c if c.isprintable() else "?" for c in f"{path}: {text}"))
 
 
 # How the layouts name what we name as Meta does.
@@ -832,29 +838,35 @@ def vit_sizes(stored, names, timm, config):
     swiglu = names(w12)[0] in stored and shape(w12)[0] == 2 * shape(w3)[1]
     positions = shape("pos_embed")[1] + (1 if timm and registers else 0)
     heads = max(1, C // 64) if config is None else config["num_attention_heads"]
-    if C % heads:
-        raise ValueError(f"{C} channels cannot be shared by {heads} heads")
+    if heads < 1 or C % heads:
+        raise ValueError(f"{C} channels cannot be shared by {heads} heads of config.json")
     depth = len({found[2] for name in stored if (found := re.match(r"(blocks|encoder\.layer)\.(\d+)\.", name))})
     ratio = 4 if swiglu else shape("blocks.0.mlp.fc1.weight")[0] // C
     return dict(patch=shape("patch_embed.proj.weight")[-1], dim=C, depth=depth, heads=heads, registers=registers,
                 grid=math.isqrt(positions - 1), mlp_ratio=ratio, swiglu=swiglu)
 
 
-# Prefixes of DDP, torch.compile, Meta's training code and DUNE; and parts of training that are left out knowingly.
-WRAPPERS = r"^((module|_orig_mod|teacher|backbone|encoder(?!\.layer))\.)+"
-BESIDE = r"(student|(dino|ibot)_head|(dino|ibot_patch)_loss|projectors|teacher_norms)\."
+# Dicts within a file; prefixes of DDP, torch.compile, Meta's training code, DUNE and transformers; and what stands
+# beside the ViT and is left out knowingly: heads, losses, and the student where the teacher is there too.
+WITHIN = ("model", "model_state_dict", "state_dict", "teacher", "student")
+WRAPPERS = r"^((module|_orig_mod|model|teacher|backbone|vit|dinov2(_with_registers)?|encoder(?!\.layer))\.)+"
+BESIDE = r"(student|(dino|ibot)_head|(dino|ibot_patch)_loss|projectors|teacher_norms|classifier|(linear_)?head|fc)\."
 
 
 def backbone_tensors(path):
-    """-> the ViT's tensors without the wrappers of training code, and whether its blocks were in chunks, blocks.0.3."""
+    """-> the ViT's tensors without what training code wraps around them, and whether its blocks came in chunks."""
     state, stored, chunked = read_checkpoint(path), {}, False
-    for wrapper in ("model", "state_dict", "teacher"):
+    for wrapper in WITHIN:
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    student_alone = not any("cls_token" in str(key) and "student." not in str(key) for key in state)
     for full_name, value in state.items():
-        name, chunks = re.subn(r"^blocks\.\d+\.(?=\d)", "blocks.", re.sub(WRAPPERS, "", str(full_name)))
+        name = str(full_name).replace("student.", "") if student_alone else str(full_name)
+        name = re.sub(WRAPPERS, "", name)
+        name, chunks = re.subn(r"^blocks\.\d+\.(?=\d)", "blocks.", name)  # blocks.0.3.x -> blocks.3.x
         if not re.match(BESIDE, name):
             if name in stored or not isinstance(value, Tensor):
-                raise ValueError(f"{path}: {full_name} is {'there twice' if name in stored else 'not a tensor'}")
+                said = "there twice" if name in stored else "not a tensor"
+                raise fault(path, f"{full_name} is {said}; save the state_dict() of the ViT alone")
             stored[name], chunked = value, chunked or bool(chunks)
     return stored, chunked
 
@@ -862,30 +874,40 @@ def backbone_tensors(path):
 def load_strictly(model, stored, path, names=lambda key: [key]):
     """`model` with the tensors of `stored`, in evaluation mode. names(our key) lists the stored tensors that, one after
     the other, make it up. ValueError names one that is missing, left over or misshapen."""
-    # Differs: SnD's README loads its weights with strict=False, which hides errors. Here every tensor must find its
-    # place.
+    # Differs: SnD's README loads its weights with strict=False, which hides errors. Here, every tensor must fit.
+    kind = type(model).__name__
     for key, value in model.state_dict().items():
         for name, part in zip(names(key), value.chunk(len(names(key)))):
             found = tuple(stored[name].shape) if name in stored else "missing"
             if found != part.shape:
-                raise ValueError(f"{path}: {name} is {found}, but {tuple(part.shape)} was expected")
+                raise fault(path, f"{name} is {found}, but {tuple(part.shape)} was expected; give the whole "
+                                  f"weights of one {kind}")
+            if stored[name].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                raise fault(path, f"{name} is in {stored[name].dtype}; save it in float32, float16 or bfloat16")
+            if not stored[name].isfinite().all():
+                raise fault(path, f"{name} has values that are not finite; copy it again, or give older ones")
+    model = model.to_empty(device="cpu") if any(p.is_meta for p in model.parameters()) else model
+    for key, value in model.state_dict().items():
+        for name, part in zip(names(key), value.chunk(len(names(key)))):
             part.copy_(stored.pop(name))
     if stored:
-        raise ValueError(f"{path}: has a tensor that no part of the {type(model).__name__} takes: {next(iter(stored))}")
+        name = next(iter(stored))
+        raise fault(path, f"has a tensor that no part of the {kind} takes: {name}; save the {kind} without it")
     return model.eval()
 
 
 def load_mvsplat(name_or_path) -> MVSplat:
     """An MVSplat with its weights: `tiny` (built in), or the official Lightning checkpoint `re10k.ckpt` (or its tensors
     as .safetensors). Every size is read off the tensors. Raises ValueError, one line, as `load_vit` does."""
-    path = WEIGHTS / "mvsplat.safetensors" if str(name_or_path) == "tiny" else Path(name_or_path)
+    path = WEIGHTS / "mvsplat.safetensors" if str(name_or_path) == "tiny" else weights_in(Path(name_or_path))
     if not path.is_file():
-        raise ValueError(f"{path}: no such weights; give 'tiny', or put re10k.ckpt there, from the folder that "
-                         "github.com/donydchen/mvsplat links to")
+        raise fault(path, "no such weights; give 'tiny', or put re10k.ckpt there, from the folder that "
+                          "github.com/donydchen/mvsplat links to")
     state = read_checkpoint(path)
-    state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+    for wrapper in ("model_state_dict", "state_dict"):
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     stored = {key.removeprefix("encoder."): value for key, value in state.items()  # the rest, if any, is the decoder's
-              if key.startswith(("encoder.", "backbone.", "depth_predictor.")) and isinstance(value, Tensor)}
+              if str(key).startswith(("encoder.", "backbone.", "depth_predictor.")) and isinstance(value, Tensor)}
     rows = lambda name: len(stored[name + ".weight"])
     try:
         layers = len({m[1] for key in stored if (m := re.match(r"backbone\.transformer\.layers\.(\d+)\.", key))})
@@ -894,9 +916,12 @@ def load_mvsplat(name_or_path) -> MVSplat:
             rows(cnn + "conv2"), rows(net + "regressor_residual"), rows(net + "corr_refine_net.0"),
             rows(net + "refine_unet.0"), math.isqrt((rows(net + "to_gaussians.2") - 9) // 3) - 1,
             tuple(rows(cnn + name) for name in ("conv1", "layer2.0.conv1", "layer3.0.conv1")), layers)
-    except KeyError as error:
-        raise ValueError(f"{path}: lacks {error}; it is no MVSplat") from None
-    return load_strictly(MVSplat(config), stored, path)
+        with torch.device("meta"):
+            model = MVSplat(config)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise fault(path, f"lacks {reason}; it is no MVSplat, give re10k.ckpt or 'tiny'") from None
+    return load_strictly(model, stored, path)
 
 
 # ------------------------------------------------------------------------ weights: reading files safely
@@ -916,46 +941,118 @@ class InertDict:  # in place of a defaultdict and the like, which are filled aft
 
 
 def read_checkpoint(path) -> dict:
-    """What a .safetensors or torch file (.pth, .pt, .ckpt, .bin) holds, on the CPU. No code that a file names is run.
+    """What a .safetensors or torch file (.pth, .pt, .ckpt, .bin) holds, or several that an .index.json lists, on the
+    CPU. No code that a file names is run.
 
     Objects of training frameworks (`HARMLESS`) come back as empty `Inert` ones; their modules are not imported. Raises
     ValueError, one line naming the file, when it is damaged or names any other class or function.
     """
+    path = Path(path)
+    if path.name.endswith(".index.json"):
+        return read_shards(path)
     try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        stand_ins = [(InertDict if name.lower().endswith("dict") else Inert, name)
-                     for name in named_in(path) if re.fullmatch(HARMLESS, name)]
-        with torch.serialization.safe_globals(stand_ins):  # beside these, torch lets only its own through
-            found = torch.load(path, map_location="cpu", weights_only=True)
+        found = load_file(path) if is_safetensors(path) else read_pickled(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+        raise fault(path, f"not a whole safetensors file ({error}); {remedy(path)}") from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise fault(path, f"cannot be read ({error.strerror}); give a file that can") from None
     except Exception as error:  # a damaged pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
             name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
-            raise ValueError(f"{path}: refused, for it names {name}, which tensors do not need (nothing of it was run); "
-                             "if it is your own file, save its state_dict() alone") from None
+            raise fault(path, f"refused, for it names {name}, which tensors do not need (nothing of it was run); "
+                              "if it is your own file, save its state_dict() alone") from None
         reason = re.split(r"\. |\n", f"{type(error).__name__}: {error}")[0]
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({reason}); copy it again") from None
+        raise fault(path, f"cannot be read as a checkpoint ({reason}); {remedy(path)}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, not tensors by name")
+        raise fault(path, f"holds a {type(found).__name__}, not tensors by name; save a state_dict()")
+    refuse_hollow(found, path)
     return found
+
+
+def read_shards(index):
+    """The tensors of the files that a Hugging Face index lists."""
+    try:
+        files = {Path(file).name for file in read_json(index)["weight_map"].values()}
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise fault(index, f"lists no files of weights ({reason}); copy it again") from None
+    state = {}
+    for file in sorted(files):
+        if not index.with_name(file).is_file():
+            raise fault(index.with_name(file), f"does not exist, but {index.name} names it; copy it there")
+        state |= read_checkpoint(index.with_name(file))
+    return state
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise fault(path, f"not JSON ({error}); copy it again") from None
+
+
+def is_safetensors(path):  # by what it holds: people rename files
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" or path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))
+
+
+def read_pickled(path):
+    stand_ins = [(InertDict if name.lower().endswith("dict") else Inert, name)
+                 for name in named_in(path) if re.fullmatch(HARMLESS, name)]
+    with open(path, "rb") as file, torch.serialization.safe_globals(stand_ins):  # beside these, only torch's own pass
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def named_in(path):
     """The classes and functions that a torch file names, found by reading its pickles without running them."""
     names = set()
-    with open(path, "rb") as file, suppress(Exception):  # what is wrong with a damaged file is said by torch.load
+    with open(path, "rb") as file, suppress(ValueError, EOFError):  # torch.load says what is wrong with a damaged file
         pickles = [file] * 5  # a file of torch before 1.6 starts with five pickles; its tensors lie behind them
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as held:
-                pickles = [io.BytesIO(held.read(name)) for name in held.namelist() if name.endswith("/data.pkl")]
+                entries = held.infolist()
+                if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                    raise OverflowError("it unpacks to more than it holds")  # torch.save does not compress
+                if damaged := held.testzip():  # torch.load does not look at the checksums
+                    raise zipfile.BadZipFile(f"{damaged} has another checksum")
+                pickles = [io.BytesIO(held.read(entry)) for entry in entries if entry.filename.endswith("/data.pkl")]
         for stream in pickles:
             for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name == "GLOBAL":
                     names.add(argument.replace(" ", ".", 1).replace("__builtin__.", "builtins."))
     return names
+
+
+def refuse_hollow(found, path):
+    """ValueError for a tensor that claims to be larger than the numbers in the file, which takes only a few bytes."""
+    todo, seen = [found], set()
+    while todo:
+        for name, value in todo.pop().items():
+            if isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                todo.append(value)
+            elif isinstance(value, Tensor):
+                plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+                if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                    raise fault(path, f"{name} is a tensor without all of its numbers; save a dense copy of it")
+
+
+def remedy(path):
+    """What to do about a file that cannot be read, by what it holds."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    names = set()
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as held:
+        names = {Path(name).name for name in held.namelist()}
+    if "constants.pkl" in names:
+        return "it is TorchScript; save the state_dict() of its model"
+    if names and "data.pkl" not in names or start[:2] == b"\x1f\x8b":
+        return "it is an archive; unpack it and give the weights in it"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    return "it is a web page; download the file itself" if start[:1] == b"<" else "copy it again"
 
 
 # ------------------------------------------------------------------------ weights: saving, names and addresses
@@ -1000,10 +1097,27 @@ PUBLISHED = (
      r"https://huggingface.co/\g<0>/resolve/main/model.safetensors"))
 
 
+def weights_in(path: Path) -> Path:
+    """The file of weights in a folder: one that transformers writes, or the only one there. A file is handed back."""
+    if not path.is_dir():
+        return path
+    snapshots = sorted(path.glob("snapshots/*/"))  # the cache of Hugging Face
+    folder = snapshots[0] if len(snapshots) == 1 else path
+    usual = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+             "student/model.safetensors")  # the last one is in the folder of a run of 04_distill.py
+    found = [folder / name for name in usual if (folder / name).is_file()]
+    endings = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+    others = sorted(file for file in folder.iterdir() if file.suffix in endings)
+    if not found and len(others) > 1:
+        parts = any(re.search(r"-\d+-of-\d+\.", file.name) for file in others)
+        hint = "copy the .index.json that lists them" if parts else "give one of them"
+        raise fault(path, f"has several files of weights ({', '.join(f.name for f in others[:5])}); {hint}")
+    return (found + others + [path / usual[0]])[0]
+
+
 def find_weights(name: str) -> Path:
     """The file of a path, of `tiny`, or of a published name; the latter is fetched once, into torch.hub's cache."""
-    path = WEIGHTS / "vit.safetensors" if name == "tiny" else Path(name)
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = WEIGHTS / "vit.safetensors" if name == "tiny" else weights_in(Path(name))
     address = next((found.expand(url) for pattern, url in PUBLISHED if (found := re.fullmatch(pattern, name))), None)
     if address and not path.exists():
         file = address.rsplit("/", 1)[1].replace("model.", name.replace("/", "_") + ".")  # .pth files as in torch.hub
@@ -1015,10 +1129,10 @@ def find_weights(name: str) -> Path:
         except (OSError, HTTPException) as error:
             raise ValueError(f"{name}: cannot be fetched ({error}); put {address} at {path}, or use the built-in "
                              "weights with --preset tiny (02 and 03: --model tiny)") from None
-    if not path.exists():
-        raise ValueError(f"{path}: no such weights; give 'tiny', a .pth or .safetensors file, a folder with "
-                         "model.safetensors, or a name like dinov2_vits14_reg, dune_vitsmall14_448, "
-                         "dinov2_small_snd, facebook/dinov2-small, timm/vit_small_patch14_dinov2.lvd142m")
+    if not path.is_file():
+        raise fault(path, "no such weights; give 'tiny', a .pth or .safetensors file, a folder with "
+                          "model.safetensors, or a name like dinov2_vits14_reg, dune_vitsmall14_448, "
+                          "dinov2_small_snd, facebook/dinov2-small, timm/vit_small_patch14_dinov2.lvd142m")
     return path
 
 
@@ -1028,8 +1142,12 @@ def find_weights(name: str) -> Path:
 def pca_basis(features: Tensor):
     """features (M, C) -> (mean, axes (C, 3), low, high): the three directions that vary most, as red, green, blue."""
     mean = features.mean(0)
-    axes = torch.linalg.svd((features - mean).double(), full_matrices=False)[2][:3].T.to(features)
-    axes = axes * torch.sign(axes.sum(0) + 1e-12)  # the sign of an SVD is arbitrary; pictures should not be
+    gram = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for part in features.split(2**16):  # C x C instead of M x C: M is the number of pixels
+        part = (part - mean).double()
+        gram += part.T @ part
+    axes = torch.linalg.eigh(gram)[1][:, -3:].flip(1).to(features)
+    axes = axes * torch.sign(axes.sum(0) + 1e-12)  # the sign of an axis is arbitrary; pictures should not be
     low, high = ((features - mean) @ axes).quantile(torch.tensor([0.02, 0.98]).to(features), dim=0)
     return mean, axes, low, high
 

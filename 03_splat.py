@@ -1,506 +1,204 @@
-"""Splats Gaussians with any number of channels into a new view, blends the result by masks and brings it to a patch grid.
+"""Splats Gaussians with any number of channels into a new view, blends the result by masks, and reads patch tokens off it.
 
-Paper  Splat and Distill Sec. 3.4 (Eq. 4, semantic blending), 3D Gaussian Splatting (tiles, alpha compositing), EWA splatting.
-In     Gaussians in the world frame (means, covariances, opacities, one feature row each) and a camera (w2c, K).
-Out    features (H, W, C), alpha (H, W), depth (H, W); after the blend, tokens (N, C) that a student can be taught with. Or all
-       of it as one sparse matrix on tokens, the splat operator, made without touching a channel.
-Run    python 03_splat.py                       novel views of held-out rooms as a picture; 6 s on a 2-core CPU
-       python 03_splat.py --geometry mvsplat    fine-tunes MVSplat by splatting (SnD A.3) and measures it; 3 minutes
-       python 03_splat.py --flight              an animated flight between two views; --ply file.ply flies around a file
-Copy   this file alone for everything up to the .ply files; the commands need 01_data.py 02_lift.py, --mvsplat tiny its weights.
-Not    no spherical harmonics (one feature row per Gaussian, seen alike from all sides), no second derivatives.
-Words  alpha_k = opacity * exp(-d' Sigma^-1 d / 2), Sigma the 2-D covariance; T_k = prod_{j<k} (1 - alpha_j), the light left;
-       w_k = alpha_k T_k, the weight of Gaussian k at a pixel. A view is cut into blocks of 8x8 = 64 pixels; each block has a
-       list of the Gaussians that reach it, nearest first, read in chunks. B blocks in a step, S Gaussians in a chunk, P pixels
-       in a block: alpha is (S, B, P). A row of the `table`: mean x, y in whole pixels, their rest, l11, l21, l22, log2 opacity.
-
-Why it is written this way: log2 alpha is a quadratic polynomial in the pixel position, so one matrix product gives it for all
-pixels of a block, and a second product turns the weights into all channels at once. A step advances as many blocks as memory
-allows by one chunk; finished ones make room for the next. Nothing is kept for the backward pass but the inputs and the rendered
-view: it walks the same lists again, so memory follows `max_elements` and not the length of the lists.
+Paper  Splat and Distill (SnD) Sec. 3.4: rasterised features, semantic blending (Eq. 4). 3D Gaussian Splatting, Sec. 4-6.
+In     Gaussians in the world (means, covariances, opacities, a row of features each) and a camera (w2c, K).
+Out    features (H, W, C), alpha (H, W) and depth (H, W); after the blend, tokens (N, C) that a student can learn from.
+       Or all of this as one sparse matrix that acts on the context views' tokens: the splat operator.
+Run    python 03_splat.py             held-out views, splatted from two others, as a picture; 6 s on a 2-core CPU
+       python 03_splat.py --flight    an animated flight between two views
+Copy   this file alone for part 1; the commands need 01_data.py 02_lift.py and --mvsplat tiny its weights.
+Read   Render rasterize_plainly; divide_by_alpha semantic_blend splat_to_tokens; project BlockLists polynomial
+       front_to_back walk Composite rasterize; splat_operator
+Try    @TRY1
+       @TRY2
+Not    no view-dependent colour (one row of features a Gaussian, the same from all sides), no second derivatives.
+Words  G Gaussians, C channels, H W pixels, N = h*w tokens. alpha_k: how much of the light Gaussian k stops at a pixel;
+       T_k = (1 - alpha_1) ... (1 - alpha_{k-1}): the light that is left for it; w_k = alpha_k T_k: its weight there.
+       block: 8x8 pixels. list: the Gaussians that reach a block, nearest first. B blocks, S Gaussians, P pixels of a block.
 """
+
+from __future__ import annotations
 
 import argparse
 import importlib
 import io
-import json
 import math
-import os
-import signal
-import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import accumulate
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-BLOCK = 8, 8  # pixels; larger blocks evaluate more pixels that a small Gaussian never reaches, smaller ones lengthen the lists
-CHUNK = 32  # Gaussians per step of a block's list
-FEW_CHANNELS = 64  # so many travel with the geometry through every step; more wait until the weights are known
-RANGE = 128.0  # a power of 2 above MAX_ALPHA / (1 - MAX_ALPHA); see `composite`
-NEAR = 0.01  # world units
-DILATION = 0.3  # px^2, added to the 2-D covariance: no Gaussian is thinner than about a pixel
-MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # skipped below, clamped above
-COVERED = 0.5  # a target pixel is valid from this alpha on
-MIN_LIGHT = 1e-4  # a pixel stops BEFORE the Gaussian that would bring T this low
-SH_C0 = 0.28209479177387814  # the constant spherical harmonic, in which .ply files store colours
+NEAR = 0.01  # what is nearer to the camera is not drawn; in units of the world
+DILATION = 0.3  # px^2, added to the variance of every splat: none is thinner than about a pixel
+MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # below the first a Gaussian is skipped, the second is the most that one can stop
+MIN_LIGHT = 1e-4  # a pixel stops BEFORE the Gaussian that would leave this little light
+COVERED = 0.5  # a pixel of the target view is valid from this alpha on
+
+# Of the fast version:
+BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
+CHUNK = 32  # Gaussians that one step takes from a block's list
+FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
 
 
 class Render(NamedTuple):
-    features: Tensor  # (H, W, C) sum of w f, not divided by alpha
-    alpha: Tensor  # (H, W) sum of w
+    features: Tensor  # (H, W, C) sum of w f over all Gaussians, not divided by alpha
+    alpha: Tensor  # (H, W) sum of w, between 0 and 1
     depth: Tensor  # (H, W) sum of w z / sum of w, 0 where nothing is hit
 
 
-# ---------------------------------------------------------------------------------------------------------------- projection
+# ------------------------------------------------------------------------------------------------ 1. The definition
 
 
-def project(
+def rasterize_plainly(
     means: Tensor,  # (G, 3) world
     covariances: Tensor,  # (G, 3, 3) world
-    opacities: Tensor,  # (G,)
+    opacities: Tensor,  # (G,) in [0, 1]
+    features: Tensor,  # (G, C)
     w2c: Tensor,  # (4, 4)
     K: Tensor,  # (3, 3) pixels
     height: int,
     width: int,
+    background: Tensor | None = None,  # (C,)
+) -> Render:
+    """The definition: every Gaussian at every pixel, nearest first. Slow, and differentiable as it stands."""
+    dtype, size = features.dtype, K.new_tensor([width, height]).double()
+    means, covariances, opacities, features, w2c, K = (
+        x.double() for x in (means, covariances, opacities, features, w2c, K))
+    p = means @ w2c[:3, :3].T + w2c[:3, 3]  # (G, 3) in the frame of the camera
+    order = p[:, 2].argsort(stable=True)
+    order = order[(p[order, 2] > NEAR) & (opacities[order] >= MIN_ALPHA)]
+    p, z, features = p[order], p[order, 2], features[order]
+    mean = p[:, :2] / z[:, None] @ K[:2, :2].T + K[:2, 2]  # (G, 2) pixels
+    # EWA: seen from nearby, a projection is linear, d pixel = J d p, and a Gaussian stays one: Sigma_2d = J Sigma J'.
+    # Far outside the view that goes wrong. As in gsplat, J is taken at most 15 % of the view's size beyond its border.
+    focal, centre = K.diagonal()[:2], K[:2, 2]
+    slope = (p[:, :2] / z[:, None]).clamp(-(centre + 0.15 * size) / focal, (1.15 * size - centre) / focal)
+    J = torch.cat([torch.eye(2).to(p).expand(len(p), 2, 2), -slope[..., None]], 2)  # (G, 2, 3)
+    M = K[:2, :2] @ J @ w2c[:3, :3] / z[:, None, None]
+    inverse = torch.linalg.inv(M @ covariances[order] @ M.mT + DILATION * torch.eye(2).to(p))
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    pixels = torch.stack([x, y], -1).to(p) + 0.5  # (H, W, 2) their centres
+    image, total, depth = p.new_zeros(height, width, features.shape[1]), p.new_zeros(height, width), 0.0
+    light, stopped = torch.ones_like(total), torch.zeros_like(total, dtype=torch.bool)
+    for k in range(len(p)):  # front to back
+        d = pixels - mean[k]
+        alpha = opacities[order[k]] * torch.exp(-0.5 * (d @ inverse[k] * d).sum(-1))  # (H, W)
+        alpha = alpha.where(alpha >= MIN_ALPHA, 0.0).clamp(max=MAX_ALPHA)
+        stopped = stopped | (light * (1 - alpha) <= MIN_LIGHT)
+        weight = (alpha * light).where(~stopped, 0.0)  # w_k = alpha_k T_k
+        light = light - weight  # T_{k+1} = (1 - alpha_k) T_k
+        image, total, depth = image + weight[..., None] * features[k], total + weight, depth + weight * z[k]
+    depth = depth / total.where(total > 0, 1.0)  # a division by 0 would make the gradient NaN
+    if background is not None:
+        image = image + (1 - total)[..., None] * background
+    return Render(image.to(dtype), total.to(dtype), depth.to(dtype))
+
+
+# ------------------------------------------------------------------------------- 2. From the rendered view to tokens
+
+
+def divide_by_alpha(render: Render) -> tuple[Tensor, Tensor]:
+    """The mean of the features that a pixel sees (H, W, C), and which pixels see enough to be believed (H, W)."""
+    # Differs: the official code does not divide the rendered features by alpha, so they fade where Gaussians are thin.
+    # We divide, and a pixel counts as valid from alpha = 0.5 on.
+    return render.features / render.alpha.clamp(min=1e-6)[..., None], render.alpha >= COVERED
+
+
+def semantic_blend(
+    features: Tensor,  # (H, W, C), divided by alpha
+    mask: Tensor,  # (H, W) int64 instance ids, 0 = unlabelled
+    alpha: float = 0.5,  # how much of its own features a pixel keeps
+    valid: Tensor | None = None,  # (H, W) bool, the pixels that enter the means
+) -> Tensor:
+    """Draws each pixel's features towards the mean of its instance, which evens out small errors of the geometry."""
+    H, W, C = features.shape
+    valid = torch.ones_like(mask, dtype=torch.bool) if valid is None else valid
+    assert mask.shape == valid.shape == (H, W), f"mask and valid must be ({H}, {W}) like the features"
+    ids, segment = torch.unique(mask, return_inverse=True)  # ids may be huge; from here on they are 0, 1, ...
+    bins = segment.where(valid, len(ids)).flatten()  # invalid pixels, which may be NaN, go to a row of their own
+    total = features.new_zeros(len(ids) + 1, C, dtype=torch.float64)  # float32 loses digits over 10^5 pixels
+    for i, rows in zip(bins.split(2**14), features.flatten(0, 1).split(2**14)):  # a float64 copy of a part at a time
+        total.index_add_(0, i, rows.double())
+    count = torch.bincount(bins, minlength=len(ids) + 1)[:-1]
+    mean = (total[:-1] / count.clamp(min=1)[:, None]).to(features.dtype)  # (ids, C)
+    # Differs: the official code averages over holes too, and blends unlabelled pixels as if 0 were an instance. Here
+    # only valid pixels enter a mean, and unlabelled pixels stay as they are.
+    blended = ((ids != 0) & (count > 0))[segment][..., None]
+    return torch.where(blended, alpha * features + (1 - alpha) * mean[segment], features)  # SnD Eq. 4
+
+
+def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Along one side of the view, the two pixels around each patch centre: index and weight (count, 2)."""
+    centre = (torch.arange(count, dtype=torch.float64) + 0.5) * size / count - 0.5  # pixel i has its centre at i here
+    centre = centre.clamp(0, size - 1)  # with more patches than pixels, the outermost pixel counts alone
+    first = centre.floor()
+    index = torch.stack([first, first + 1], 1).clamp(max=size - 1).long()
+    return index, torch.stack([first + 1 - centre, centre - first], 1)
+
+
+def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Along one side, all pixels of each patch: index (count, n), and the share of the patch that each fills."""
+    edge = torch.arange(count + 1, dtype=torch.float64) * size / count
+    low, high = edge[:-1, None], edge[1:, None]
+    index = low.floor() + torch.arange(math.ceil(size / count) + 1)
+    overlap = (torch.minimum(index + 1, high) - torch.maximum(index, low)).clamp(min=0)
+    used = (overlap > 1e-9).any(0)
+    return index[:, used].clamp(max=size - 1).long(), (overlap / overlap.sum(1, keepdim=True))[:, used]
+
+
+TAPS = {"bilinear": bilinear_taps, "area": area_taps}
+
+
+def splat_to_tokens(
+    features: Tensor,  # (H, W, C)
+    valid: Tensor,  # (H, W) bool
+    grid: tuple[int, int],  # (h, w) patches
+    downscale: str = "bilinear",  # between the 2x2 pixels at a patch's centre; or "area", the mean over the patch
 ) -> tuple[Tensor, Tensor]:
-    """The EWA projection: table (8, G) and depth z (G,), float64; where a Gaussian is not seen, log2 opacity is -inf."""
-    # float64: in float32 near-equal depths swap places and needles change shape, for errors of 6e-3 instead of 7e-6.
-    # Components first: every operation then runs over Gaussians that lie side by side in memory.
-    means, covariances, opacities, w2c, K = (x.double() for x in (means, covariances, opacities, w2c, K))
-    R, size = w2c[:3, :3], K.new_tensor([[width], [height]])
-    p = R @ means.T + w2c[:3, 3:]
-    # Replaced before anything is divided by z or goes through a logarithm: what is not seen cannot send a NaN back.
-    seen = (p[2] > NEAR) & (opacities >= MIN_ALPHA)
-    p, opacities = torch.where(seen, p, K.new_tensor([[0.0], [0], [1]])), torch.where(seen, opacities, K.new_ones(()))
-    z, ray = p[2], p / p[2]
-    mean = K[:2] @ ray
-    # Far outside the view the linearisation explodes; gsplat clamps its position to 30 % beyond the border.
-    focal, centre = K.diagonal()[:2, None], K[:2, 2:]
-    slope = torch.minimum(torch.maximum(ray[:2], -(centre + 0.15 * size) / focal), (1.15 * size - centre) / focal)
-    # d pixel / d world is J = (K R - s R_z) / z. W = (K R, R_z) is common to all Gaussians, and W Sigma W' linear in Sigma: one
-    # matrix product for all of them. J Sigma J' = ((a, b), (b, c)) is then a few differences.
-    W, (i, j) = torch.cat([K[:2, :2] @ R[:2], R[2:]]), torch.triu_indices(3, 3, device=K.device)
-    W = (W[i, :, None] * W[j, None] + W[j, :, None] * W[i, None]) / 2  # (6, 3, 3)
-    xx, xy, xz, yy, yz, zz = W.flatten(1) @ covariances.flatten(1).T
-    sx, sy = K[:2, :2] @ slope
-    a = (xx - sx * (2 * xz - sx * zz)) / z**2 + DILATION
-    b = (xy - sx * yz - sy * (xz - sx * zz)) / z**2
-    c = (yy - sy * (2 * yz - sy * zz)) / z**2 + DILATION
-    # d' Sigma^-1 d as a sum of two squares, so that rounding never makes it negative; the bounds act only on a Sigma that is
-    # not positive semi-definite.
-    c = c.clamp(min=DILATION / 2)
-    det = (a * c - b * b).clamp(min=DILATION**2 / 4)
-    root, scale = c.sqrt(), math.sqrt(0.5 / math.log(2))  # exp(-x / 2) = 2^(-scale^2 x)
-    l11 = root * (scale / det.sqrt())
-    l21, l22, lo = -b / c * l11, scale / root, (opacities / RANGE).log2().where(seen, -math.inf)
-    pixel = mean.detach().round()  # the mean in two parts: a float32 that counts hundreds of pixels is off by 1e-5
-    return torch.stack([*pixel, *(mean - pixel), l11, l21, l22, lo]), z
+    """The features at the patch centres: tokens (N, C), 0 where not valid, and which of them are valid (N,)."""
+    H, W, C = features.shape
+    assert valid.shape == (H, W), f"valid must be ({H}, {W}) like the features, not {tuple(valid.shape)}"
+    (y, wy), (x, wx) = (TAPS[downscale](size, count) for size, count in zip((H, W), grid))
+    index = (y[:, None, :, None] * W + x[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)  # (N, taps)
+    weight = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)
+    hit = valid.flatten()[index]
+    scale, token_valid = over_valid_taps(weight, hit)
+    weight = (weight * hit * scale[:, None]).to(features.dtype)
+    taps = features.reshape(-1, C)[index].where(hit[..., None], 0.0)  # holes may hold anything, NaN too
+    return torch.einsum("nk,nkc->nc", weight, taps), token_valid
 
 
-@torch.no_grad()
-def reached_pixels(
-    table: Tensor,  # (8, G) float64
-    height: int,
-    width: int,
-) -> Tensor:
-    """First x, y and last x, y of the pixels where alpha >= MIN_ALPHA, (4, G); none, last < first, if a Gaussian is unseen."""
-    l11, l21, l22, lo = table[4:]
-    mean, end = table[:2] + table[2:4], table.new_tensor([[width - 1], [height - 1]])
-    # (l11 dx + l21 dy)^2 + (l22 dy)^2 <= reach^2 is an ellipse; where dy is largest, the first square is 0.
-    reach = (lo - math.log2(MIN_ALPHA / RANGE) + 1e-4).sqrt()  # with room for rounding; NaN if unseen
-    radius = reach / torch.stack([l11 / (1 + (l21 / l22) ** 2).sqrt(), l22])
-    first = (mean - radius - 0.5).ceil().clamp(min=0)  # pixel i has its centre at i + 0.5
-    last = torch.minimum((mean + radius - 0.5).floor(), end)
-    hit = (first <= last).all(0)  # False for NaN
-    return torch.where(hit, torch.cat([first, last]), table.new_tensor([[0.0], [0], [-1], [-1]])).int()
+def over_valid_taps(
+    weight: Tensor,  # (N, taps) that sum to 1
+    hit: Tensor,  # (N, taps) bool, which taps are valid pixels
+) -> tuple[Tensor, Tensor]:
+    """The factor (N,) that makes the weights of the valid taps sum to 1 again; and which tokens are valid (N,)."""
+    # Differs: the official code drops a token only where the rendered colour is exactly black, and teaches it as zeros.
+    # Here a token is valid where valid pixels make up at least half of it, and the others leave the loss.
+    total = (weight * hit).sum(1)
+    valid = total > 0.5 - 1e-9  # the weights are rounded
+    return valid / total.clamp(min=0.5), valid
 
 
-def pieces(count: int, size: int) -> list[slice]:
-    """0, 1, ... count - 1 in slices of `size`, but at least 1."""
-    return [slice(i, i + max(1, size)) for i in range(0, count, max(1, size))]
-
-
-class Project(torch.autograd.Function):
-    """table (G, 8), z (G,) and box (4, G) by `project` and `reached_pixels`, a piece at a time, forward and again backward, so
-    that none of their float64 steps is kept."""
-
-    @staticmethod
-    def forward(ctx, piece, height, width, dtype, w2c, K, *gaussians):
-        ctx.save_for_backward(w2c, K, *gaussians)
-        ctx.rest = piece, height, width
-        empty, G = partial(torch.empty, device=w2c.device), len(gaussians[0])
-        table, z, box = empty(G, 8, dtype=dtype), empty(G, dtype=torch.float64), empty(4, G, dtype=torch.int32)
-        for part in pieces(G, piece):
-            columns, z[part] = project(*(x[part] for x in gaussians), w2c, K, height, width)
-            table[part], box[:, part] = columns.T, reached_pixels(columns, height, width)
-        ctx.mark_non_differentiable(box)
-        return table, z, box
-
-    @staticmethod
-    def backward(ctx, grad_table, grad_z, _):
-        w2c, K, *gaussians = (x.detach() for x in ctx.saved_tensors)
-        piece, *size = ctx.rest
-        grads = [torch.zeros_like(x) if needed else None for x, needed in zip((w2c, K, *gaussians), ctx.needs_input_grad[4:])]
-        for part in pieces(len(grad_z), piece):
-            inputs = [w2c, K, *(x[part] for x in gaussians)]
-            wanted = [x.requires_grad_() for x, g in zip(inputs, grads) if g is not None]
-            with torch.enable_grad():
-                outputs = project(*inputs[2:], w2c, K, *size)
-            found = torch.autograd.grad(outputs, wanted, (grad_table[part].T.double(), grad_z[part]))
-            for n, g in enumerate(grads):
-                if g is not None:
-                    new, *found = found
-                    (g if n < 2 else g[part]).add_(new)
-        return None, None, None, None, *grads
-
-
-# --------------------------------------------------------------------------------------------------------------------- lists
-
-
-class Lattice(NamedTuple):
-    """The pixels to rasterise: blocks of one shape in rows and columns, which may overlap or reach beyond the view."""
-
-    y: Tensor  # (rows,) first pixel of each row of blocks, ascending
-    x: Tensor  # (columns,)
-    shape: tuple[int, int]  # pixels of a block, down and across
-
-
-def whole_view(height: int, width: int, device) -> Lattice:
-    return Lattice(*(torch.arange(0, size, block, device=device) for size, block in zip((height, width), BLOCK)), BLOCK)
-
-
-def nearest_first(z: Tensor) -> Tensor:  # (G,) float64
-    return z.detach().view(torch.int64).argsort(stable=True)  # positive floats sort like their bits, and integers faster
-
-
-def reached_blocks(
-    box: Tensor,  # (4, G) first x, y, last x, y in pixels
-    lattice: Lattice,
-    height: int,
-    width: int,
-) -> Tensor:
-    """The box in columns and rows of blocks (4, G); last < first where it lies between the blocks."""
-    ends = []
-    for start, block, size, first, last in zip(lattice[1::-1], lattice.shape[::-1], (width, height), box[:2], box[2:]):
-        pixel = torch.arange(-1, size, device=box.device)  # answers for every pixel, which each Gaussian only looks up
-        unfinished = torch.searchsorted(start + block - 1, pixel).int()  # the first block that does not end before the pixel
-        begun = torch.searchsorted(start, pixel, right=True).int() - 1  # the last block that starts at the pixel or before
-        ends.append((unfinished.index_select(0, first + 1), begun.index_select(0, last + 1)))
-    (x0, x1), (y0, y1) = ends
-    return torch.stack([x0, y0, x1, y1])
-
-
-class Band(NamedTuple):
-    """Some rows of blocks with their lists: block i has gaussian[start[i] : start[i + 1]], nearest first."""
-
-    rows: slice
-    centre: Tensor  # (2, blocks) x, y in pixels
-    start: Tensor  # (blocks + 1,)
-    gaussian: Tensor  # (pairs,) int32
-
-
-def row_bands(
-    boxes: Tensor,  # (4, G) blocks
-    rows: int,
-    columns: int,
-    max_pairs: int,
-    max_blocks: int,
-) -> list[tuple[int, int]]:
-    """Cuts the view into bands of whole rows [top, bottom): lists of max_pairs and max_blocks in all, or one row more."""
-    x0, y0, x1, y1 = boxes
-    across = (x1 - x0 + 1).clamp(min=0) * (y0 <= y1)
-    pairs = torch.bincount(y0, across, rows + 1) - torch.bincount(y1 + 1, across, rows + 1)  # more than in the row before
-    pairs = pairs.cumsum(0).cumsum(0)[:rows]  # in all rows up to this one
-    number = pairs // max_pairs + torch.arange(rows, device=boxes.device) * columns // max(1, max_blocks)
-    bottoms = list(accumulate(torch.unique_consecutive(number, return_counts=True)[1].tolist()))
-    return list(zip([0, *bottoms], bottoms))
-
-
-def block_lists(
-    boxes: Tensor,  # (4, G) blocks
-    order: Tensor,  # (G,) nearest first
-    lattice: Lattice,
-    top: int,
-    bottom: int,
-) -> Band:
-    """The lists of a band: every Gaussian once for each block of its box, nearest first, then sorted by block."""
-    columns, device = len(lattice.x), boxes.device
-    inside = (boxes[0] <= boxes[2]) & (boxes[1] <= boxes[3]) & (boxes[1] < bottom) & (boxes[3] >= top)
-    nearest = order.index_select(0, inside.index_select(0, order).nonzero()[:, 0])
-    x0, y0, x1, y1 = boxes.index_select(1, nearest)
-    y0, y1, across = y0.clamp(min=top) - top, y1.clamp(max=bottom - 1) - top, x1 - x0 + 1
-    count = across * (y1 - y0 + 1)
-    which = torch.repeat_interleave(count)  # (pairs,)
-    nth = torch.arange(len(which), dtype=torch.int32, device=device)
-    nth -= (count.cumsum(0) - count).int().index_select(0, which)  # 0, 1, ... within a box
-    across = across.index_select(0, which)
-    block = (y0 * columns + x0).index_select(0, which) + nth + nth.div(across, rounding_mode="floor") * (columns - across)
-    block, by_block = block.sort(stable=True)  # stable: every list stays nearest first
-    start = torch.searchsorted(block, torch.arange((bottom - top) * columns + 1, dtype=torch.int32, device=device))
-    y, x = (start + size / 2 for start, size in zip(lattice[:2], lattice.shape))
-    centre = torch.stack([x.repeat(bottom - top), y[top:bottom].repeat_interleave(columns)])
-    return Band(slice(top, bottom), centre, start, nearest.int().index_select(0, which.index_select(0, by_block)))
-
-
-def plan_lists(
-    order: Tensor,  # (G,) nearest first
-    box: Tensor,  # (4, G) pixels
-    lattice: Lattice,
-    height: int,
-    width: int,
-    max_pairs: int,
-    max_blocks: int,
-) -> tuple[list[tuple[int, int]], Callable[[int, int], Band]]:
-    """The bands [top, bottom) that the lattice is cut into, and the function that makes the lists of one."""
-    boxes = reached_blocks(box, lattice, height, width)
-    cuts = row_bands(boxes, len(lattice.y), len(lattice.x), max_pairs, max_blocks)
-    return cuts, partial(block_lists, boxes, order, lattice)
-
-
-# --------------------------------------------------------------------------------------------------------------- compositing
-
-
-def polynomial(
-    columns: Tensor,  # (8, S, B) of the table
-    centre: Tensor,  # (2, B) of the blocks, pixels
-) -> Tensor:
-    """log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2 about a block's centre, (6, S, B): of 1, -2x, -2y, -xx, -2xy, -yy."""
-    l11, l21, l22, lo = columns[4:]
-    dx, dy = centre[:, None] - columns[:2] - columns[2:4]
-    u, v = l11 * dx + l21 * dy, l22 * dy
-    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
-
-
-def monomials(lattice: Lattice, like: Tensor) -> Tensor:
-    """1, x, y, x^2, xy, y^2 at the pixels of a block, as seen from its centre: (6, P)."""
-    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in lattice.shape), indexing="ij")
-    return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y]).flatten(1)
-
-
-def composite(
-    alpha: Tensor,  # (S, B, P) divided by RANGE, changed in place to the weights
-    light: Tensor,  # (B, P) T times RANGE, changed in place to that behind the last Gaussian
-) -> Tensor:
-    """The weights w_k = alpha_k T_k, front to back, T_{k+1} = T_k - w_k, and 0 from where a pixel stops: (S, B, P)."""
-    # A T too low becomes 0 and stays 0. Its weight goes with it by a minimum, for which alpha T is smaller than RANGE times
-    # every other T_{k+1}: torch.where would take twice as long as all the rest.
-    for w in alpha:
-        w.mul_(light)
-        light.sub_(w, alpha=RANGE)
-        torch.nn.functional.threshold_(light, RANGE * MIN_LIGHT, 0.0)
-        torch.minimum(w, light, out=w)
-    return alpha
-
-
-class Step(NamedTuple):
-    blocks: Tensor  # (B,) of the band, all distinct
-    centre: Tensor  # (2, B)
-    ids: Tensor  # (B, S) Gaussians; where a list has ended, any, with weight 0
-    rows: Tensor  # (B, S, 8 + E) of the table
-    columns: Tensor  # (8, S, B), the first of them again
-    weight: Tensor  # (S, B, P) w = alpha T
-    # For the backward pass:
-    light: Tensor | None = None  # (B, P) T times RANGE before the first Gaussian
-    opaque: Tensor | None = None  # (2, n) the k < S and b < B whose opacity is above MAX_ALPHA
-    clamped: Tensor | None = None  # (n, P) where their alpha is, too
-
-
-def walk(
-    table: Tensor,  # (G, 8 + E), which may carry more in its further columns
-    band: Band,
-    lattice: Lattice,
-    max_elements: int,
-    backward: bool = False,
-) -> Iterator[Step]:
-    """Yields the weights of every Gaussian at every pixel, front to back; a step's tensors are good until the next one."""
-    start, end = band.start[:-1], band.start[1:]
-    basis = monomials(lattice, table) * table.new_tensor([[1], [-2], [-2], [-1], [-2], [-1]])
-    centres = band.centre.to(table)
-    # An odd number: by a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
-    slots = (max(1, max_elements // (CHUNK * basis.shape[1])) - 1) | 1
-    ahead = torch.arange(CHUNK, device=table.device)
-    # Longest first, lest one is left over at the end; alike in powers of 2 only, so that neighbours stay together in the cache.
-    queue = (end - start).log2().floor().argsort(descending=True, stable=True)[: int((end > start).sum())]
-    buffer = table.new_empty(CHUNK * min(slots, len(queue)) * basis.shape[1])
-    blocks = at = queue[:0]
-    light, taken = table.new_empty(0, basis.shape[1]), 0
-    while taken < len(queue) or len(blocks):
-        fresh = queue[taken : taken + slots - len(blocks)]
-        taken += len(fresh)
-        blocks, at = torch.cat([blocks, fresh]), torch.cat([at, start[fresh]])
-        light = torch.cat([light, light.new_full((len(fresh), light.shape[1]), RANGE)])
-        place = at[:, None] + ahead  # (B, S)
-        ids = band.gaussian.index_select(0, place.clamp(max=len(band.gaussian) - 1).flatten())
-        rows, centre = table.index_select(0, ids).view(*place.shape, -1), centres[:, blocks]
-        columns = rows[..., :8].permute(2, 1, 0).contiguous()
-        coefficients = polynomial(columns, centre)
-        coefficients[0].masked_fill_((place >= end[blocks, None]).T, -1e30)  # wherever that leads, 2^ it is 0
-        alpha = buffer[: place.numel() * basis.shape[1]].view(CHUNK, len(blocks), -1)
-        torch.mm(coefficients.flatten(1).T, basis, out=alpha.flatten(0, 1)).exp2_()
-        torch.nn.functional.threshold_(alpha, MIN_ALPHA / RANGE, 0.0).clamp_(max=MAX_ALPHA / RANGE)
-        kept = ()
-        if backward:
-            opaque = (columns[7] > math.log2(MAX_ALPHA / RANGE)).nonzero().T
-            kept = light.clone(), opaque, alpha[*opaque] >= MAX_ALPHA / RANGE
-        yield Step(blocks, centre, ids.view(place.shape), rows, columns, composite(alpha, light), *kept)
-        at = at + CHUNK
-        going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
-        blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
-
-
-def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
-    """An image (H, W, C) of whole blocks seen as (rows, columns, C, block height, block width)."""
-    return image.unflatten(1, (-1, shape[1])).unflatten(0, (-1, shape[0])).permute(0, 2, 4, 1, 3)
-
-
-def seen_pairs(step: Step) -> tuple[Tensor, Tensor, Tensor]:
-    """Block (n,), Gaussian (n,) and weights (n, P) of the pairs that have any; about three in four."""
-    block, k = (step.weight.amax(2).T > 0).nonzero().T
-    return step.blocks[block], step.ids[block, k], step.weight.flatten(0, 1).index_select(0, k * len(step.blocks) + block)
-
-
-def spread(
-    pairs: list[tuple[Tensor, Tensor, Tensor]],  # of `seen_pairs`
-    features: Tensor,  # (G, C)
-    blocks: int,
-    max_elements: int,
-) -> Tensor:
-    """The sum over k of w_k f_k, (blocks, C, P): with many channels it pays to write each block once, from its whole list."""
-    block, ids, weight = pairs[0]
-    padding = block.new_full((1,), blocks), ids.new_zeros(1), weight.new_zeros(1, weight.shape[1])  # sorted last
-    block, ids, weight = (torch.cat(x) for x in zip(*pairs, padding))
-    block, by_block = block.int().sort(stable=True)
-    start = torch.searchsorted(block, torch.arange(blocks + 1, dtype=torch.int32, device=ids.device))
-    lengths = start.diff().tolist()
-    ahead = torch.arange(max(lengths), device=ids.device)
-    out = features.new_empty(blocks, weight.shape[1], features.shape[1])
-    for part in pieces(blocks, blocks * max_elements // (4 * len(ids) * features.shape[1])):
-        place = start[:-1][part, None] + ahead[: max(lengths[part])]  # (b, n)
-        row = by_block.index_select(0, place.where(place < start[1:][part, None], len(ids) - 1).flatten())
-        f = features.index_select(0, ids.index_select(0, row)).view(*place.shape, features.shape[1])
-        torch.bmm(weight.index_select(0, row).view(*place.shape, weight.shape[1]).mT, f, out=out[part])
-    return out.mT
-
-
-class Composite(torch.autograd.Function):
-    """Images (H, W, E) and (H, W, C) of the sums over k of w_k e_k and w_k f_k; H and W are rounded up to whole blocks.
-
-    `extra` e is carried through the walk beside the geometry, which is best for few channels; `features` f is for many.
-    """
-
-    @staticmethod
-    def forward(ctx, plan, table, extra, features):
-        cuts, lists, lattice, max_elements = ctx.plan = plan
-        C, shape = features.shape[1], [n * size for n, size in zip((len(lattice.y), len(lattice.x)), lattice.shape)]
-        images = [x.new_empty(*shape, x.shape[1]) for x in (extra, features)]
-        table = torch.cat([table, extra], 1)
-        for band in map(lists, *zip(*cuts)):
-            few, pairs = extra.new_zeros(band.centre.shape[1], extra.shape[1], math.prod(lattice.shape)), []
-            for step in walk(table, band, lattice, max_elements):
-                few.index_add_(0, step.blocks, step.rows[..., 8:].mT @ step.weight.transpose(0, 1))
-                if C:
-                    pairs.append(seen_pairs(step))
-            many = spread(pairs, features, len(few), max_elements) if pairs else few.new_zeros(len(few), C, few.shape[2])
-            for image, part in zip(images, (few, many)):
-                view = in_blocks(image, lattice.shape)[band.rows]
-                view.copy_(part.view(view.shape))
-        ctx.save_for_backward(table, features, *images)
-        return tuple(images)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return None, *Composite.gradients(ctx, grads)
-
-    @staticmethod
-    def gradients(ctx, grads):
-        """dL/d table, extra and features. A table that needs none, as where geometry is frozen, saves most of the work."""
-        cuts, lists, lattice, max_elements = ctx.plan
-        table, features, *images = ctx.saved_tensors
-        _, geometry, _, many = ctx.needs_input_grad
-        E, C, basis = table.shape[1] - 8, features.shape[1], monomials(lattice, table)
-        # The moments and dL/de; index_add_ is twice as fast with 16 columns or more, and 20 times slower with int32.
-        sums, grad_features = table.new_zeros(len(table), max(16, 6 + E)), torch.zeros_like(features) if many else None
-        for band in map(lists, *zip(*cuts)):
-            cut = lambda image: in_blocks(image, lattice.shape)[band.rows].flatten(0, 1).flatten(2).contiguous()
-            grad_few, grad_many = map(cut, grads)  # (blocks, E or C, P)
-            # The sum of w_j h_j over all j not yet passed, where h = dL/dw.
-            behind = (grad_few * cut(images[0])).sum(1) + (grad_many * cut(images[1])).sum(1)
-            for step in walk(table, band, lattice, max_elements, backward=geometry):
-                g, ids = grad_few.index_select(0, step.blocks), step.ids.long()
-                rows = sums.new_zeros(*ids.shape, sums.shape[1])
-                rows[..., 6 : 6 + E] = (g @ step.weight.permute(1, 2, 0)).mT
-                h = step.rows[..., 8:] @ g if geometry else None  # (B, S, P)
-                for part in pieces(len(ids) if C else 0, max_elements // (CHUNK * max(1, C))):
-                    g, gaussian = grad_many.index_select(0, step.blocks[part]), ids[part].flatten()
-                    if geometry:
-                        h[part].baddbmm_(features.index_select(0, gaussian).view(-1, CHUNK, C), g)
-                    if many:
-                        grad_features.index_add_(0, gaussian, (step.weight[:, part].transpose(0, 1) @ g.mT).flatten(0, 1))
-                if geometry:
-                    rows[..., :6] = moments(step, slopes(step, h, behind), basis)
-                sums.index_add_(0, ids.flatten(), rows.flatten(0, 1))
-        return table_gradient(table, sums) if geometry else None, sums[:, 6 : 6 + E], grad_features
-
-
-def slopes(
-    step: Step,
-    h: Tensor,  # (B, S, P) dL/dw
-    behind: Tensor,  # (blocks, P) sum of w_j h_j over this step and all behind; the step is taken off
-) -> Tensor:
-    """alpha_k dL/dalpha_k = w_k (h_k - sum_{j>k} w_j h_j / T_{k+1}), 0 where alpha is clamped: (S, B, P), in place of w."""
-    left = behind.index_select(0, step.blocks)
-    light = step.light.clamp_(min=RANGE * MIN_LIGHT)  # where a pixel has stopped, w is 0, and this must only not be 0
-    for w, h in zip(step.weight, h.unbind(1)):
-        left.addcmul_(w, h, value=-1)
-        light.sub_(w, alpha=RANGE)
-        w.mul_(h.addcdiv_(left, light, value=-RANGE))  # left / light: what the light behind k brings, on average
-    behind.index_copy_(0, step.blocks, left)
-    step.weight[*step.opaque] *= ~step.clamped
-    return step.weight
-
-
-def moments(
-    step: Step,
-    slope: Tensor,  # (S, B, P)
-    basis: Tensor,  # (6, P) monomials
-) -> Tensor:
-    """Sums over a block's pixels of slope times 1, u, v, u dx, u dy, v dy: (B, S, 6). As log2 alpha = lo - u^2 - v^2 with
-    u = l11 dx + l21 dy and v = l22 dy, its derivatives by the table's columns are made of them."""
-    one, x, y, xx, xy, yy = (basis @ slope.flatten(0, 1).T).view(6, *slope.shape[:2])  # as seen from the block's centre
-    dx, dy = step.centre[:, None] - step.columns[:2] - step.columns[2:4]  # of which this is dx, dy
-    l11, l21, l22, _ = step.columns[4:]
-    u, v = l11 * dx + l21 * dy, l22 * dy
-    sum_u, sum_v = u * one + l11 * x + l21 * y, v * one + l22 * y
-    ux, uy, vy = u * x + l11 * xx + l21 * xy, u * y + l11 * xy + l21 * yy, v * y + l22 * yy
-    return torch.stack([one, sum_u, sum_v, ux + dx * sum_u, uy + dy * sum_u, vy + dy * sum_v]).permute(2, 1, 0)
-
-
-def table_gradient(
-    table: Tensor,  # (G, 8 + E)
-    sums: Tensor,  # (G, 6 or more) `moments` over all blocks
-) -> Tensor:
-    """dL/d table (G, 8); the whole pixels of the mean are constants."""
-    l11, l21, l22 = table.T[4:7]
-    one, u, v, ux, uy, vy = math.log(2) * sums.T[:6]
-    columns = [2 * l11 * u, 2 * (l21 * u + l22 * v), -2 * ux, -2 * uy, -2 * vy, one]
-    return torch.nn.functional.pad(torch.stack(columns, 1), (2, 0))
+# ---------------------------------------------------------------------------- 3. Why that is too slow, and what helps
+# @TRICKS
 
 
 def rasterize(
     means: Tensor,  # (G, 3) world
     covariances: Tensor,  # (G, 3, 3) world
     opacities: Tensor,  # (G,) in [0, 1]
-    features: Tensor,  # (G, C) float32 or float64; its type is that of the compositing and of the result
+    features: Tensor,  # (G, C) float32 or float64, in which compositing is done and the result comes
     w2c: Tensor,  # (4, 4)
     K: Tensor,  # (3, 3) pixels
     height: int,
@@ -508,147 +206,458 @@ def rasterize(
     background: Tensor | None = None,  # (C,)
     max_elements: int | None = None,  # by default 2^20, on a GPU 2^24
 ) -> Render:
-    """Renders the Gaussians, any C at once, in the convention of 3DGS and gsplat; differentiable in every tensor.
+    """What `rasterize_plainly` gives, value and gradient, fast and in bounded memory; any number of channels.
 
-    Each step, forward or backward, works on a handful of tensors that hold about max_elements numbers together with their
-    copies of the features; lists are built for four times as many (Gaussian, block) pairs at a time, or one row of blocks. A
-    smaller value is slower and changes nothing else. What comes on top is a few dozen numbers per Gaussian and the view itself.
+    A step of the walk, forward or backward, works on a handful of tensors of about max_elements numbers; lists are made
+    for four times as many (Gaussian, block) pairs at a time, or for one row of blocks. A smaller value is slower and
+    changes nothing else. On top come a few dozen numbers a Gaussian and the rendered view itself.
     """
-    G, C = len(means), features.shape[-1]
-    shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
-    assert shapes == [(G, 3), (G, 3, 3), (G,), (G, C)], f"need (G, 3), (G, 3, 3), (G,), (G, C) with one G, not {shapes}"
-    assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {features.dtype}"
-    sizes = tuple(w2c.shape), tuple(K.shape)
-    assert sizes == ((4, 4), (3, 3)), f"w2c must be (4, 4) and K (3, 3), not {sizes[0]}, {sizes[1]}"
-    assert background is None or background.shape == (C,), f"background must be ({C},), one value per channel of the features"
-    max_elements = max_elements or (2**24 if features.is_cuda else 2**20)
-    assert height > 0 and width > 0 and max_elements > 0, "height, width and max_elements must be at least 1"
-    with torch.autocast(features.device.type, enabled=False):  # in bfloat16 log2 alpha would be off by whole units
-        gaussians = means, covariances, opacities
-        table, z, box = Project.apply(max_elements // 32, height, width, features.dtype, w2c, K, *gaussians)
-        lattice = whole_view(height, width, means.device)
-        max_blocks = 8 * max_elements // (math.prod(BLOCK) * (C + 2))
-        cuts, lists = plan_lists(nearest_first(z), box, lattice, height, width, 4 * max_elements, max_blocks)
-        if len(cuts) == 1:  # short enough to keep for the backward pass
-            band = lists(*cuts[0])
-            lists = lambda top, bottom: band
-        extra = torch.stack([torch.ones_like(z), z], 1).to(features)
+    check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements)
+    max_elements, C = max_elements or elements_at_once(features), features.shape[1]
+    # Differs: the official code renders 3 channels a pass, 128 passes for a ViT-S; here one pass has all channels. It
+    # also passes variances where scales are meant, and makes reflected frames the identity; we use the true covariances.
+    with full_precision(features.device):
+        table, z, box = project_in_parts(means, covariances, opacities, w2c, K, height, width, features.dtype, max_elements)
+        blocks = whole_view(height, width, means.device)
+        most = 8 * max_elements // (blocks.pixels * (C + 2))  # blocks whose sums are held at a time
+        lists = BlockLists(box, z, blocks, height, width, 4 * max_elements, most)
+        few, many = torch.stack([torch.ones_like(z), z], 1).to(features), features  # alpha and depth are channels too
         if C <= FEW_CHANNELS:
-            extra, features = torch.cat([features, extra], 1), features[:, :0]
-        few, many = Composite.apply((cuts, lists, lattice, max_elements), table, extra, features)
-    few, alpha, depth = few[:height, :width].split([few.shape[2] - 2, 1, 1], -1)
-    rendered = many[:height, :width] if C > FEW_CHANNELS else few
-    depth = depth / alpha.where(alpha > 0, 1.0)  # a division by 0, even in the branch not taken, would make NaN gradients
+            few, many = torch.cat([features, few], 1), features[:, :0]
+        few, many = (image[:height, :width] for image in Composite.apply(lists, max_elements, table, few, many))
+    few, alpha, depth = few.split([few.shape[2] - 2, 1, 1], -1)
+    image = few if C <= FEW_CHANNELS else many
+    depth = depth / alpha.where(alpha > 0, 1.0)  # a division by 0 would make the gradient NaN
     if background is not None:
-        rendered = rendered + (1 - alpha) * background.to(rendered)
-    return Render(rendered, alpha[..., 0], depth[..., 0])
+        image = image + (1 - alpha) * background.to(image)
+    return Render(image, alpha[..., 0], depth[..., 0])
 
 
-# ------------------------------------------------------------------------------------------------- from the view to the tokens
+# --------------------------------------------------------------------------------- 3a. Projection: one row a Gaussian
 
 
-def semantic_blend(
-    features: Tensor,  # (H, W, C) already divided by alpha
-    mask: Tensor,  # (H, W) int64 instance ids, 0 = unlabelled
-    alpha: float = 0.5,
-    valid: Tensor | None = None,  # (H, W) bool, which pixels may enter a mean
+def project(
+    means: Tensor,  # (G, 3) world
+    covariances: Tensor,  # (G, 3, 3) world
+    opacities: Tensor,  # (G,)
+    w2c: Tensor,
+    K: Tensor,
+    height: int,
+    width: int,
+    dtype: torch.dtype,  # of the table
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All that the pixels need to know: a table (G, 8), the depth z (G,) and the box of reached pixels (4, G).
+
+    With d = (dx, dy) from the mean to a pixel, log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2: as a sum of squares
+    no rounding makes d' Sigma^-1 d negative. The columns of the table are the pixel at the mean (x, y), from there to
+    the mean (x, y), l11, l21, l22, lo. The mean comes in two parts because a float32 that counts hundreds of pixels is
+    off by 1e-5.
+    """
+    # In float64: in float32 near-equal depths swap places and needles change shape, for errors of 6e-3 instead of 7e-6.
+    # Components come first, (3, G), so that every operation runs over Gaussians that lie side by side in memory.
+    means, covariances, opacities, w2c, K = (x.double() for x in (means, covariances, opacities, w2c, K))
+    R, size = w2c[:3, :3], K.new_tensor([[width], [height]])
+    p = R @ means.T + w2c[:3, 3:]
+    # What is not seen is replaced before anything is divided by z, so that it cannot send a NaN back.
+    seen = (p[2] > NEAR) & (opacities >= MIN_ALPHA)
+    p, opacities = torch.where(seen, p, K.new_tensor([[0.0], [0], [1]])), torch.where(seen, opacities, 1.0)
+    z, ray = p[2], p / p[2]
+    mean = K[:2] @ ray
+    focal, centre = K.diagonal()[:2, None], K[:2, 2:]
+    slope = torch.minimum(torch.maximum(ray[:2], -(centre + 0.15 * size) / focal), (1.15 * size - centre) / focal)
+    a, b, c = splat_covariance(covariances, K[:2, :2] @ slope, z, torch.cat([K[:2, :2] @ R[:2], R[2:]]))
+    # The two bounds act only where the covariance that was given is not positive semi-definite.
+    c = c.clamp(min=DILATION / 2)
+    det = (a * c - b * b).clamp(min=DILATION**2 / 4)
+    root, scale = c.sqrt(), math.sqrt(0.5 / math.log(2))  # exp(-x / 2) = 2^(-scale^2 x)
+    l11, l22, lo = root * (scale / det.sqrt()), scale / root, opacities.log2().where(seen, -math.inf)
+    pixel = mean.detach().round()
+    columns = torch.stack([*pixel, *(mean - pixel), l11, -b / c * l11, l22, lo])
+    return columns.T.to(dtype), z, reached_pixels(columns.detach(), height, width)
+
+
+def splat_covariance(
+    covariances: Tensor,  # (G, 3, 3) world
+    s: Tensor,  # (2, G) K (x/z, y/z), bounded
+    z: Tensor,  # (G,)
+    W: Tensor,  # (3, 3) rows K R and R_z
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sigma_2d = J Sigma J' = ((a, b), (b, c)) in px^2. A step d in the world moves the pixel by J d, J = (K R - s R_z) / z."""
+    # V = W Sigma W' is linear in Sigma, and W is common to all: one product with a (6, 9) matrix gives the six different
+    # entries of every V. What then depends on the single Gaussian, s and z, is a few differences.
+    i, j = torch.triu_indices(3, 3, device=W.device)
+    products = (W[i, :, None] * W[j, None] + W[j, :, None] * W[i, None]) / 2  # (6, 3, 3)
+    xx, xy, xz, yy, yz, zz = products.flatten(1) @ covariances.flatten(1).T
+    sx, sy = s
+    a = (xx - sx * (2 * xz - sx * zz)) / z**2 + DILATION
+    b = (xy - sx * yz - sy * (xz - sx * zz)) / z**2
+    c = (yy - sy * (2 * yz - sy * zz)) / z**2 + DILATION
+    return a, b, c
+
+
+@torch.no_grad()
+def reached_pixels(columns: Tensor, height: int, width: int) -> Tensor:
+    """First x, y and last x, y of the pixels where alpha >= MIN_ALPHA, (4, G) int32; last < first where there is none."""
+    l11, l21, l22, lo = columns[4:]
+    mean, end = columns[:2] + columns[2:4], columns.new_tensor([[width - 1], [height - 1]])
+    # (l11 dx + l21 dy)^2 + (l22 dy)^2 <= reach^2 is an ellipse; these are half its width and half its height.
+    reach = (lo - math.log2(MIN_ALPHA) + 1e-4).sqrt()  # with room for rounding; NaN if the Gaussian is not seen
+    radius = reach / torch.stack([l11 / (1 + (l21 / l22) ** 2).sqrt(), l22])
+    first = (mean - radius - 0.5).ceil().clamp(min=0)  # pixel i has its centre at i + 0.5
+    last = torch.minimum((mean + radius - 0.5).floor(), end)
+    hit = (first <= last).all(0)  # False for NaN
+    return torch.where(hit, torch.cat([first, last]), columns.new_tensor([[0.0], [0], [-1], [-1]])).int()
+
+
+def project_in_parts(means, covariances, opacities, w2c, K, height, width, dtype, max_elements):
+    """`project`, some Gaussians at a time. The backward pass computes each part again, so no float64 step is kept."""
+    size = max(1, max_elements // 32)
+    parts = zip(means.split(size), covariances.split(size), opacities.split(size))
+    options = dict(use_reentrant=False, preserve_rng_state=False)
+    table, z, box = zip(*(checkpoint(project, *part, w2c, K, height, width, dtype, **options) for part in parts))
+    return torch.cat(table), torch.cat(z), torch.cat(box, 1)
+
+
+# ---------------------------------------------------------------------------------- 3b. Lists: who reaches which block
+
+
+class Blocks(NamedTuple):
+    """The pixels to be rasterised, as rows and columns of equal blocks: for a whole view side by side, but the operator
+    (section 4) also reads views at 2x2 pixels here and there. They may overlap, and reach beyond the view."""
+
+    top: Tensor  # (rows,) the first pixel of each row of blocks, ascending
+    left: Tensor  # (columns,) and of each column
+    shape: tuple[int, int]  # pixels of a block, down and across
+
+    pixels = property(lambda self: self.shape[0] * self.shape[1])  # P
+
+
+def whole_view(height: int, width: int, device) -> Blocks:
+    return Blocks(*(torch.arange(0, size, n, device=device) for size, n in zip((height, width), BLOCK)), BLOCK)
+
+
+def reached_blocks(
+    box: Tensor,  # (4, G) first x, y, last x, y in pixels
+    blocks: Blocks,
+    height: int,
+    width: int,
 ) -> Tensor:
-    """Draws each pixel's features towards the mean of its instance, which evens out small errors of the geometry. (H, W, C)"""
-    H, W, C = features.shape
-    valid = torch.ones_like(mask, dtype=torch.bool) if valid is None else valid
-    assert mask.shape == valid.shape == (H, W), f"mask and valid must be ({H}, {W}) like the features"
-    ids, segment = torch.unique(mask, return_inverse=True)  # ids may be huge: numbered 0, 1, ...
-    bins = segment.where(valid, len(ids)).flatten()  # what is not valid goes to a row of its own, NaN or not
-    total = torch.zeros(len(ids) + 1, C, dtype=torch.float64, device=features.device)  # float32 loses digits over 10^5 pixels
-    for i, rows in zip(bins.split(2**14), features.flatten(0, 1).split(2**14)):  # no float64 copy of the whole map
-        total.index_add_(0, i, rows.double())
-    count = torch.bincount(bins, minlength=len(ids) + 1)[:-1]
-    mean = (total[:-1] / count.clamp(min=1)[:, None]).to(features.dtype)  # (ids, C)
-    # Differs: the official code also averages over holes and blends unlabelled pixels, as if 0 were an instance.
-    blended = ((ids != 0) & (count > 0))[segment][..., None]
-    return torch.where(blended, alpha * features + (1 - alpha) * mean[segment], features)  # SnD Eq. 4
+    """The same box in columns and rows of blocks (4, G); last < first where it lies between the blocks."""
+    ends = []
+    for start, n, size, first, last in zip(blocks[1::-1], blocks.shape[::-1], (width, height), box[:2], box[2:]):
+        pixel = torch.arange(-1, size, device=box.device)  # answered for every pixel; the Gaussians only look it up
+        first_block = torch.searchsorted(start + n - 1, pixel).int()  # the first that does not end before the pixel
+        last_block = torch.searchsorted(start, pixel, right=True).int() - 1  # the last that does not start behind it
+        ends.append((first_block.index_select(0, first + 1), last_block.index_select(0, last + 1)))
+    (x0, x1), (y0, y1) = ends
+    return torch.stack([x0, y0, x1, y1])
 
 
-def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
-    """The two pixels around each patch centre along one side, index (count, 2) int64, and their weights (count, 2) float64."""
-    centre = (torch.arange(count, dtype=torch.float64) + 0.5) * size / count - 0.5  # in units where pixel i has its centre at i
-    centre = centre.clamp(0, size - 1)  # more patches than pixels: the outermost pixel counts alone
-    first = centre.floor()
-    index = torch.stack([first, first + 1], 1).clamp(max=size - 1).long()
-    return index, torch.stack([first + 1 - centre, centre - first], 1)
+def list_lengths(boxes: Tensor, rows: int, columns: int) -> Tensor:
+    """How many of the boxes (4, G) hold each block, (rows, columns). A box is +1 and -1 at its corners, summed up twice."""
+    x0, y0, x1, y1 = boxes.long()
+    corners = torch.zeros((rows + 1) * (columns + 1), dtype=torch.int32, device=boxes.device)
+    for y, x, sign in ((y0, x0, 1), (y0, x1 + 1, -1), (y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)):
+        corners.index_add_(0, y * (columns + 1) + x, corners.new_full((1,), sign).expand(len(x)))
+    return corners.view(rows + 1, columns + 1).cumsum(0).cumsum(1)[:rows, :columns]
 
 
-def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
-    """All pixels of each patch along one side, index (count, n) int64, and the shares of the patch that they fill (count, n)."""
-    edge = torch.arange(count + 1, dtype=torch.float64) * size / count
-    low, high = edge[:-1, None], edge[1:, None]
-    index = low.floor() + torch.arange(math.ceil(size / count) + 1)
-    overlap = (torch.minimum(index + 1, high) - torch.maximum(index, low)).clamp(min=0)
-    some = (overlap > 1e-9).any(0)
-    return index[:, some].clamp(max=size - 1).long(), (overlap / overlap.sum(1, keepdim=True))[:, some]
+class Band(NamedTuple):
+    """Some rows of blocks with their lists: block i has gaussian[start[i] : start[i + 1]], nearest first."""
+
+    rows: slice
+    centre: Tensor  # (2, blocks) x, y in pixels
+    start: Tensor  # (blocks + 1,) int64
+    lengths: Tensor  # (blocks,) of the lists; on the CPU, so that asking for them makes no GPU wait
+    gaussian: Tensor  # (pairs + 1,) int32; the last one, of no list, stands where a list has ended
 
 
-TAPS = {"bilinear": bilinear_taps, "area": area_taps}
+class BlockLists:
+    """For every block the Gaussians that reach it, nearest first; iterating makes them a band at a time."""
+
+    def __init__(self, box, z, blocks: Blocks, height, width, max_pairs: int, max_blocks: int):
+        self.blocks, boxes = blocks, reached_blocks(box, blocks, height, width)
+        order = z.detach().view(torch.int64).argsort(stable=True)  # positive floats sort like their bits, but faster
+        reaching = (boxes[0] <= boxes[2]) & (boxes[1] <= boxes[3])
+        self.order = order.index_select(0, reaching.index_select(0, order).nonzero()[:, 0])
+        self.boxes = boxes.index_select(1, self.order)  # (4, G') nearest first
+        self.lengths = list_lengths(self.boxes, len(blocks.top), len(blocks.left)).cpu()
+        self.bands = bands_of(self.lengths.sum(1).tolist(), len(blocks.left), max_pairs, max_blocks)
+        self.kept = []  # a single band is short enough to be kept for the backward pass
+
+    def __iter__(self) -> Iterator[Band]:
+        if len(self.bands) == 1:
+            self.kept = self.kept or [self.make(*self.bands[0])]
+        return iter(self.kept or map(self.make, *zip(*self.bands)))
+
+    def make(self, top: int, bottom: int) -> Band:
+        """Lists every Gaussian once for each block of its box, nearest Gaussian first, and sorts that by block."""
+        (x0, y0, x1, y1), columns = self.boxes, len(self.blocks.left)
+        lengths = self.lengths[top:bottom].flatten()
+        y0, y1, across = y0.clamp(min=top) - top, y1.clamp(max=bottom - 1) - top, x1 - x0 + 1
+        count = across * (y1 - y0 + 1).clamp(min=0)  # blocks of each box, in this band
+        which = torch.repeat_interleave(count, output_size=int(lengths.sum()))  # (pairs,) the box of each pair
+        nth = torch.arange(len(which), dtype=torch.int32, device=which.device)
+        nth -= (count.cumsum(0) - count).int().index_select(0, which)  # 0, 1, ... within a box, row by row
+        across = across.index_select(0, which)
+        block = (y0 * columns + x0).index_select(0, which) + nth + nth.div(across, rounding_mode="floor") * (columns - across)
+        by_block = block.sort(stable=True).indices  # stable, so every list stays nearest first
+        gaussian = self.order.int().index_select(0, which.index_select(0, by_block))
+        y, x = (start + n / 2 for start, n in zip(self.blocks[:2], self.blocks.shape))
+        centre = torch.stack([x.repeat(bottom - top), y[top:bottom].repeat_interleave(columns)])
+        start = F.pad(lengths.cumsum(0), (1, 0)).to(which.device)
+        return Band(slice(top, bottom), centre, start, lengths, torch.cat([gaussian, gaussian[-1:]]))
 
 
-def rescale(
-    weight: Tensor,  # (N, taps)
-    hit: Tensor,  # (N, taps) bool, which of them are valid
-) -> tuple[Tensor, Tensor]:
-    """What makes a token's weights that hit sum to 1 again (N,), 0 if the token is not valid; and which tokens are (N,)."""
-    # Differs: the official code drops a token only where the rendered colour is exactly black, and then teaches it as zeros.
-    total = (weight * hit).sum(1)
-    valid = total > 0.5 - 1e-9  # at least half; the weights are rounded
-    return valid / total.clamp(min=0.5), valid
+def bands_of(pairs: list[int], columns: int, max_pairs: int, max_blocks: int) -> list[tuple[int, int]]:
+    """Cuts rows of blocks with so many `pairs` each into bands [top, bottom) below both limits, or of a single row."""
+    bands, top = [], 0
+    for row in range(1, len(pairs)):
+        if sum(pairs[top : row + 1]) > max_pairs or (row + 1 - top) * columns > max_blocks:
+            bands, top = bands + [(top, row)], row
+    return bands + [(top, len(pairs))]
 
 
-def splat_to_tokens(
-    features: Tensor,  # (H, W, C)
-    valid: Tensor,  # (H, W) bool
-    grid: tuple[int, int],  # (h, w)
-    downscale: str = "bilinear",  # between the 2x2 pixels at a patch's centre, or "area", over the whole patch
-) -> tuple[Tensor, Tensor]:
-    """The features at the patch centres: tokens (N, C), 0 where invalid, and which are valid (N,)."""
-    H, W, C = features.shape
-    assert valid.shape == (H, W), f"valid must be ({H}, {W}) like the features, not {tuple(valid.shape)}"
-    (y, wy), (x, wx) = (TAPS[downscale](size, count) for size, count in zip((H, W), grid))
-    index = (y[:, None, :, None] * W + x[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)  # (N, taps)
-    weight = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)
-    hit = valid.flatten()[index]
-    scale, token_valid = rescale(weight, hit)
-    weight = (weight * hit * scale[:, None]).to(features.dtype)
-    taps = features.reshape(-1, C)[index].where(hit[..., None], 0.0)  # holes may hold anything, NaN too
-    return torch.einsum("nk,nkc->nc", weight, taps), token_valid
+# ---------------------------------------------------------------------- 3c. The walk: weights, some blocks at a time
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Written under another name, flushed, and renamed: a killed run leaves the old file or the new, nothing between."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)  # still there where the disk was full
+def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
+    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
+    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
 
 
-# --------------------------------------------------------------------------------------------------------- the splat operator
-# While geometry and masks stand still, everything from the context tokens x (V*N, C) to the target's is linear. A Gaussian has
-# f_g = sum_t u_gt x_t with four weights u (SnD Eq. 2-3), a pixel F(p) = sum_g w_pg f_g / alpha(p) = sum_t A_pt x_t with
-#     A_pt = sum_g w_pg u_gt / alpha(p),
-# and a token is sum_p b_np F(p) over its valid taps p: only these pixels (2x2 of them) are rasterised, and their weights pushed on to x.
-# Blending (Eq. 4, a_p = alpha, but 1 where p is unlabelled) needs means over whole masks m. They stay factored out, L (M x):
-#     y = S x + L (M x),   S_nt = sum_p b_np a_p A_pt,   L_nm = sum_{p in m} b_np (1 - a_p),   M_mt = mean_{valid p in m} A_pt.
+def polynomial(
+    columns: Tensor,  # (8, S, B) of the table
+    centre: Tensor,  # (2, B) of the blocks, in pixels
+) -> Tensor:
+    """log2 alpha as a polynomial about a block's centre: coefficients (6, S, B) of the `monomials`."""
+    l11, l21, l22, lo = columns[4:]
+    dx, dy = centre[:, None] - columns[:2] - columns[2:4]  # from the mean to the centre
+    u, v = l11 * dx + l21 * dy, l22 * dy  # at a pixel: lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
+    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
+
+
+def front_to_back(
+    alpha: Tensor,  # (S, B, P), overwritten by the weights
+    light: Tensor,  # (B, P) T, overwritten by that behind the last Gaussian; 0 where the pixel has stopped
+) -> Tensor:
+    """The weights w_k = alpha_k T_k with T_{k+1} = T_k - w_k, and 0 from the Gaussian on at which a pixel stops."""
+    for w in alpha:
+        w.mul_(light)
+        light.sub_(w)
+        F.threshold_(light, MIN_LIGHT, 0.0)  # too little light becomes none, and stays so
+        where_positive_(w, light)
+    return alpha
+
+
+class Step(NamedTuple):
+    """B blocks, each with the next S Gaussians of its list."""
+
+    blocks: Tensor  # (B,) which of the band, all distinct
+    centre: Tensor  # (2, B)
+    place: Tensor  # (B, S) in the lists; the last place of all, that of no list, where a block's list has ended
+    ids: Tensor  # (B, S) the Gaussians there
+    rows: Tensor  # (B, S, 8 + E) their rows of the table
+    columns: Tensor  # (8, S, B) the first 8 of them once more
+    weight: Tensor  # (S, B, P) w = alpha T
+    light: Tensor | None = None  # (B, P) T before the first of them; this and the next for the backward pass
+    room: Tensor | None = None  # (S, B, P) from alpha up to MAX_ALPHA, not positive where it was clamped
+
+
+def walk(
+    table: Tensor,  # (G, 8 + E), which may carry E features behind the geometry
+    band: Band,
+    shape: tuple[int, int],  # of a block
+    max_elements: int,
+    backward: bool = False,
+) -> Iterator[Step]:
+    """Goes down the lists of many blocks at the same time, CHUNK Gaussians a step. Finished blocks make room for others.
+
+    A step's tensors are good until the next one.
+    """
+    pixels, device = monomials(shape, table), table.device
+    P, centres, end = pixels.shape[1], band.centre.to(table), band.start[1:]
+    # An odd number: a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
+    slots = (max(1, max_elements // (CHUNK * P)) - 1) | 1
+    # Longest lists first, so that no long one is left over at the end; in powers of 2, so that neighbours stay together.
+    queue = band.lengths.log2().floor().argsort(descending=True, stable=True)
+    queue = queue[: int((band.lengths > 0).sum())].to(device)
+    ahead = torch.arange(CHUNK, device=device)
+    buffers = table.new_empty(1 + backward, CHUNK * min(slots, len(queue)) * P)
+    # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights are 0.
+    patience, taken = 8 if table.is_cuda else 1, 0
+    blocks = at = queue[:0]
+    light = table.new_empty(0, P)
+    while taken < len(queue) or len(blocks):
+        fresh = queue[taken : taken + slots - len(blocks)]
+        taken += len(fresh)
+        blocks, at = torch.cat([blocks, fresh]), torch.cat([at, band.start[fresh]])
+        light = torch.cat([light, light.new_ones(len(fresh), P)])
+        for _ in range(patience):
+            place = at[:, None] + ahead
+            place = place.where(place < end[blocks, None], len(band.gaussian) - 1)
+            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffers)
+            at = at + CHUNK
+        going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
+        blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
+
+
+def make_step(table, band, blocks, centre, place, light, pixels, buffers) -> Step:
+    """The weights of B blocks' next Gaussians; takes what they stop from `light` (B, P)."""
+    ids = band.gaussian.index_select(0, place.flatten())
+    rows = table.index_select(0, ids).view(*place.shape, -1)
+    columns = rows[..., :8].permute(2, 1, 0).contiguous()
+    coefficients = polynomial(columns, centre)
+    coefficients[0].masked_fill_((place == len(band.gaussian) - 1).T, -1e30)  # whatever is there, 2^ it is 0
+    alpha, *room = (x[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1) for x in buffers)
+    torch.mm(coefficients.flatten(1).T, pixels, out=alpha.flatten(0, 1)).exp2_()  # all pixels of all blocks at once
+    F.threshold_(alpha, MIN_ALPHA, 0.0)
+    kept = (light.clone(), torch.sub(MAX_ALPHA, alpha, out=room[0])) if room else ()
+    weight = front_to_back(alpha.clamp_(max=MAX_ALPHA), light)
+    return Step(blocks, centre, place, ids.view(place.shape), rows, columns, weight, *kept)
+
+
+# ----------------------------------------------------------------------- 3d. All channels at once, and the way back
+
+
+class Composite(torch.autograd.Function):
+    """Images (H, W, E) and (H, W, C) of sum_k w_k e_k and sum_k w_k f_k; H and W are rounded up to whole blocks.
+
+    Only inputs and images are kept for the backward pass, which walks down the lists once more.
+    """
+
+    @staticmethod
+    def forward(ctx, lists: BlockLists, max_elements, table, few, many):
+        # few (G, E) travel beside the geometry and are summed in every step; many (G, C) wait for the weights.
+        ctx.lists, ctx.max_elements = lists, max_elements
+        size = [len(start) * n for start, n in zip(lists.blocks[:2], lists.blocks.shape)]
+        images, table = [x.new_empty(*size, x.shape[1]) for x in (few, many)], torch.cat([table, few], 1)
+        for band in lists:
+            sums = few.new_zeros(len(band.lengths), few.shape[1], lists.blocks.pixels)  # (blocks, E, P)
+            weights = few.new_zeros(len(band.gaussian) if many.shape[1] else 0, lists.blocks.pixels)
+            for step in walk(table, band, lists.blocks.shape, max_elements):
+                sums.index_add_(0, step.blocks, step.rows[..., 8:].mT @ step.weight.transpose(0, 1))
+                if len(weights):
+                    weights[step.place.T] = step.weight  # where a list has ended, 0 at the place of no list
+            parts = sums, all_channels(band, weights, many, max_elements)
+            for image, part in zip(images, parts):
+                view = in_blocks(image, lists.blocks.shape)[band.rows]
+                view.copy_(part.view(view.shape))
+        ctx.save_for_backward(table, many, *images)
+        return tuple(images)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        with full_precision(grads[0].device):
+            return None, None, *gradients(ctx.lists, ctx.max_elements, ctx.saved_tensors, grads, ctx.needs_input_grad[2:])
+
+
+def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
+    """An image (H, W, C) of whole blocks seen as (rows, columns, C, block height, block width)."""
+    return image.unflatten(1, (-1, shape[1])).unflatten(0, (-1, shape[0])).permute(0, 2, 4, 1, 3)
+
+
+def all_channels(
+    band: Band,
+    weights: Tensor,  # (pairs + 1, P) of every place in the lists, the last 0
+    features: Tensor,  # (G, C)
+    max_elements: int,
+) -> Tensor:
+    """sum_k w_k f_k, (blocks, C, P): for each block one product of the weights (P, n) of its list with features (n, C)."""
+    P, C, blocks = weights.shape[1], features.shape[1], len(band.lengths)
+    out = features.new_empty(blocks, P, C)
+    if not C:
+        return out.mT
+    seen = weights.amax(1).nonzero()[:, 0]  # the places whose Gaussian has any weight: about three in four
+    start = torch.searchsorted(seen, band.start)
+    lengths, seen = start.diff().tolist(), torch.cat([seen, seen.new_tensor([len(weights) - 1])])
+    ahead = torch.arange(max(lengths), device=seen.device)
+    for part in pieces(blocks, blocks * max_elements // (4 * len(seen) * C)):
+        nth = start[:-1][part, None] + ahead[: max(lengths[part])]  # (b, n)
+        place = seen.index_select(0, nth.where(nth < start[1:][part, None], len(seen) - 1).flatten())
+        f = features.index_select(0, band.gaussian.index_select(0, place)).view(*nth.shape, C)
+        torch.bmm(weights.index_select(0, place).view(*nth.shape, P).mT, f, out=out[part])
+    return out.mT
+
+
+def gradients(lists: BlockLists, max_elements, saved, grads, needed):
+    """dL/d table, few and many of `Composite`. A table that needs none, as where geometry is frozen, saves most of it."""
+    (table, features, *images), (geometry, _, many), shape = saved, needed, lists.blocks.shape
+    E, C, pixels = table.shape[1] - 8, features.shape[1], monomials(shape, table)
+    # Of the whole row, geometry and few; index_add_ is twice as fast with 16 columns or more, 20 times slower with int32.
+    grad_row = table.new_zeros(len(table), max(16, 8 + E))
+    grad_features = torch.zeros_like(features) if many else None
+    for band in lists:
+        cut = lambda image: in_blocks(image, shape)[band.rows].flatten(0, 1).flatten(2).contiguous()
+        grad_few, grad_many = map(cut, grads)  # (blocks, E or C, P)
+        # What a pixel still receives, sum_j w_j h_j over the Gaussians not yet passed, where h_j = dL/dw_j.
+        behind = (grad_few * cut(images[0])).sum(1) + (grad_many * cut(images[1])).sum(1)
+        for step in walk(table, band, shape, max_elements, backward=geometry):
+            g, ids = grad_few.index_select(0, step.blocks), step.ids.long()
+            rows = grad_row.new_zeros(*ids.shape, grad_row.shape[1])
+            rows[..., 8 : 8 + E] = (g @ step.weight.permute(1, 2, 0)).mT
+            h = step.rows[..., 8:] @ g if geometry else None  # (B, S, P)
+            for part in pieces(len(ids) if C else 0, max_elements // (CHUNK * max(1, C))):
+                g, gaussian = grad_many.index_select(0, step.blocks[part]), ids[part].flatten()
+                if geometry:
+                    h[part].baddbmm_(features.index_select(0, gaussian).view(-1, CHUNK, C), g)
+                if many:
+                    grad_features.index_add_(0, gaussian, (step.weight[:, part].transpose(0, 1) @ g.mT).flatten(0, 1))
+            if geometry:
+                rows[..., 2:8] = column_gradients(step, slopes(step, h, behind), pixels).permute(2, 1, 0)
+            grad_row.index_add_(0, ids.flatten(), rows.flatten(0, 1))
+    return grad_row[:, :8] if geometry else None, grad_row[:, 8 : 8 + E], grad_features
+
+
+def slopes(
+    step: Step,
+    h: Tensor,  # (B, S, P) dL/dw
+    behind: Tensor,  # (blocks, P) sum of w_j h_j over this step and all behind it; the step is taken off
+) -> Tensor:
+    """alpha_k dL/d alpha_k (S, B, P), which is dL/d log2 alpha_k but for a factor ln 2; in place of the weights.
+
+    As w_j = alpha_j T_j and every T_j behind k has the factor 1 - alpha_k, it is w_k (h_k - sum_{j>k} w_j h_j / T_{k+1}).
+    """
+    left = behind.index_select(0, step.blocks)
+    light = step.light.clamp_(min=MIN_LIGHT)  # where a pixel has stopped, w is 0, and this must only not be 0
+    for w, h in zip(step.weight, h.unbind(1)):
+        left.addcmul_(w, h, value=-1)
+        light.sub_(w)
+        w.mul_(h.addcdiv_(left, light, value=-1))  # left / light: what the light behind k brings, on average
+    behind.index_copy_(0, step.blocks, left)
+    return where_positive_(step.weight, step.room)  # a clamped alpha does not change
+
+
+def column_gradients(step: Step, slope: Tensor, pixels: Tensor) -> Tensor:
+    """dL/d columns of the table (8, S, B) from the `slopes` (S, B, P), by way of the coefficients of `polynomial`."""
+    one, x, y, xx, xy, yy = math.log(2) * (pixels @ slope.flatten(0, 1).T).view(6, *slope.shape[:2])
+    x, y, xx, xy, yy = x / -2, y / -2, -xx, xy / -2, -yy
+    dx, dy = step.centre[:, None] - step.columns[:2] - step.columns[2:4]
+    l11, l21, l22, _ = step.columns[4:]
+    u, v = l11 * dx + l21 * dy, l22 * dy
+    sum_u, sum_v = u * one + l11 * x + l21 * y, v * one + l22 * y
+    ux, uy, vy = u * x + l11 * xx + l21 * xy, u * y + l11 * xy + l21 * yy, v * y + l22 * yy
+    gx, gy = 2 * l11 * sum_u, 2 * (l21 * sum_u + l22 * sum_v)
+    return torch.stack([gx, gy, -2 * (ux + dx * sum_u), -2 * (uy + dy * sum_u), -2 * (vy + dy * sum_v), one])
+
+
+# ------------------------------------------------------------------------------------------------ 4. The splat operator
+# While geometry and masks stand still, all of the way from the context views' tokens x to the target's tokens y is linear.
+# The feature of a Gaussian is f_g = sum_t u_gt x_t, with four weights u each (SnD Eq. 2-3). A pixel has
+#     F(p) = sum_g w_pg f_g / alpha(p) = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha(p).
+# A token is y_n = sum_p b_np F'(p) over its valid taps p, where the blend (Eq. 4) is F'(p) = a_p F(p) + (1 - a_p) F_m:
+# a_p is its alpha, or 1 where p is unlabelled, and F_m the mean of F over the valid pixels of the mask m that holds p.
+# The means stay factored out, since a mask has thousands of tokens and a token only a few masks:
+#     y = S x + L (M x),   S_nt = sum_p b_np a_p A_pt,   L_nm = sum_{p in m} b_np (1 - a_p),   M_mt = mean_{p in m} A_pt.
+# S needs the taps alone: 2x2 pixels a token, one pixel in 49 at the paper's size, which is why `walk` takes blocks of any
+# shape. M needs every pixel. Rows of S and M are made alike: (rows x Gaussians) times u (Gaussians x tokens), both sparse.
 
 OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
 
 
 class SplatOperator(NamedTuple):
-    """y = operator(x) takes context tokens (V*N, C) to target tokens (N, C), for any C; 0 where not valid."""
+    """y = operator(x) takes the context views' tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid."""
 
     S: Tensor  # (N, V*N) sparse, like the next two
     L: Tensor  # (N, masks)
@@ -660,95 +669,15 @@ class SplatOperator(NamedTuple):
             x = tokens.to(self.S.dtype)
             return self.S @ x + self.L @ (self.M @ x)
 
-    def to(self, device) -> "SplatOperator":
+    def to(self, device) -> SplatOperator:
         return SplatOperator(*(x.to(device) for x in self))
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length, bfloat16 training by 2e-3."""
-        stored = {"valid": self.valid}
-        for name, matrix in zip("SLM", self):
-            row, column = matrix.indices()
-            stored[name + ".count"] = row.bincount(minlength=matrix.shape[0]).int()  # weights in each row
-            stored[name + ".column"] = column.to(torch.uint16 if matrix.shape[1] <= 2**16 else torch.int32)
-            stored[name + ".weight"] = matrix.values().to(dtype)
-        content = save({name: x.cpu().contiguous() for name, x in stored.items()},
-                       {"format": OPERATOR_FORMAT, "tokens": str(self.S.shape[1])})  # fmt: skip
-        write_whole(path, content)
+        save_operator(self, path, dtype)
 
     @staticmethod
-    def load(path: str | Path) -> "SplatOperator":
-        """On the CPU, in float32 (or float64 if stored so). ValueError where it is damaged or not of this format."""
-        try:
-            with safe_open(path, "pt") as file:
-                about, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); remove it, it can be computed again") from None
-        if about.get("format") != OPERATOR_FORMAT:
-            found = f"{about.get('format')!r} where {OPERATOR_FORMAT!r} is read"
-            raise ValueError(f"{path}: {found}; remove it, it can be computed again")
-        tokens, masks, matrices = int(about["tokens"]), len(stored["M.count"]), []
-        for name, columns in zip("SLM", (tokens, masks, tokens)):
-            count, column, weight = (stored[f"{name}.{part}"] for part in ("count", "column", "weight"))
-            weight = weight if weight.dtype == torch.float64 else weight.float()
-            matrices.append(sparse(torch.repeat_interleave(count.long()), column.long(), weight, (len(count), columns)))
-        return SplatOperator(*matrices, stored["valid"])
-
-
-def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape, check_invariants=False).coalesce()
-
-
-def at_lattice(image: Tensor, lattice: Lattice) -> Tensor:
-    """An image (H, W) at the pixels of each block (blocks, P), 0 beyond the view."""
-    y, x = (start[:, None] + torch.arange(n, device=image.device) for start, n in zip(lattice[:2], lattice.shape))
-    image = torch.nn.functional.pad(image, (0, lattice.shape[1], 0, lattice.shape[0]))
-    return image[y[:, None, :, None], x[None, :, None, :]].flatten(0, 1).flatten(1)
-
-
-def sums_by_row(
-    share: Tensor,  # (blocks, P)
-    row: Tensor,  # (blocks, P) int64
-) -> tuple[Tensor, Tensor]:
-    """Which rows the pixels of each block add to (blocks, R), and the matrices (blocks, R, P) that sum share_p over each."""
-    ordered, place = row.sort(1)
-    nth = torch.empty_like(row).scatter_(1, place, (ordered.diff(dim=1, prepend=ordered[:, :1]) != 0).cumsum(1))
-    each = torch.arange(int(nth.max()) + 1, device=row.device)
-    rows = row[:, :1].repeat(1, len(each)).scatter_(1, nth, row)  # a block with fewer has its first again, with sums of nothing
-    return rows, share[:, None] * (nth[:, None] == each[:, None])
-
-
-def push_to_tokens(
-    projected: tuple[Tensor, Tensor, Tensor],  # table, order, box
-    view: tuple[int, int],  # height, width
-    lift: tuple[Tensor, Tensor, int],  # index, weight, tokens
-    max_elements: int,
-    lattice: Lattice,
-    share: Tensor,  # (blocks, P)
-    row: Tensor,  # (blocks, P) int64
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each row the sums of share_p A_pt over its valid pixels p, as row, column, value; and which are valid (blocks, P)."""
-    (table, order, box), (index, weight, tokens), P = projected, lift, share.shape[1]
-    cuts, lists = plan_lists(order, box, lattice, *view, 32 * max_elements // P, 16 * max_elements // max(1, tokens))
-    covered, found = torch.empty_like(share, dtype=torch.bool), []
-    for top, bottom in cuts:
-        band, of_band = lists(top, bottom), slice(top * len(lattice.x), bottom * len(lattice.x))
-        alpha, steps = torch.zeros_like(share[of_band]), []
-        for step in walk(table, band, lattice, max_elements):
-            alpha.index_add_(0, step.blocks, step.weight.sum(0))
-            steps.append((step.blocks, step.ids, step.weight.clone()))  # alpha is known only at the end, hence kept
-        covered[of_band] = alpha >= COVERED
-        rows, sums = sums_by_row(torch.where(covered[of_band], share[of_band] / alpha, 0.0), row[of_band])
-        rows, local = rows.unique(return_inverse=True)
-        total = table.new_zeros(len(rows), tokens)
-        for at, ids, w in steps:
-            c = sums.index_select(0, at) @ w.permute(1, 2, 0)  # (B, R, S)
-            b, r, k = c.nonzero().T
-            g = ids[b, k]
-            cell = local[at[b], r, None] * tokens + index.index_select(0, g)  # (pairs, 4)
-            total.view(-1).index_add_(0, cell.flatten(), (c[b, r, k, None] * weight.index_select(0, g)).flatten())
-        at, column = total.nonzero().T
-        found.append((rows[at], column, total[at, column]))
-    return *(torch.cat(x) for x in zip(*found)), covered
+    def load(path: str | Path) -> SplatOperator:
+        return load_operator(path)
 
 
 @torch.no_grad()
@@ -757,7 +686,7 @@ def splat_operator(
     covariances: Tensor,  # (G, 3, 3) world
     opacities: Tensor,  # (G,) in [0, 1]
     index: Tensor,  # (G, 4) int64, the context tokens that each Gaussian's feature is made of
-    weight: Tensor,  # (G, 4) their weights u; its type, float32 or float64, is that of the compositing and of the operator
+    weight: Tensor,  # (G, 4) their weights u; float32 or float64, in which the operator is computed
     tokens: int,  # V*N, how many context tokens there are
     w2c: Tensor,  # (4, 4)
     K: Tensor,  # (3, 3) pixels
@@ -769,62 +698,190 @@ def splat_operator(
     downscale: str = "bilinear",  # or "area"
     max_elements: int | None = None,  # by default 2^20, on a GPU 2^24; 32 times as many weights are kept at a time
 ) -> SplatOperator:
-    """What `rasterize`, division by alpha, `semantic_blend` where alpha >= COVERED and `splat_to_tokens` make of the tokens."""
-    G, N, max_elements = len(means), math.prod(grid), max_elements or (2**24 if weight.is_cuda else 2**20)
-    shapes = tuple(index.shape), tuple(weight.shape)
-    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
-    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
-    assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
+    """What `rasterize`, `divide_by_alpha`, `semantic_blend` and `splat_to_tokens` together make of the tokens."""
+    check_operator_arguments(means, index, weight, mask, height, width)
+    max_elements, N, device = max_elements or elements_at_once(weight), math.prod(grid), weight.device
     mask = index.new_zeros(height, width) if mask is None or alpha == 1 else mask
-    ids, mask = mask.unique(return_inverse=True)  # numbered 0, 1, ...
-    labelled, device = (ids != 0).to(weight), weight.device
+    ids, mask = mask.unique(return_inverse=True)  # from here on 0, 1, ...
+    labelled = (ids != 0).to(weight)
     (y, wy), (x, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
-    tap = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1)  # (N, taps)
-    read = Lattice(*(i[:, 0].contiguous() for i in (y, x)), (y.shape[1], x.shape[1]))  # all pixels that a token needs
-    token, number = torch.arange(N, device=device)[:, None].expand(tap.shape), at_lattice(mask, read)
-    mixed = (1 - alpha) * labelled[number]  # 1 - a_p
-    with torch.autocast(device.type, enabled=False):  # in bfloat16 log2 alpha would be off by whole units
-        table, z, box = Project.apply(max_elements // 32, height, width, weight.dtype, w2c, K, means, covariances, opacities)
-        projected = table, nearest_first(z), box
-        push = partial(push_to_tokens, projected, (height, width), (index, weight, tokens), max_elements)
-        row, column, value, covered = push(read, (tap * (1 - mixed)).to(weight), token)
-        scale, valid = rescale(tap, covered)
+    taps = Blocks(y[:, 0].contiguous(), x[:, 0].contiguous(), (y.shape[1], x.shape[1]))  # a block a token
+    b = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1)  # (N, P) float64
+    token, m = torch.arange(N, device=device)[:, None].expand(b.shape), pixels_of(mask, taps)
+    mixed = (1 - alpha) * labelled[m]  # (N, P) 1 - a_p
+    with full_precision(device):
+        table, z, box = project_in_parts(means, covariances, opacities, w2c, K, height, width, weight.dtype, max_elements)
+        lift, view = (index, weight, tokens), (table, z, box, height, width)
+        row, column, value, covered = token_weights(view, lift, taps, (b * (1 - mixed)).to(weight), token, max_elements)
+        scale, valid = over_valid_taps(b, covered)
         S = row, column, value * scale[row].to(weight)
-        L = (mixed * scale[:, None] * covered * tap).to(weight)
-        L, M = [x[L != 0] for x in (token, number, L)], (row[:0], row[:0], value[:0])
-        if len(L[0]):
-            whole = whole_view(height, width, device)
-            share, of = at_lattice(labelled[mask], whole), at_lattice(mask, whole)
-            row, column, value, covered = push(whole, share, of)
-            M = row, column, value / of.flatten().bincount((share * covered).flatten(), len(ids))[row]
+        mean_share = (mixed * scale[:, None] * covered * b).to(weight).flatten()
+        used = mean_share.nonzero()[:, 0]
+        L = [x.flatten().index_select(0, used) for x in (token, m, mean_share)]
+        M = row[:0], column[:0], value[:0]
+        if len(used):
+            blocks = whole_view(height, width, device)
+            share, m = pixels_of(labelled[mask], blocks), pixels_of(mask, blocks)
+            row, column, value, covered = token_weights(view, lift, blocks, share, m, max_elements)
+            count = share.new_zeros(len(ids)).index_add_(0, m.flatten(), (share * covered).flatten())
+            M = row, column, value / count[row]
     sizes = (N, tokens), (N, len(ids)), (len(ids), tokens)
     return SplatOperator(*(sparse(*matrix, size) for matrix, size in zip((S, L, M), sizes)), valid)
 
 
-# ----------------------------------------------------------------------------------------------------------------- .ply files
+def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape, check_invariants=False).coalesce()
+
+
+def pixels_of(image: Tensor, blocks: Blocks) -> Tensor:
+    """An image (H, W) at the pixels of each block (blocks, P), 0 beyond the view."""
+    y, x = (start[:, None] + torch.arange(n, device=image.device) for start, n in zip(blocks[:2], blocks.shape))
+    image = F.pad(image, (0, blocks.shape[1], 0, blocks.shape[0]))
+    return image[y[:, None, :, None], x[None, :, None, :]].flatten(0, 1).flatten(1)
+
+
+def token_weights(
+    view,  # (table, z, box, height, width)
+    lift,  # (index (G, 4), weight (G, 4), tokens): u
+    blocks: Blocks,
+    share: Tensor,  # (blocks, P) how much each pixel counts
+    row: Tensor,  # (blocks, P) int64, the row of the result that it counts for
+    max_elements: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums of share_p A_pt over the valid pixels p of each row, as row, column, value; and which are valid (blocks, P)."""
+    (table, z, box, height, width), (index, weight, tokens), columns = view, lift, len(blocks.left)
+    most = 32 * max_elements // share.shape[1], 16 * max_elements // max(1, tokens)
+    valid, found = torch.empty_like(share, dtype=torch.bool), []
+    for band in BlockLists(box, z, blocks, height, width, *most):
+        here = slice(band.rows.start * columns, band.rows.stop * columns)
+        # alpha(p), by which every weight is divided, is known only at the end of a list: the weights are kept until then.
+        alpha, kept = torch.zeros_like(share[here]), []
+        for step in walk(table, band, blocks.shape, max_elements):
+            alpha.index_add_(0, step.blocks, step.weight.sum(0))
+            kept.append((step.blocks, step.ids, step.weight.clone()))
+        valid[here] = alpha >= COVERED
+        rows, sums = sums_by_row(torch.where(valid[here], share[here] / alpha, 0.0), row[here])
+        rows, local = rows.unique(return_inverse=True)  # the rows of this band; (blocks, R) their numbers among them
+        total = table.new_zeros(len(rows), tokens)
+        for c, block, ids in row_weights(kept, sums, max_elements):
+            b, r, k = c.nonzero().T
+            g = ids[b, k]
+            cell = local[block[b], r, None] * tokens + index.index_select(0, g)  # (n, 4)
+            total.view(-1).index_add_(0, cell.flatten(), (c[b, r, k, None] * weight.index_select(0, g)).flatten())
+        at, column = total.nonzero().T
+        found.append((rows[at], column, total[at, column]))
+    return *(torch.cat(x) for x in zip(*found)), valid
+
+
+def row_weights(kept, sums: Tensor, max_elements: int):
+    """(Rows x Gaussians), a part at a time: sum_p of each row's share_p w_pk / alpha_p (B, R, S); block (B,), Gaussian (B, S)."""
+    if kept:
+        blocks, ids = (torch.cat(x) for x in zip(*(step[:2] for step in kept)))
+        c = torch.cat([sums.index_select(0, b) @ w.permute(1, 2, 0) for b, _, w in kept])
+        for part in pieces(len(c), max_elements // (4 * c.shape[1] * CHUNK)):
+            yield c[part], blocks[part], ids[part]
+
+
+def sums_by_row(
+    share: Tensor,  # (blocks, P)
+    row: Tensor,  # (blocks, P) int64
+) -> tuple[Tensor, Tensor]:
+    """The different rows that each block's pixels count for (blocks, R), and the matrices (blocks, R, P) that sum share_p
+    over each. A block of fewer than R rows names its first one again, for sums of nothing."""
+    ordered, place = row.sort(1)
+    first_of_its_row = ordered.diff(dim=1, prepend=ordered[:, :1]) != 0
+    nth = torch.empty_like(row).scatter_(1, place, first_of_its_row.cumsum(1))  # of a pixel's row among the block's rows
+    each = torch.arange(int(nth.max()) + 1, device=row.device)
+    rows = row[:, :1].repeat(1, len(each)).scatter_(1, nth, row)
+    return rows, share[:, None] * (nth[:, None] == each[:, None])
+
+
+# ---- Workshop: not needed to understand the method ----
+
+
+# ------------------------------------------------------------------------------------------------ small things
+
+
+def elements_at_once(like: Tensor) -> int:
+    return 2**24 if like.is_cuda else 2**20
+
+
+def pieces(count: int, size: int) -> list[slice]:
+    """0, 1, ... count - 1 in slices of `size`, but at least 1."""
+    return [slice(i, i + max(1, size)) for i in range(0, count, max(1, size))]
+
+
+def where_positive_(x: Tensor, by: Tensor) -> Tensor:
+    """In place, x where `by` > 0, else 0. This is what ReLU's backward pass does, in half the time of a mask."""
+    return torch.ops.aten.threshold_backward.grad_input(x, by, 0.0, grad_input=x)
+
+
+@contextmanager
+def full_precision(device: torch.device):
+    """float32 stays float32 in here: under autocast log2 alpha would be off by whole units."""
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements):
+    G, C = len(means), features.shape[-1]
+    shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
+    assert shapes == [(G, 3), (G, 3, 3), (G,), (G, C)], f"need (G, 3), (G, 3, 3), (G,), (G, C) with one G, not {shapes}"
+    assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {features.dtype}"
+    sizes = tuple(w2c.shape), tuple(K.shape)
+    assert sizes == ((4, 4), (3, 3)), f"w2c must be (4, 4) and K (3, 3), not {sizes[0]}, {sizes[1]}"
+    assert background is None or background.shape == (C,), f"background must be ({C},), one value per channel of the features"
+    assert height > 0 and width > 0 and max_elements != 0, "height, width and max_elements must be at least 1"
+
+
+def check_operator_arguments(means, index, weight, mask, height, width):
+    G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
+    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
+    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
+    assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
+
+
+def companions():
+    """01_data and 02_lift, imported late: part 1 can be copied without them."""
+    return importlib.import_module("01_data"), importlib.import_module("02_lift")
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def save_operator(operator: SplatOperator, path: str | Path, dtype: torch.dtype) -> None:
+    """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length, bfloat16 training by 2e-3."""
+    stored = {"valid": operator.valid}
+    for name, matrix in zip("SLM", operator):
+        row, column = matrix.indices()
+        stored[name + ".count"] = row.bincount(minlength=matrix.shape[0]).int()  # weights in each row
+        stored[name + ".column"] = column.to(torch.uint16 if matrix.shape[1] <= 2**16 else torch.int32)
+        stored[name + ".weight"] = matrix.values().to(dtype)
+    stored = {name: x.cpu().contiguous() for name, x in stored.items()}
+    about = {"format": OPERATOR_FORMAT, "tokens": str(operator.S.shape[1])}
+    companions()[0].write_whole(path, save(stored, about))
+
+
+def load_operator(path: str | Path) -> SplatOperator:
+    """On the CPU, in float32 (or float64 if stored so). ValueError where it is damaged or not of this format."""
+    try:
+        with safe_open(path, "pt") as file:
+            about, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); remove it, it can be computed again") from None
+    if about.get("format") != OPERATOR_FORMAT:
+        found = f"{about.get('format')!r} where {OPERATOR_FORMAT!r} is read"
+        raise ValueError(f"{path}: {found}; remove it, it can be computed again")
+    tokens, masks, matrices = int(about["tokens"]), len(stored["M.count"]), []
+    for name, columns in zip("SLM", (tokens, masks, tokens)):
+        count, column, weight = (stored[f"{name}.{part}"] for part in ("count", "column", "weight"))
+        weight = weight if weight.dtype == torch.float64 else weight.float()
+        matrices.append(sparse(torch.repeat_interleave(count.long()), column.long(), weight, (len(count), columns)))
+    return SplatOperator(*matrices, stored["valid"])
+
 
 PLY_FIELDS = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
-PLY_TYPES = {"float": "<f4", "float32": "<f4", "double": "<f8", "float64": "<f8", "uchar": "u1", "uint8": "u1", "int": "<i4"}
-
-
-class PlyGaussians(NamedTuple):
-    means: Tensor  # (G, 3) world
-    covariances: Tensor  # (G, 3, 3) world
-    opacities: Tensor  # (G,)
-    colours: Tensor  # (G, 3) in [0, 1]
-
-
-def quaternion_to_rotation(
-    q: np.ndarray,  # (G, 4) as (w, x, y, z), of any length; 0 is no rotation
-) -> np.ndarray:
-    """Rotation matrices (G, 3, 3)."""
-    w, x, y, z = (q / np.linalg.norm(q, axis=1, keepdims=True).clip(1e-12)).T
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.moveaxis(np.array(rows), 2, 0)
+SH_C0 = 0.28209479177387814  # the constant spherical harmonic, in which .ply files store colours
 
 
 def rotation_to_quaternion(
@@ -849,71 +906,26 @@ def save_ply(
     colours: Tensor,  # (G, 3) in [0, 1]
 ) -> None:
     """Writes the Gaussians as the viewers of 3DGS files read them."""
-    means, cov, opacity, colours = (
-        x.detach().cpu().double().numpy() for x in (gaussians.means, gaussians.covariances, gaussians.opacities, colours)
-    )
+    parts = gaussians.means, gaussians.covariances, gaussians.opacities, colours
+    means, cov, opacity, colours = (x.detach().cpu().double().numpy() for x in parts)
     assert colours.shape == means.shape, f"colours must be (G, 3) like the means, not {colours.shape}"
     variance, axes = np.linalg.eigh(cov)
     axes[..., 0] *= np.sign(np.linalg.det(axes))[:, None]  # a reflected frame has no quaternion; either sign of an axis serves
     opacity = opacity.clip(1e-6, 1 - 1e-6)
-    table = np.concatenate([
-        means, 0 * means, (colours - 0.5) / SH_C0, np.log(opacity / (1 - opacity))[:, None],
-        0.5 * np.log(variance.clip(1e-20)), rotation_to_quaternion(axes),
-    ], 1)  # fmt: skip
+    logit, log_scale = np.log(opacity / (1 - opacity))[:, None], 0.5 * np.log(variance.clip(1e-20))
+    normals, harmonics = 0 * means, (colours - 0.5) / SH_C0
+    table = np.concatenate([means, normals, harmonics, logit, log_scale, rotation_to_quaternion(axes)], 1)
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(means)}"]
     header += [*(f"property float {name}" for name in PLY_FIELDS), "end_header", ""]
-    write_whole(path, "\n".join(header).encode() + table.astype("<f4").tobytes())
+    companions()[0].write_whole(path, "\n".join(header).encode() + table.astype("<f4").tobytes())
 
 
-def read_vertices(path: Path) -> np.ndarray:
-    """The vertex element of a binary .ply file as a structured array; ValueError where it is none of ours."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    head, end, body = path.read_bytes().partition(b"end_header\n")
-    lines = [line.split() for line in head.decode("ascii", "replace").splitlines()]
-    if not end or lines[:1] != [["ply"]]:
-        raise ValueError(f"{path}: not a .ply file (no ply ... end_header at its start)")
-    if ["format", "binary_little_endian", "1.0"] not in lines:
-        raise ValueError(f"{path}: only binary_little_endian 1.0 is read; save it in that format")
-    elements = [i for i, line in enumerate(lines) if line[:1] == ["element"]] + [len(lines)]
-    if len(elements) < 2 or len(vertex := lines[elements[0]]) != 3 or vertex[1] != "vertex" or not vertex[2].isdigit():
-        raise ValueError(f"{path}: its first element is not 'vertex' with a count")
-    fields = [line for line in lines[elements[0] + 1 : elements[1]] if line[:1] == ["property"]]
-    if any(len(field) != 3 or field[1] not in PLY_TYPES for field in fields):
-        raise ValueError(f"{path}: a vertex property is of none of the types {' '.join(PLY_TYPES)}")
-    names = [name for _, _, name in fields]
-    if missing := [name for name in PLY_FIELDS if name not in [*names, "nx", "ny", "nz"]]:
-        raise ValueError(f"{path}: no Gaussians, the vertices lack {' '.join(missing)}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path}: two vertex properties share a name")
-    layout = np.dtype([(name, PLY_TYPES[kind]) for _, kind, name in fields])
-    count = int(vertex[2])
-    if len(body) < count * layout.itemsize:
-        raise ValueError(f"{path}: truncated, {len(body)} bytes where {count} Gaussians need {count * layout.itemsize}")
-    return np.frombuffer(body, layout, count)
-
-
-def load_ply(path: str | Path) -> PlyGaussians:
-    """Reads a 3DGS .ply file of any training code, as float32; colours are the constant harmonic (f_rest_* is left aside)."""
-    vertices = read_vertices(Path(path))
-    table = np.stack([vertices[name].astype(np.float64) for name in PLY_FIELDS if name not in ("nx", "ny", "nz")], 1)
-    means, colours, logit, scale, rotation = np.split(table, [3, 6, 7, 10], 1)
-    axes = quaternion_to_rotation(rotation) * np.exp(scale)[:, None]  # columns as long as the sigmas
-    parts = means, axes @ axes.transpose(0, 2, 1), logit[:, 0], (SH_C0 * colours + 0.5).clip(0, 1)
-    means, covariances, logit, colours = (torch.from_numpy(part) for part in parts)
-    return PlyGaussians(means.float(), covariances.float(), logit.sigmoid().float(), colours.float())
-
-
-# ------------------------------------------------------------------------------------- two views, their geometry, a third view
-
-
-def companions():
-    """01_data and 02_lift, imported late: all above can be copied without them."""
-    return importlib.import_module("01_data"), importlib.import_module("02_lift")
+# ------------------------------------------------------------------------------------------------ two views and a third
 
 
 class Triplet(NamedTuple):
-    """Context, context, target, stacked in this order, in units of the nearest depth: the near plane suits any scene then."""
+    """Context, context, target, stacked in this order. Lengths are in units of the nearest depth: so one near plane
+    suits any scene."""
 
     name: str
     images: Tensor  # (3, 3, H, W) in [0, 1]
@@ -935,450 +947,128 @@ def load_triplet(
     size: tuple[int, int],  # (H, W)
     device,
     masks: str | None = None,  # "files", with superpixels where there are none, or "superpixels"; None: without
-    near: float | None = None,  # in the scene's unit; None: as the scene has them
-    far: float | None = None,
 ) -> Triplet:
     data, _ = companions()
-    views = [scene.view(i, size) for i in indices]
-    near, far = (taken if given is None else given for given, taken in zip((near, far), scene.depth_range))
-    if not 0 < near < far:
-        raise ValueError(f"{scene.name}: depths from {near:g} to {far:g} make no range; give --near and --far in the scene's unit")
+    views, (near, far) = [scene.view(i, size) for i in indices], scene.depth_range
     stack = lambda tensors: torch.stack(tensors).to(device)
     images, K, c2w = (stack([getattr(v, key) for v in views]) for key in ("image", "K", "c2w"))
     c2w[:, :3, 3] /= near
     depth = None if any(v.depth is None for v in views) else stack([v.depth for v in views]) / near
     views = [v._replace(mask=None) for v in views] if masks == "superpixels" else views
-    return Triplet(name_of(scene, indices), images, stack([data.regions(v) for v in views]) if masks else None, depth, K, c2w, far / near)
+    ids = stack([data.regions(v) for v in views]) if masks else None
+    return Triplet(name_of(scene, indices), images, ids, depth, K, c2w, far / near)
 
 
-def reconstruct(geometry: str, s: Triplet, net=None):
-    """Two views -> one Gaussian a pixel (SnD Eq. 1) and their colours (G, 3). `mvsplat` is learned, the MVSplat `net`, and has colours
-    of its own, as the target's camera sees them; `sweep` is stereo by hand, `depth` as measured, both with the pixels' colours."""
+def reconstruct(geometry: str, triplet: Triplet, net=None):
+    """Two views -> one Gaussian a pixel (SnD Eq. 1), and the colours (G, 3) of these pixels. `mvsplat` is learned, the
+    MVSplat `net`; `depth` is as measured."""
     _, lift = companions()
-    context = s.images[:2], s.K[:2], s.c2w[:2]
+    images, K, c2w = triplet.images[:2], triplet.K[:2], triplet.c2w[:2]
     if geometry == "mvsplat":
-        gaussians = lift.mvsplat_gaussians(net, *context, 1.0, s.far, harmonics=True)
-        return gaussians, lift.view_colours(gaussians, s.c2w[2, :3, 3])
-    colours = s.images[:2].permute(0, 2, 3, 1).reshape(-1, 3)
-    if geometry == "sweep":
-        return lift.sweep_gaussians(*context, 1.0, s.far), colours
-    return lift.depth_gaussians(s.depth[:2], *context[1:]), colours
+        gaussians = lift.mvsplat_gaussians(net, images, K, c2w, 1.0, triplet.far)
+    else:
+        gaussians = lift.depth_gaussians(triplet.depth[:2], K, c2w)
+    return gaussians, images.permute(0, 2, 3, 1).reshape(-1, 3)
 
 
-def render_target(gaussians, features: Tensor, s: Triplet) -> Render:  # features (G, C)
-    camera = torch.linalg.inv(s.c2w[2]), s.K[2], *s.images.shape[-2:]
+def render_target(gaussians, features: Tensor, triplet: Triplet) -> Render:  # features (G, C)
+    camera = torch.linalg.inv(triplet.c2w[2]), triplet.K[2], *triplet.images.shape[-2:]
     return rasterize(gaussians.means, gaussians.covariances, gaussians.opacities, features, *camera)
 
 
-# ---------------------------------------------------------------------------------------- fine-tuning MVSplat (SnD Appendix A.3)
-
-
-def covisible(depth: Tensor, K: Tensor, c2w: Tensor, target=2) -> Tensor:
-    """(H, W) bool: the pixels of view `target` that view 0 or 1 sees too, from depth (V, H, W), K (V, 3, 3), c2w (V, 4, 4)."""
-    _, lift = companions()
-    w2c = torch.linalg.inv(c2w)
-    checks = [lift.cross_check(depth[target], depth[v], K[target], K[v], w2c[v] @ c2w[target]) for v in (0, 1) if v != target]
-    return (torch.stack(checks).amax(0) > 0.5) & (depth[target] > 0)
-
-
-def dissimilarity(a: Tensor, b: Tensor) -> Tensor:  # (3, H, W) twice -> 1 - SSIM over 7x7 windows, (3, H, W)
-    _, lift = companions()
-    mean_a, mean_b, square_a, square_b, product = (lift.box_mean(x, 7) for x in (a, b, a * a, b * b, a * b))
-    variance_a, variance_b, covariance = square_a - mean_a**2, square_b - mean_b**2, product - mean_a * mean_b
-    return 1 - ((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
-                / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))  # fmt: skip
-
-
-def photometric(image: Tensor, truth: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error and 1 - SSIM of (3, H, W) pictures over the pixels `where` (H, W) bool."""
-    return (image - truth).square().mean(0)[where].mean(), dissimilarity(image, truth).mean(0)[where].mean()
-
-
-def log_depth_error(gaussians, depth: Tensor, c2w: Tensor) -> Tensor:
-    """Mean |log z - log depth| of one-a-pixel Gaussians in their own views, where depth (V, H, W) is known; c2w (V, 4, 4)."""
-    z = companions()[1].view_depth(gaussians, c2w, *depth.shape[1:])
-    return (z.clamp_min(1e-3).log() - depth.clamp_min(1e-3).log()).abs()[depth > 0].mean()
-
-
-def judged_pixels(s: Triplet) -> Tensor:
-    """(H, W) bool, where a novel view is compared with the truth: what a context sees too, as far as depth can tell. Without
-    depth it is the whole view on black, as MVSplat is trained: leaving out what no Gaussian covers would reward holes."""
-    everywhere = torch.ones_like(s.images[2, 0], dtype=torch.bool)
-    seen = everywhere if s.depth is None else covisible(s.depth, s.K, s.c2w)
-    return seen if seen.any() else everywhere
-
-
-def geometry_loss(net, s: Triplet, depth_weight: float) -> tuple[Tensor, dict]:
-    """MVSplat's loss of the splatted target view, and its parts by name."""
-    with torch.autocast(s.images.device.type, torch.bfloat16):  # the network; its cameras and the rasteriser stay in fp32
-        gaussians, colours = reconstruct("mvsplat", s, net)
-    image = render_target(gaussians, colours, s).features.permute(2, 0, 1)  # not divided by alpha, or transparency were free
-    mse, structure = photometric(image, s.images[2], judged_pixels(s))
-    parts, loss = dict(mse=mse, structure=structure), mse + 0.05 * structure  # Differs: 1 - SSIM in the place of LPIPS
-    if depth_weight and s.depth is not None and (s.depth[:2] > 0).any():
-        parts["depth"] = log_depth_error(gaussians, s.depth[:2], s.c2w[:2])  # Differs: MVSplat never sees depth
-        loss = loss + depth_weight * parts["depth"]
-    return loss, {name: part.item() for name, part in parts.items()}
-
-
-@torch.no_grad()
-def judge(geometry: str, s: Triplet, net=None):
-    """-> novel view (3, H, W), its depth (H, W), {"PSNR", "SSIM", "covered": where judged, "AbsRel": of the contexts' depth}."""
-    gaussians, colours = reconstruct(geometry, s, net)
-    render = render_target(gaussians, colours, s)
-    covered, where = render.alpha >= 0.5, judged_pixels(s)
-    image = (render.features / render.alpha.clamp(min=1e-6)[..., None]).permute(2, 0, 1) * covered
-    mse, structure = photometric(image, s.images[2], where)
-    scores = {"PSNR": -10 * mse.clamp(min=1e-10).log10().item(), "SSIM": 1 - structure.item()}
-    scores["covered"] = covered[where].float().mean().item()
-    if s.depth is not None and (known := s.depth[:2] > 0).any():
-        z = companions()[1].view_depth(gaussians, s.c2w[:2], *covered.shape)
-        scores["AbsRel"] = ((z - s.depth[:2]).abs() / s.depth[:2])[known].mean().item()
-    return image, render.depth * covered, scores
-
-
-def mean_scores(scores: list[dict]) -> dict:  # of each name over those that have it
-    columns = {name: [s[name] for s in scores if name in s] for name in ("PSNR", "SSIM", "covered", "AbsRel")}
-    return {name: sum(values) / len(values) for name, values in columns.items() if values}
-
-
-def has_triplet(scene, target=None) -> bool:
-    data, _ = companions()
-    try:
-        return bool(data.sample_triplet(scene, torch.Generator().manual_seed(0), None if target is None else [target]))
-    except data.DataError:
-        return False
-
-
-def hold_out(scenes, count: int, seed: int, whole=None):
-    """-> training scenes, [(scene, triplet)] held out: `val` scenes, or of a single scene every eighth view, as a target.
-
-    `whole`: the scenes as they were read, where `scenes` lacks some of them or some views: what is held out does not depend on
-    what can be used, so that whatever looks at the same folder (05_probe.py) holds out the same.
-    """
-    data, _ = companions()
-    whole = whole or scenes
-    usable = [scene for scene in scenes if has_triplet(scene)]
-    for scene in scenes:
-        if scene not in usable:
-            print(f"{scene.name}: left out, no three views overlap with a usable baseline")
-    if not usable:
-        raise data.DataError(f"{scenes[0].name}: no three views overlap with a usable baseline; add views in between")
-    hidden = {scene.name for scene in data.split(whole, "val")}
-    train, places = ([scene for scene in usable if (scene.name in hidden) == part] for part in (False, True))
-    places = [(scene, None) for scene in places]
-    if len(usable) == 1 and not places:
-        (scene,), (as_read,) = usable, [s for s in whole if s.name == usable[0].name]
-        hidden = {as_read.frames[i].name for i in data.held_out_views(as_read)}
-        parts = [[i for i, frame in enumerate(scene.frames) if (frame.name in hidden) == part] for part in (False, True)]
-        train, places = [scene.subset(parts[0])], [(scene, [i for i in parts[1] if has_triplet(scene, i)])]
-        if len(parts[0]) < 3 or not has_triplet(train[0]) or not places[0][1]:
-            train = []
-    if not train or not places:
-        print(f"{usable[0].name}: too few views to hold any out, so what is measured below are training views")
-        train, places = usable, [(scene, None) for scene in usable]
-    generator, found = torch.Generator().manual_seed(1000 + seed), []
-    for n in range(4 * count):  # distinct triplets, fewer than `count` where the scenes have no more
-        scene, targets = places[n % len(places)]
-        triplet = data.sample_triplet(scene, generator, targets)
-        if (scene, triplet) not in found and len(found) < count:
-            found.append((scene, triplet))
-    return train, found
-
-
-def save_checkpoint(folder, step, settings, networks, optimiser, generator=None):
-    """All that a run needs to go on exactly; networks is {name: (module, names of its trained parameters)}. The one before is kept."""
-    tensors = {f"{who}.{name}": p for who, (network, names) in networks.items()
-               for name, p in network.named_parameters() if name in names}  # fmt: skip
-    for i, state in optimiser.state_dict()["state"].items():
-        tensors.update({f"optimiser.{i}.{key}": value for key, value in state.items()})
-    if generator:
-        tensors["generator"] = generator.get_state()
-    path, previous = checkpoint_paths(folder)
-    aside = path.with_name("checkpoint.new.safetensors")
-    companions()[1].save_tensors(aside, tensors, {"step": str(step), "settings": json.dumps(settings)})
-    if path.exists():
-        os.replace(path, previous)
-    os.replace(aside, path)  # killed before this line, the run goes on from the previous one
-
-
-def checkpoint_paths(folder) -> tuple[Path, Path]:
-    return Path(folder) / "checkpoint.safetensors", Path(folder) / "checkpoint.previous.safetensors"
-
-
-def read_run(path):  # -> step, settings, tensors
-    try:
-        with safe_open(path, "pt") as file:
-            meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-        return int(meta["step"]), json.loads(meta["settings"]), tensors
-    except (SafetensorError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: not a whole checkpoint of this stage; remove it to start again") from None
-
-
-@torch.no_grad()
-def restore(tensors, networks, optimiser, generator=None):
-    for who, (network, names) in networks.items():
-        for name, p in network.named_parameters():
-            if name in names:
-                p.copy_(tensors[f"{who}.{name}"])
-    state = {}
-    for key, value in tensors.items():
-        if key.startswith("optimiser."):
-            _, i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    if generator:
-        generator.set_state(tensors["generator"])
-
-
-def run_settings(args):  # what must not change between a run and its continuation
-    free = ("out", "device", "resume", "save_minutes", "heldout", "eval_every", "operators", "grad_checkpoint", "because", "no_blend")
-    return {k: v for k, v in vars(args).items() if k not in free}
-
-
-def find_checkpoint(args):
-    """-> (step, tensors) to go on from, or (0, None). Refuses, in one line, to lose a run that is not finished."""
-    found = [path for path in checkpoint_paths(args.out) if path.exists()]
-    if not found:
-        return 0, None
-    try:
-        (step, old, tensors), path = read_run(found[0]), found[0]
-    except ValueError as error:
-        if len(found) == 1 or not args.resume:
-            raise
-        (step, old, tensors), path = read_run(found[1]), found[1]
-        print(f"{error}; going on from {path}")
-    if not args.resume and step < old["max_steps"]:
-        raise ValueError(f"{path}: a run stopped here at step {step} of {old['max_steps']}; --resume goes on, "
-                         "another --out starts afresh, or remove the file")  # fmt: skip
-    changed = [f"{k} {old.get(k)} -> {v}" for k, v in run_settings(args).items() if old.get(k) != v]
-    if args.resume and changed:
-        raise ValueError(f"{path}: was made with other settings ({', '.join(changed)}); use the old ones or another --out")
-    return (step, tensors) if args.resume else (0, None)
-
-
-def open_log(out, args, start):
-    """The run's log.jsonl, with the lines before step `start` kept; the settings are written beside it."""
-    lines, path = [], out / "log.jsonl"
-    for line in path.read_text().splitlines() if start and path.exists() else []:
-        try:
-            lines += [line] if json.loads(line)["step"] < start else []
-        except ValueError:
-            pass  # the line that was being written when the power went
-    replaced = [] if start else checkpoint_paths(out)  # those of a finished run
-    for file in (*replaced, *out.glob(".checkpoint.*")):  # and what a kill has left half written
-        file.unlink(missing_ok=True)
-    write_whole(path, "".join(line + "\n" for line in lines).encode())
-    write_whole(out / "settings.json", json.dumps(vars(args), indent=1).encode())
-    return open(path, "a")
-
-
-class Stop:
-    """`with Stop() as stop:` SIGINT and SIGTERM set stop.asked, so that a step can end and be saved; a second SIGINT does not wait."""
-
-    def __enter__(self):
-        self.asked, self.before = False, {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def finetune(args):
-    """Adapts MVSplat to the scenes by splatting third views, no depth needed (SnD A.3: 40,000 steps on ScanNet++)."""
-    data, lift = companions()
-    out, net = Path(args.out), lift.load_mvsplat(args.mvsplat).to(args.device)
-    generator = torch.Generator().manual_seed(args.seed)
-    begin, stored = find_checkpoint(args)
-    scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
-    if args.depth_weight and not any(frame.depth for scene in scenes for frame in scene.frames):
-        raise data.DataError(f"{args.scene_dir}: no measured depth for --depth_weight; leave it at 0")
-    sizes = {scene.name: data.fit_size(scene, args.pixels, 16) for scene in scenes}  # a subset keeps its scene's name
-    load = lambda scene, triplet: load_triplet(scene, triplet, sizes[scene.name], args.device)
-    scenes, heldout = hold_out(scenes, args.heldout, args.seed)
-    heldout = [load(*place) for place in tqdm(heldout, desc="held-out triplets", leave=False)]
-    start = [judge("mvsplat", s, net)[2] for s in tqdm(heldout, desc="before", leave=False)]
-    optimiser = torch.optim.Adam(net.parameters(), args.lr)
-    networks = {"mvsplat": (net, dict(net.named_parameters()))}
-    if stored:
-        restore(stored, networks, optimiser, generator)
-        print(f"resumed at step {begin} of {args.max_steps}")
-    bar = tqdm(range(begin, args.max_steps), initial=begin, total=args.max_steps, desc="fine-tune", unit="step")
-    clock = saved = time.monotonic()
-    with open_log(out, args, begin) as log, Stop() as stop:
-        for step in bar:
-            optimiser.zero_grad(set_to_none=True)
-            for _ in range(args.batch):
-                scene = scenes[int(torch.randint(len(scenes), (1,), generator=generator))]
-                s = load(scene, data.sample_triplet(scene, generator))
-                loss, parts = geometry_loss(net, s, args.depth_weight)
-                (loss / args.batch).backward()
-            # Of the optimiser SnD says the number of steps and no more: Adam, short warm-up and cosine below, gradients cut in length.
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
-            if not norm.isfinite():
-                raise ValueError(f"step {step}: the gradient is {norm.item()} for {s.name}; "
-                                 "start again with a lower --lr and another --out")  # fmt: skip
-            decay = 0.5 * (1 + math.cos(math.pi * step / args.max_steps))
-            optimiser.param_groups[0]["lr"] = args.lr * min(decay, 20 * (step + 1) / args.max_steps)
-            optimiser.step()
-            parts = {"loss": loss.item(), **parts}
-            bar.set_postfix({name: f"{value:.4f}" for name, value in parts.items()})
-            line = dict(step=step, triplet=s.name, **parts, lr=optimiser.param_groups[0]["lr"])
-            log.write(json.dumps({**line, "seconds": round(time.monotonic() - clock, 2)}) + "\n")
-            if stop.asked or step + 1 == args.max_steps or time.monotonic() - saved >= 60 * args.save_minutes:
-                log.flush()
-                save_checkpoint(out, step + 1, run_settings(args), networks, optimiser, generator)
-                saved = time.monotonic()
-            if stop.asked and step + 1 < args.max_steps:
-                raise KeyboardInterrupt
-    report(net, start, heldout, args)
-
-
-def report(net, start: list[dict], heldout: list[Triplet], args):
-    """Saves the network; prints the answer beside its baselines, and where everything is."""
-    data, lift = companions()
-    out, judged = Path(args.out), {"start": start}
-    lift.save_tensors(out / "mvsplat.safetensors", net.state_dict())
-    ours = [judge("mvsplat", s, net) for s in tqdm(heldout, desc="after", leave=False)]
-    judged["fine-tuned"] = [scores for *_, scores in ours]
-    judged["sweep"] = [judge("sweep", s)[2] for s in heldout]
-    judged["depth"] = [judge("depth", s)[2] for s in heldout if s.depth is not None]
-    table = {name: mean_scores(scores) for name, scores in judged.items() if scores}
-    coloured = lambda z, s: data.colour_depth(z.cpu(), (z if s.depth is None else s.depth[2]).cpu())
-    rows = [[*s.images, image, 2 * (image - s.images[2]).abs(), coloured(z, s)] for s, (image, z, _) in zip(heldout[:6], ours)]
-    headings = ["context", "context", "target", "render", "error x 2", "depth"]
-    picture = data.picture_grid(out / "finetune.png", headings, rows)
-    write_whole(out / "result.json", json.dumps({**table, "heldout": [s.name for s in heldout]}, indent=1).encode())
-    where = "whole views" if all(s.depth is None for s in heldout) else "where a context sees it too"
-    print(f"{len(heldout)} held-out triplets, {where}")
-    for name, scores in table.items():
-        print(f"  {name:<10} " + ", ".join(f"{key} {value:.{2 if key == 'PSNR' else 3}f}" for key, value in scores.items()))
-    print(f"  ->  {picture}, {out / 'mvsplat.safetensors'} (for --mvsplat)")
-
-
-# ------------------------------------------------------------------------------------------------------------ a flight, animated
+# ------------------------------------------------------------------------------------------------ a flight, animated
 
 
 def between(a: Tensor, b: Tensor, count: int) -> Tensor:
     """Camera poses (count, 4, 4) from c2w `a` to `b` (4, 4) and back, slow at both ends, so that the film can loop."""
+    data, _ = companions()
     t = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(count) / count)[:, None]
     q, p = rotation_to_quaternion(torch.stack([a, b])[:, :3, :3].double().cpu().numpy())
-    q = (1 - t.double().numpy()) * q + t.double().numpy() * (p if q @ p > 0 else -p)  # p and -p are one rotation
+    p = p if q @ p > 0 else -p  # p and -p are one rotation; from here to the nearer one
     poses = torch.eye(4).repeat(count, 1, 1)
-    poses[:, :3, :3] = torch.from_numpy(quaternion_to_rotation(q))
+    poses[:, :3, :3] = torch.from_numpy(data.rotation_of((1 - t.double().numpy()) * q + t.double().numpy() * p))
     poses[:, :3, 3] = (1 - t) * a[:3, 3].cpu() + t * b[:3, 3].cpu()
-    return poses
-
-
-def looking(forward: Tensor, up: Tensor) -> Tensor:
-    """Of a camera that looks along `forward` (..., 3), unit, its axes in the world as columns (..., 3, 3): right, down, forward."""
-    right = normalize(torch.linalg.cross(forward, up.expand_as(forward)), dim=-1)
-    return torch.stack([right, torch.linalg.cross(forward, right), forward], -1)
-
-
-def orbit(means: Tensor, count: int) -> Tensor:
-    """Camera poses (count, 4, 4) once around the median of `means` (G, 3). Files of Gaussians do not say what is up: -y (as from
-    COLMAP) or z is taken, along whichever they spread less."""
-    centre = means.median(0).values
-    offset = (means - centre).abs()  # medians: far floaters do not matter
-    up = means.new_tensor([0, -1, 0] if offset[:, 1].median() < offset[:, 2].median() else [0, 0, 1])
-    x = means.new_tensor([1, 0, 0])
-    angle = 2 * math.pi * torch.arange(count).to(means)[:, None] / count
-    forward = -normalize(angle.cos() * x + angle.sin() * torch.linalg.cross(up, x) + 0.4 * up)
-    poses = torch.eye(4).to(means).repeat(count, 1, 1)
-    poses[:, :3, :3] = looking(forward, up)
-    poses[:, :3, 3] = centre - 2.5 * (means - centre).norm(dim=1).median() * forward
-    return poses
+    return poses.to(a.device)
 
 
 @torch.no_grad()
 def film(path: Path, gaussians, colours: Tensor, poses: Tensor, K: Tensor, height: int, width: int) -> Path:
-    """Colours beside depth along `poses` (n, 4, 4), K (3, 3), as an animated picture: WebP or GIF, as `path` ends."""
+    """Colours beside depth along `poses` (n, 4, 4), K (3, 3), as an animated WebP picture."""
     from PIL import Image
 
-    data, lift = companions()
-    arguments = gaussians.means, gaussians.covariances, gaussians.opacities, colours
-    renders = [rasterize(*arguments, torch.linalg.inv(pose), K, height, width) for pose in tqdm(poses, desc="flight", leave=False)]
-    depths = torch.stack([(r.depth * (r.alpha >= 0.5)).cpu() for r in renders])
+    data, _ = companions()
+    scene, views = (gaussians.means, gaussians.covariances, gaussians.opacities, colours), torch.linalg.inv(poses)
+    renders = [rasterize(*scene, w2c, K, height, width) for w2c in tqdm(views, desc="flight", leave=False)]
+    depths = torch.stack([(r.depth * (r.alpha >= COVERED)).cpu() for r in renders])
+    some = depths[:: 1 + len(depths) // 8, ::4, ::4]  # one range of depths for the whole film
     frames, zoom = [], max(1, round(320 / width))  # enlarged only now: closer up, one Gaussian a pixel is a grid of dots
     for render, depth in zip(renders, depths):
-        pair = [render.features.permute(2, 0, 1).cpu(), data.colour_depth(depth, depths[:: 1 + len(depths) // 8, ::4, ::4])]
-        pixels = (torch.cat(pair, 2).clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()
+        pair = torch.cat([render.features.permute(2, 0, 1).cpu(), data.colour_depth(depth, some)], 2).clamp(0, 1)
+        pixels = (pair * 255).byte().permute(1, 2, 0).contiguous().numpy()
         frames.append(Image.fromarray(pixels).resize((2 * zoom * width, zoom * height), Image.BICUBIC))
     buffer = io.BytesIO()
-    frames[0].save(buffer, path.suffix[1:], save_all=True, append_images=frames[1:], duration=80, loop=0, quality=80)
-    write_whole(path, buffer.getvalue())
+    frames[0].save(buffer, "webp", save_all=True, append_images=frames[1:], duration=80, loop=0, quality=80)
+    data.write_whole(path, buffer.getvalue())
     return path
 
 
-def fly(args):
-    """Between the two contexts of a held-out triplet, or around the Gaussians of a .ply file."""
+def fly(scenes, args) -> Path:
+    """Between the two context views of a held-out triplet."""
     data, lift = companions()
-    path = Path(args.out) / "flight.webp"
-    if args.ply:
-        g, (height, width) = PlyGaussians(*(x.to(args.device) for x in load_ply(args.ply))), (240, 320)
-        if not len(g.means):
-            raise ValueError(f"{args.ply}: holds no Gaussians")
-        K = g.means.new_tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1]])
-        return film(path, g, g.colours, orbit(g.means, 48), K, height, width)
-    scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
-    scene = (data.split(scenes, "val") or scenes)[0]
-    triplet = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed))
-    s = load_triplet(scene, triplet, data.fit_size(scene, args.pixels, 16), args.device)
-    if args.geometry == "depth" and s.depth is None:
-        raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use mvsplat or sweep")
-    gaussians, colours = reconstruct(args.geometry or "mvsplat", s, lift.load_mvsplat(args.mvsplat).to(args.device))
-    return film(path, gaussians, colours, between(*s.c2w[:2], 48).to(args.device), s.K[2], *s.images.shape[-2:])
+    scene, net = scenes[0], lift.load_mvsplat(args.mvsplat).to(args.device)
+    indices = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed))
+    t = load_triplet(scene, indices, data.fit_size(scene, args.pixels, 16), args.device)
+    if args.geometry == "depth" and t.depth is None:
+        raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use mvsplat")
+    with torch.no_grad():
+        gaussians, colours = reconstruct(args.geometry, t, net)
+    return film(Path(args.out) / "flight.webp", gaussians, colours, between(*t.c2w[:2], 48), t.K[2], *t.images.shape[-2:])
 
 
-# ----------------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------ the picture
+
+
+def psnr(guess: Tensor, truth: Tensor) -> float:  # of values in [0, 1]
+    return -10 * (guess - truth).square().mean().clamp(min=1e-10).log10().item()
 
 
 @torch.no_grad()
-def novel_view(scene, triplet, vit, net, pixels: int, device: str):
-    """One row of the picture, and the PSNR of the target view by geometry, on the pixels that all of them cover."""
+def novel_view(scene, indices, vit, net, args):
+    """One row of the picture, and the PSNR of the target by each geometry, on the pixels that all of them cover."""
     data, lift = companions()
-    size = data.fit_size(scene, pixels, vit.patch)
-    s, (a, b, target) = load_triplet(scene, triplet, size, device), (scene.view(i, size) for i in triplet)
-    truth, grid = s.images[2].permute(1, 2, 0), tuple(side // vit.patch for side in size)
-    tokens, masks = vit(s.images[:2]).patches, [data.regions(v).to(device) for v in (a, b)]
-    features = torch.cat([lift.mask_aware_upscale(t, m, grid).flatten(0, 1) for t, m in zip(tokens, masks)])
-    payload = torch.cat([s.images[:2].permute(0, 2, 3, 1).reshape(-1, 3), features], 1)  # colours and features in one pass
-    views, alphas = {}, {}
-    for name in ("mvsplat", "sweep", "depth")[: 3 if s.depth is not None else 2]:
-        render = render_target(reconstruct(name, s, net)[0], payload, s)
-        views[name], alphas[name] = render.features / render.alpha.clamp(min=1e-6)[..., None], render.alpha >= 0.5
-    seen = alphas["mvsplat"]
-    covered = torch.stack(list(alphas.values())).all(0)
-    if not covered.any():
+    size = data.fit_size(scene, args.pixels, vit.patch)
+    t, grid = load_triplet(scene, indices, size, args.device, "files"), tuple(side // vit.patch for side in size)
+    truth = t.images[2].permute(1, 2, 0)
+    tokens = vit(t.images[:2]).patches
+    features = torch.cat([lift.mask_aware_upscale(x, mask, grid).flatten(0, 1) for x, mask in zip(tokens, t.masks)])
+    images, covered = {}, {}
+    for name in ("mvsplat", "depth")[: 2 if t.depth is not None else 1]:
+        gaussians, colours = reconstruct(name, t, net)
+        image, covered[name] = divide_by_alpha(render_target(gaussians, torch.cat([colours, features], 1), t))
+        images[name], rendered = image[..., :3], image[..., 3:] if name == "mvsplat" else rendered
+    seen = covered["mvsplat"]
+    everywhere = torch.stack(list(covered.values())).all(0)
+    if not everywhere.any():
         raise ValueError(f"{scene.name}: the splatted views cover nothing of the target; depth range taken: {scene.depth_range}")
-    psnr = lambda guess: -10 * (guess - truth)[covered].square().mean().log10().item()
-    scores = {name: psnr(view[..., :3]) for name, view in views.items()} | {"mean colour": psnr(truth[covered].mean(0))}
-    rendered = views["mvsplat"][..., 3:]
-    blended = semantic_blend(rendered, data.regions(target).to(device), valid=seen)  # SnD Eq. 4
+    scores = {name: psnr(image[everywhere], truth[everywhere]) for name, image in images.items()}
+    scores["mean colour"] = psnr(truth[everywhere].mean(0), truth[everywhere])
+    blended = semantic_blend(rendered, t.masks[2], valid=seen)
     basis = lift.pca_basis(rendered[seen])
-    colours = [views[name][..., :3].permute(2, 0, 1) * alphas[name] for name in views] + [None] * (3 - len(views))
-    return [*s.images, *colours, *(lift.pca_colours(f, basis) * seen for f in (rendered, blended))], scores
+    colours = [images[name].permute(2, 0, 1) * covered[name] for name in images] + [None] * (2 - len(images))
+    return [*t.images, *colours, *(lift.pca_colours(f, basis) * seen for f in (rendered, blended))], scores
 
 
-def show(args):
+def show(scenes, args) -> None:
     """Four held-out triplets splatted with every geometry, as a picture."""
     data, lift = companions()
     vit, net = lift.load_vit(args.model).to(args.device), lift.load_mvsplat(args.mvsplat).to(args.device)
-    scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames)
-    scenes, rows, scores = (data.split(scenes, "val") or scenes)[:4], [], []
+    rows, scores = [], []
     for n in range(4):
-        scene = scenes[n % len(scenes)]
-        triplet = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed + n))
-        row, score = novel_view(scene, triplet, vit, net, args.pixels, args.device)
+        scene = scenes[n % min(4, len(scenes))]
+        indices = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed + n))
+        row, score = novel_view(scene, indices, vit, net, args)
         rows, scores = rows + [row], scores + [score]
-    headings = ["context", "context", "target view", "by mvsplat", "by sweep", "by measured depth", "features (PCA)", "blended"]
+    headings = ["context", "context", "target view", "by mvsplat", "by measured depth", "features (PCA)", "blended"]
     path = data.picture_grid(Path(args.out) / "novel_view.png", headings, rows)
     mean = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0] if all(name in s for s in scores)}
     baseline = mean.pop("mean colour")
@@ -1386,46 +1076,30 @@ def show(args):
     print(f"psnr where all cover the target: {answer} (mean colour {baseline:.1f})  ->  {path}")
 
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Splat two views into a third: a picture of held-out triplets. With --geometry "
-                                     "mvsplat: fine-tune the geometry. With --flight or --ply: an animated picture.")  # fmt: skip
-    parser.add_argument("--scene_dir", default="data", help="a scene or a folder of scenes; built-in rooms if data/ is missing")
-    parser.add_argument("--out", default="out/03_splat")
+    data, _ = companions()
+    parser = argparse.ArgumentParser(description="Splat two views into a third: a picture of held-out triplets, or a flight.")
+    data.scene_flags(parser, "out/03_splat")
     parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny', a published name, a file or folder")
-    parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights, or what to start from: 'tiny', re10k.ckpt, own")
-    parser.add_argument("--geometry", choices=("mvsplat", "sweep", "depth"), help="fine-tune it; with --flight, whose Gaussians")
+    parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights: 'tiny', re10k.ckpt, or what 04 has fine-tuned")
     parser.add_argument("--flight", action="store_true", help="fly between two views of a held-out scene, as an animated picture")
-    parser.add_argument("--ply", help="a .ply file of Gaussians to fly around")
-    parser.add_argument("--pixels", type=positive, default=96 * 128, help="pixels a view; lower it when memory runs out")
-    parser.add_argument("--max_steps", type=positive, default=300, help="of fine-tuning; 40000 in the paper")
-    parser.add_argument("--batch", type=positive, default=1, help="triplets a step")
-    parser.add_argument("--lr", type=float, default=2e-4, help="peak learning rate, cosine to 0; halve it when the loss jumps")
-    parser.add_argument("--depth_weight", type=float, default=0.0, help="of the log depth error, where depth is measured; try 0.05")
-    parser.add_argument("--heldout", type=positive, default=24, help="held-out triplets that are measured before and after")
-    parser.add_argument("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--skip_bad_frames", action="store_true", help="leave out frames without an image or a valid pose")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.geometry in ("sweep", "depth") and not args.flight:
-        parser.error(f"--geometry {args.geometry} has nothing to fine-tune; it goes with --flight")
-    return args
+    parser.add_argument("--geometry", choices=("mvsplat", "depth"), default="mvsplat", help="whose Gaussians fly")
+    parser.add_argument("--pixels", type=data.positive, default=96 * 128, help="pixels a view; lower it when memory runs out")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args = parse(argv)
-    with companions()[0].explained(args, f"`--resume --out {args.out}` goes on from the last checkpoint"):
-        if args.flight or args.ply:
-            print(f"a flight  ->  {fly(args)}")
+    args, (data, _) = parse(argv), companions()
+    with data.explained(args, "the same command begins again"):
+        scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
+        scenes = data.split(scenes, "val") or scenes
+        if args.flight:
+            print(f"a flight  ->  {fly(scenes, args)}")
         else:
-            finetune(args) if args.geometry else show(args)
+            show(scenes, args)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import re
 import sys
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,22 +64,31 @@ def png(array) -> bytes:
     return buffer.getvalue()
 
 
+def depth_png(depth, units) -> bytes:  # `units` of it make one of the unit of `depth`
+    return png((units * depth).round().astype(np.uint16))
+
+
 def text(content) -> bytes:
     return (content if isinstance(content, str) else json.dumps(content, indent=1)).encode()
 
 
-def halves(items, share) -> dict:
+def random_split(items, share) -> dict:
     """{item: "train" or "val"}, of which `share` are for training, chosen at random."""
     mixed = random.Random(0).sample(items, len(items))
     return {item: "train" if n < share * len(items) else "val" for n, item in enumerate(mixed)}
 
 
-def beside(part, name, image, **maps):
+def image_and_maps(part, name, image, **maps):
     """The jobs of one image of a probing folder and of those of its maps that exist. `name` has no ending."""
     yield f"{part}/images/{name}{image.suffix.lower()}", image
     for kind, file in maps.items():
         if file is not None:
             yield f"{part}/{kind}/{name}.png", file
+
+
+def ids_at_size(ids, image):  # a picture of ids, at the size of its image
+    with Image.open(ids) as stored, Image.open(image) as picture:
+        return ids if stored.size == picture.size else png(np.asarray(stored.resize(picture.size, Image.NEAREST)))
 
 
 # ------------------------------------------------------------------------------------------------ the converters
@@ -97,8 +107,8 @@ def nyuv2(source):
     for part, archive in (("train", "nyuv2_train_class13.tgz"), ("val", "nyuv2_test_class13.tgz")):
         remedy = "take it from github.com/ankurhanda/nyuv2-meta-data"
         for n, labels in numbered(wanted(source / archive, remedy)).items():
-            yield f"{part}/images/{n:04}.png", lambda n=n: png(images[n - 1])
-            yield f"{part}/depth/{n:04}.png", lambda n=n: png((1000 * depths[n - 1]).round().astype(np.uint16))
+            yield f"{part}/images/{n:04}.png", partial(png, images[n - 1])
+            yield f"{part}/depth/{n:04}.png", partial(depth_png, depths[n - 1], 1000)
             yield f"{part}/labels/{n:04}.png", labels
             if n in normals:
                 yield f"{part}/normals/{n:04}.png", normals[n]
@@ -126,7 +136,7 @@ def normals_of(archive, depths) -> dict:
         known = np.abs(np.linalg.norm(normal, axis=-1) - 1) < 0.2  # others are no unit vectors: not measured
         return png(((normal + 1) * 127.5 * known[..., None]).round().astype(np.uint8))
 
-    return {n: lambda n=n: turned(n) for n in names}
+    return {n: partial(turned, n) for n in names}
 
 
 def axes_of(pairs):
@@ -149,17 +159,12 @@ def depth_normals(depth):  # (H, W) metres -> (H, W, 3) towards the camera, from
 def scannet(source):
     """ScanNet's 25,000 frames, 80 % to train on (SnD A.6). Ground truth: depth in mm, NYU's 40 classes (0 = none)."""
     frames = [f for f in found(source, "*.jpg", "unzip scannet_frames_25k.zip there") if f.parent.name == "color"]
-    for file, part in sorted(halves(frames, 0.8).items()):
+    for file, part in sorted(random_split(frames, 0.8).items()):
         scene = file.parents[1]
         label, depth = (scene / kind / f"{file.stem}.png" for kind in ("label", "depth"))
-        labels = (lambda label=label, file=file: as_large(label, file)) if label.exists() else None
+        labels = partial(ids_at_size, label, file) if label.exists() else None
         depth = wanted(depth, "unzip the archive again")
-        yield from beside(part, f"{scene.name}/{file.stem}", file, depth=depth, labels=labels)
-
-
-def as_large(labels, image):  # a picture of ids, at the size of its image
-    with Image.open(labels) as ids, Image.open(image) as picture:
-        return labels if ids.size == picture.size else png(np.asarray(ids.resize(picture.size, Image.NEAREST)))
+        yield from image_and_maps(part, f"{scene.name}/{file.stem}", file, depth=depth, labels=labels)
 
 
 def scannet_pairs(source):
@@ -196,35 +201,31 @@ def scannet_camera(K, file) -> str:  # the nine numbers, for the size that the p
     return " ".join(f"{float(k) * scale:.6g}" for k, scale in zip(K, scales))
 
 
-def scannetpp(source):
-    """ScanNet++'s undistorted DSLR images: scenes/ to distil on, probe/ to probe on, in its split of 230 and 50 scenes."""
-    masks, labels = rendered(source, "obj_ids/*/*.png", 0), rendered(source, "semantics/*/*.png", 0)
-    depth = rendered(source, "*/dslr/render_depth/*.png", 2)
-    for part in ("train", "val"):
-        split = found(source, f"nvs_sem_{part}.txt", "download ScanNet++'s splits/")[0]
-        for scene in split.read_text().split():
-            dslr = wanted(source / "data" / scene / "dslr", "download this scene")
-            frames = {}
-            meta = undistorted(dslr)
-            for frame in meta["frames"]:
-                image = wanted(dslr / "undistorted_images" / frame["file_path"], UNDISTORT)
-                key = scene, image.name.split(".")[0]
-                maps = dict(depth=depth.get(key), labels=labels.get(key))
-                yield from beside(f"probe/{part}", "/".join(key), image, **maps)
-                yield from beside(f"scenes/{part}/{scene}", key[1], image, depth=depth.get(key), masks=masks.get(key))
-                frames[f"images/{key[1]}{image.suffix.lower()}"] = frame
-            meta["frames"] = [frame | {"file_path": path} for path, frame in frames.items()]
-            yield f"scenes/{part}/{scene}/transforms.json", text(meta)
-
-
 UNDISTORT = "run ScanNet++'s toolkit: python -m dslr.undistort dslr/configs/undistort.yml"
 
 
-def undistorted(dslr):
-    """What transforms_undistorted.json says, without bad frames and without the masks of what is made anonymous."""
-    meta = json.loads(wanted(dslr / "nerfstudio/transforms_undistorted.json", UNDISTORT).read_text())
-    good = [frame for frame in meta["frames"] if not frame.get("is_bad")]
-    return meta | {"frames": [{k: v for k, v in frame.items() if k != "mask_path"} for frame in good]}
+def scannetpp(source):
+    """ScanNet++'s undistorted DSLR images: scenes/ to distil on, probe/ to probe on, in its split of 230 and 50."""
+    ids, classes = rendered(source, "obj_ids/*/*.png", 0), rendered(source, "semantics/*/*.png", 0)
+    depths = rendered(source, "*/dslr/render_depth/*.png", 2)
+    for part in ("train", "val"):
+        split = found(source, f"nvs_sem_{part}.txt", "download ScanNet++'s splits/")[0]
+        for scene in split.read_text().split():
+            dslr, frames = wanted(source / "data" / scene / "dslr", "download this scene"), []
+            meta = json.loads(wanted(dslr / "nerfstudio/transforms_undistorted.json", UNDISTORT).read_text())
+            for frame in meta["frames"]:
+                if frame.get("is_bad"):
+                    continue
+                image = wanted(dslr / "undistorted_images" / frame["file_path"], UNDISTORT)
+                name = image.name.split(".")[0]
+                masks, labels = (maps.get((scene, name)) and partial(ids_at_size, maps[scene, name], image)
+                                 for maps in (ids, classes))
+                depth = depths.get((scene, name)) and partial(undistorted_depth, depths[scene, name], dslr)
+                yield from image_and_maps(f"probe/{part}", f"{scene}/{name}", image, depth=depth, labels=labels)
+                yield from image_and_maps(f"scenes/{part}/{scene}", name, image, depth=depth, masks=masks)
+                frames.append({"file_path": f"images/{name}{image.suffix.lower()}",
+                               "transform_matrix": frame["transform_matrix"]})
+            yield f"scenes/{part}/{scene}/transforms.json", text(meta | {"frames": frames, "test_frames": []})
 
 
 def rendered(source, pattern, up):
@@ -235,13 +236,29 @@ def rendered(source, pattern, up):
     return maps
 
 
+def undistorted_depth(depth, dslr):
+    """A depth map as the undistorted camera sees it; the toolkit renders for the fisheye camera. z-depth stays z-depth."""
+    bent, new = (json.loads(wanted(dslr / "nerfstudio" / name, "download this scene again").read_text())
+                 for name in ("transforms.json", "transforms_undistorted.json"))
+    stored = np.asarray(Image.open(depth))
+    rows, cols = np.mgrid[: new["h"], : new["w"]] + 0.5
+    x, y = (cols - new["cx"]) / new["fl_x"], (rows - new["cy"]) / new["fl_y"]
+    radius = np.hypot(x, y).clip(1e-9)
+    angle = np.arctan(radius)
+    bend = angle * (1 + sum(bent[f"k{n}"] * angle ** (2 * n) for n in (1, 2, 3, 4))) / radius  # OpenCV's fisheye
+    u = np.floor((bent["fl_x"] * x * bend + bent["cx"]) * stored.shape[1] / bent["w"]).astype(int)
+    v = np.floor((bent["fl_y"] * y * bend + bent["cy"]) * stored.shape[0] / bent["h"]).astype(int)
+    inside = (u >= 0) & (u < stored.shape[1]) & (v >= 0) & (v < stored.shape[0])
+    return png(np.where(inside, stored[np.where(inside, v, 0), np.where(inside, u, 0)], 0).astype(np.uint16))
+
+
 def ade20k(source):
     """ADE20K's scene parsing benchmark: 20,210 and 2,000 images. Ground truth: 150 classes (0 = other)."""
     root = found(source, "objectInfo150.txt", "unzip ADEChallengeData2016.zip there")[0].parent
     for part, name in (("train", "training"), ("val", "validation")):
         for image in found(root / "images" / name, "*.jpg", "unzip the archive again"):
             labels = wanted(root / "annotations" / name / f"{image.stem}.png", "unzip the archive again")
-            yield from beside(part, image.stem, image, labels=labels)
+            yield from image_and_maps(part, image.stem, image, labels=labels)
 
 
 def voc2012(source):
@@ -251,7 +268,7 @@ def voc2012(source):
         for name in (root / f"ImageSets/Segmentation/{part}.txt").read_text().split():
             image = wanted(root / f"JPEGImages/{name}.jpg", "untar the archive again")
             labels = wanted(root / f"SegmentationClass/{name}.png", "untar the archive again")
-            yield from beside(part, name, image, labels=labels)
+            yield from image_and_maps(part, name, image, labels=labels)
 
 
 def kitti(source):
@@ -260,9 +277,9 @@ def kitti(source):
     images = [f for f in found(source, "*.png", remedy) if f.match("val_selection_cropped/image/*.png")]
     if not images:
         raise data.DataError(f"{source}: no val_selection_cropped/image/ in it; {remedy}")
-    for image, part in sorted(halves(images, 0.85).items()):
+    for image, part in sorted(random_split(images, 0.85).items()):
         depth = image.parents[1] / "groundtruth_depth" / image.name.replace("_sync_image_", "_sync_groundtruth_depth_")
-        yield from beside(part, image.stem, image, depth=wanted(depth, remedy))
+        yield from image_and_maps(part, image.stem, image, depth=wanted(depth, remedy))
 
 
 def seven_scenes(source):
@@ -288,7 +305,7 @@ def dtu(source):
         for n in range(0, 49, 5):
             image = root / f"Rectified/{scan}_train/rect_{n + 1:03}_3_r5000.png"  # the fourth of seven lights
             yield f"{scan}/images/{n:03}.png", wanted(image, "unpack the archive again")
-            yield f"{scan}/depth/{n:03}.png", lambda scan=scan, n=n: dtu_depth(root, scan, n)
+            yield f"{scan}/depth/{n:03}.png", partial(dtu_depth, root, scan, n)
             frames.append({"file_path": f"images/{n:03}.png"} | dtu_camera(root / f"Cameras/train/{n:08}_cam.txt"))
         yield f"{scan}/transforms.json", text({"depth_unit_scale_factor": 0.1, "frames": frames})
 
@@ -311,7 +328,7 @@ def dtu_depth(root, scan, n):
         depth = depth * (np.asarray(Image.open(visible)) > 10)
     if folder == raw:
         depth = depth[::2, ::2][44:556, 80:720]  # halved and cropped as MVSNet's pictures are
-    return png((10 * depth).round().astype(np.uint16))
+    return depth_png(depth, 10)
 
 
 def read_pfm(file):

@@ -1,4 +1,4 @@
-"""What the stages do on a CUDA card, in one command of at most 8 minutes: is it right, how fast is it, what does it need?
+"""What the stages do on a CUDA card, in one command of at most 8 minutes: are they right, how fast, how large?
 
 Run     python tests/gpu.py                  a Markdown table on the screen, the same as numbers in docs/gpu.json
         python tests/gpu.py --only raster    the rows of one section; --list names the sections
@@ -37,8 +37,9 @@ bench, reference = importlib.import_module("bench"), importlib.import_module("re
 
 SIZES = (146, 219), (292, 438), (584, 876)  # of the view; two views' pixels are 64k, 256k and 1.02M Gaussians
 STANDARD_CHANNELS = 32  # the standard formulation takes 384 channels in groups of so many, as gsplat's does
-TABLE_I = {12: (0.13, 4.05, 0.32, 6.86), 32: (0.41, 9.97, 1.14, 12.11), 64: (1.02, 21.80, 3.26, 21.11),
-           96: (1.78, 28.69, 6.35, 32.36), 128: (2.69, 31.90, 10.11, 44.36)}  # views: student's s, GB, Fast3R's s, GB
+TABLE_I = {  # views: student's s and GB, Fast3R's s and GB
+    12: (0.13, 4.05, 0.32, 6.86), 32: (0.41, 9.97, 1.14, 12.11), 64: (1.02, 21.80, 3.26, 21.11),
+    96: (1.78, 28.69, 6.35, 32.36), 128: (2.69, 31.90, 10.11, 44.36)}
 
 TOY_FAST3R = 64, 4, 12, 64, 4, 12  # width, heads and depth of encoder and fusion
 
@@ -58,8 +59,8 @@ class Report:
         return self.args.budget - (time.monotonic() - self.begin)
 
     def row(self, what, measure, beside="", needs=0):
-        """measure() -> {name: number or text}; `beside` is a text, or a function of that dictionary that gives one. A row
-        that `needs` more seconds than are left does not begin."""
+        """measure() -> {name: number or text}; `beside` is a text, or a function of that dictionary that gives one.
+        A row that `needs` more seconds than are left does not begin."""
         entry = dict(section=self.section, what=what, seconds=0.0)
         begin = time.monotonic()
         try:
@@ -97,7 +98,8 @@ def describe(device) -> dict:
 
 def software() -> dict:
     now = datetime.datetime.now(datetime.timezone.utc)
-    return dict(torch=torch.__version__, cuda=str(torch.version.cuda), python=platform.python_version(), date=f"{now:%Y-%m-%d %H:%M} UTC")
+    return dict(torch=torch.__version__, cuda=str(torch.version.cuda), python=platform.python_version(),
+                date=f"{now:%Y-%m-%d %H:%M} UTC")
 
 
 def timed(function, args, rounds=5) -> dict:
@@ -124,7 +126,8 @@ def limits(report, args):
     side = 64 if args.toy else 8192
     a = torch.rand(side, side, device=args.device)
     found = {}
-    for name, dtype, tf32 in (("float32", torch.float32, False), ("TF32", torch.float32, True), ("bfloat16", torch.bfloat16, False)):
+    kinds = {"float32": (torch.float32, False), "TF32": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
+    for name, (dtype, tf32) in kinds.items():
         found[name] = report.row(f"matrix product, {name}", lambda: arithmetic(a.to(dtype), tf32, args))
     args.gb_per_s = (copy or {}).get("GB/s")
     args.tflops = (found["float32"] or {}).get("TFLOP/s")
@@ -157,7 +160,8 @@ def fixtures(report, args):
                    "bounds: image 5e-5 (edges 5e-3), gradients 1e-4 (edges 2e-2)")
     height, width = (48, 64) if args.toy else (140, 210)
     for name, mask in (("no masks", None), ("25 masks", bench.cells(height, width, 25, 3))):
-        report.row(f"splat operator, {name}", lambda: operator_fixture(height, width, mask, args), "bound: 1e-5, 0 differ")
+        run = lambda: operator_fixture(height, width, mask, args)
+        report.row(f"splat operator, {name}", run, "bound: 1e-5, 0 differ")
 
 
 def raster_fixture(f, args):
@@ -167,7 +171,7 @@ def raster_fixture(f, args):
     inputs = f["means"], (axes @ axes.mT), f["opacities"], f["features"]
     found = {}
     for device in ("cpu", args.device):
-        leaf = [x.float().to(device).requires_grad_() for x in inputs]
+        leaf = [x.float().detach().clone().to(device).requires_grad_() for x in inputs]
         render = splat.rasterize(*leaf, f["viewmat"].to(device), f["K"].to(device), int(f["height"]), int(f["width"]))
         (render.features * f["cot_features"].to(device)).sum().backward()
         found[str(device)] = [render.features.detach().cpu(), *(x.grad.cpu() for x in leaf)]
@@ -179,14 +183,15 @@ def raster_fixture(f, args):
 
 
 def small_operator(height, width, mask, device):
-    """Operator and tokens (2N, 16) of two views' pixel-aligned Gaussians, patches of 14 or of what divides the sides."""
+    """Operator and tokens (2N, 16) of two views' pixel-aligned Gaussians, in patches of 14 pixels or of 8."""
     patch = 14 if height % 14 == 0 else 8
     grid, (*gaussians, _, w2c, K) = (height // patch, width // patch), reference.pixel_aligned(height, width, 1)
     N = grid[0] * grid[1]
     pairs = [lift.upscale_weights(bench.cells(height, width, 25, seed).to(device), grid) for seed in (1, 2)]
     index, weight = torch.cat([pairs[0][0], pairs[1][0] + N]), torch.cat([weight for _, weight in pairs])
-    scene = [x.to(device) for x in gaussians], index, weight, 2 * N, w2c.to(device), K.to(device), height, width, grid
-    operator = splat.splat_operator(*scene[0], *scene[1:], None if mask is None else mask.to(device))
+    gaussians, camera = [x.to(device) for x in gaussians], (w2c.to(device), K.to(device), height, width)
+    mask = None if mask is None else mask.to(device)
+    operator = splat.splat_operator(*gaussians, index, weight, 2 * N, *camera, grid, mask)
     return operator, torch.randn(2 * N, 16, generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -196,7 +201,8 @@ def operator_fixture(height, width, mask, args):
         operator, tokens = small_operator(height, width, mask, device)
         results.append((operator(tokens).cpu(), operator.valid.cpu()))
     (wanted, valid), (found, found_valid) = results
-    return {"relative error to the CPU": relative(found, wanted), "valid tokens that differ": (valid != found_valid).sum().item()}
+    return {"relative error to the CPU": relative(found, wanted),
+            "valid tokens that differ": (valid != found_valid).sum().item()}
 
 
 # ------------------------------------------------------------------------------------------------ splatting
@@ -212,8 +218,9 @@ def raster(report, args):
             scene = [*gaussians, torch.rand(len(gaussians[0]), C, device=args.device), w2c, K]
             for backward in (False, True):
                 what = f"C = {C}, {len(gaussians[0]):,} Gaussians, {height}x{width}, forward" + " + backward" * backward
-                ours = report.row(what, lambda: timed(lambda: rendered(splat.rasterize, scene, height, width, backward), args),
-                                  lambda found: beside_limits(found, pairs, height, width, C, backward, args))
+                run = lambda: rendered(splat.rasterize, scene, height, width, backward)
+                limits = lambda found: beside_limits(found, pairs, height, width, C, backward, args)
+                ours = report.row(what, lambda: timed(run, args), limits)
                 if ours and (C == 3 or height < 500):  # more would take minutes
                     report.row("... standard PyTorch", lambda: standard(scene, height, width, C, backward, args),
                                lambda found: f"{found['ms'] / ours['ms']:.1f} times ours")
@@ -246,31 +253,33 @@ def blended_pairs(height, width) -> float:
     y, x = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
     offset, count = torch.stack([x, y], -1).view(-1, 1, 2) + 0.5, 0
     for t, (a, b) in enumerate(zip(start[:-1].tolist(), start[1:].tolist())):
-        alpha = reference.alphas(mean, conic, opacity, listed[a:b], offset + torch.tensor([t % columns, t // columns]) * 16)
+        pixel = offset + torch.tensor([t % columns, t // columns]) * 16
+        alpha = reference.alphas(mean, conic, opacity, listed[a:b], pixel)
         alpha = alpha * (alpha >= 1 / 255)
         count += ((alpha > 0) & ((1 - alpha).cumprod(1) > 1e-4)).sum().item() if b > a else 0
     return count / (columns * rows * 256)
 
 
 def beside_limits(found, pairs, height, width, C, backward, args):
-    """The least time by bytes (every Gaussian and pixel once) and by arithmetic (2C + 20 operations a pair; three times with the
-    backward pass)."""
+    """The least time by bytes (every Gaussian and pixel once) and by arithmetic (2C + 20 operations a pair), both three
+    times as much with the backward pass."""
     if not (args.gb_per_s and args.tflops):
         return "limits unknown"
     G, P, passes = 2 * height * width, height * width, 3 if backward else 1
     by_bytes = passes * 4 * (G * (3 + 9 + 1 + C) + P * (C + 2)) / args.gb_per_s / 1e6
     by_arithmetic = passes * pairs * P * (2 * C + 20) / args.tflops / 1e9
-    return f"limits {by_bytes:.2g} ms (memory), {by_arithmetic:.2g} ms (arithmetic); {found['ms'] / max(by_bytes, by_arithmetic):.1f} times the larger"
+    ratio = found["ms"] / max(by_bytes, by_arithmetic)
+    return f"limits {by_bytes:.2g} ms (memory), {by_arithmetic:.2g} ms (arithmetic); {ratio:.1f} times the larger"
 
 
 def operator(report, args):
-    """The splat operator at the paper's size, with and without masks, beside the dense path (tests/bench.py --section operator)."""
+    """The splat operator at the paper's size, with and without masks, beside the dense path (as in tests/bench.py)."""
     size = dict(height=48, width=64, patch=8) if args.toy else {}
     bench_rows(report, "", lambda: bench.operator_section(1 if args.toy else 3, args.device, **size))
 
 
 def bench_rows(report, prefix, section, beside=""):
-    """A section of tests/bench.py. What it prints as tables becomes rows here, the rest stands beside the first of them."""
+    """A section of tests/bench.py. What it prints as tables becomes rows here, the rest stands beside the first one."""
     screen, begin = io.StringIO(), time.monotonic()
 
     def run():
@@ -305,23 +314,24 @@ def mvsplat(report, args):
     """MVSplat's forward pass on two views."""
     height, width = (96, 128) if args.toy else (576, 880)
     net = lift.MVSplat(lift.MVSplatConfig.tiny if args.toy else lift.MVSplatConfig()).eval().to(args.device)
-    K = torch.tensor([[0.9 * width, 0, width / 2], [0, 0.9 * width, height / 2], [0, 0, 1]]).expand(2, 3, 3).to(args.device)
+    K = torch.tensor([[0.9 * width, 0, width / 2], [0, 0.9 * width, height / 2], [0, 0, 1]]).expand(2, 3, 3)
     c2w = torch.eye(4).repeat(2, 1, 1)
     c2w[1, 0, 3] = 0.3
-    c2w, images = c2w.to(args.device), torch.rand(2, 3, height, width).to(args.device)
+    K, c2w, images = (x.to(args.device) for x in (K, c2w, torch.rand(2, 3, height, width)))
 
     @torch.no_grad()
     def run():
         net(images, K, c2w, 1.0, 100.0)
-    report.row(f"MVSplat, two views of {height}x{width}", lambda: timed(run, args, rounds=3), "98 s, 3.0 GB on a 2-core CPU")
+    what = f"MVSplat, two views of {height}x{width}"
+    report.row(what, lambda: timed(run, args, rounds=3), "98 s, 3.0 GB on a 2-core CPU")
 
 
 def step(report, args):
     """A training step of 04 at the paper's setting, part by part (tests/bench.py --preset vits)."""
     for preset in ("tiny",) if args.toy else ("vits", "vitb"):
         with tempfile.TemporaryDirectory() as folder:
-            bench_rows(report, f"{preset}: ", lambda: bench.step_section(preset, 1 if args.toy else 9, args.device, Path(folder)),
-                       "paper: 1.30 s a step of ViT-S on an L40S")
+            run = lambda: bench.step_section(preset, 1 if args.toy else 9, args.device, Path(folder))
+            bench_rows(report, f"{preset}: ", run, "paper: 1.30 s a step of ViT-S on an L40S")
 
 
 def table_one(report, args):
@@ -332,9 +342,10 @@ def table_one(report, args):
     for n, (name, (network, settings)) in enumerate(networks.items()):
         model = generated(network, settings, args)
         for count, papers in list(TABLE_I.items())[: 1 if toy else None]:
-            views = 2 if toy else count
+            views, size = 2 if toy else count, sizes[name]
             paper = "paper: {} s, {} GB on an RTX 6000 Ada, all heads at once".format(*papers[2 * n : 2 * n + 2])
-            report.row(f"{name}, {views} views of {'x'.join(map(str, sizes[name]))}", lambda: forward(model, views, sizes[name], args), paper)
+            what = f"{name}, {views} views of {size[0]}x{size[1]}"
+            report.row(what, lambda: forward(model, views, size, args), paper)
         del model
 
 
@@ -362,7 +373,7 @@ def forward(model, views, size, args):
 
 
 def student_step(report, args):
-    """A training step of Distill3R's student on one sample, in bfloat16: without and with activations computed twice."""
+    """A training step of Distill3R's student on one sample, in bfloat16, without and with --grad_checkpoint."""
     views, height, width = (2, 48, 64) if args.toy else (20, 224, 518)
     student = d3r.Student(*([d3r.StudentConfig.tiny] if args.toy else [])).train().to(args.device)
     optimiser = torch.optim.AdamW(student.parameters(), 1e-4)
@@ -381,7 +392,7 @@ def student_step(report, args):
         student.recompute = recompute
         report.row(f"student, {views} views of {height}x{width}, a training step" + ", --grad_checkpoint" * recompute,
                    lambda: timed(learn, args, rounds=3) | {"GB in all": torch.cuda.max_memory_allocated() / 1e9},
-                   "paper: 48 GB hold four such samples a card")
+                   "paper: cards of 48 GB take four such samples")
 
 
 # ------------------------------------------------------------------------------------------------ whole commands
@@ -395,9 +406,10 @@ def jobs(report, args):
         made = data.DEFAULT_ROOMS | ({"scenes": 2, "views": 8} if args.toy else {})
         data.make_rooms(rooms, **made)
         rest = ["--scene_dir", str(rooms), *device]
+        folders = ["--out", str(out / "04"), "--operators", str(out / "operators")]
         report.row("python 04_distill.py --preset tiny, rooms made before",
-                   lambda: command(distill, ["--preset", "tiny", *rest, *few, "--out", str(out / "04"), "--operators", str(out / "operators")]),
-                   needs=0 if args.toy else 100, beside="3 min 44 s on a 2-core CPU, rooms and installation included")
+                   lambda: command(distill, ["--preset", "tiny", *rest, *few, *folders]), needs=0 if args.toy else 100,
+                   beside="3 min 44 s on a 2-core CPU, rooms and installation included")
         student = ["snd=" + str(out / "04/student")] if (out / "04/student").is_dir() else []
         few = "--max_steps 2 --views 2 --pairs 2 --pixels 3072".split() if args.toy else []
         report.row("python 05_probe.py, the start and the student",
@@ -417,7 +429,8 @@ def command(stage, arguments) -> dict:
 
 # ------------------------------------------------------------------------------------------------ the command
 
-SECTIONS = {function.__name__: function for function in (limits, fixtures, raster, operator, mvsplat, step, table_one, student_step, jobs)}
+SECTIONS = {function.__name__: function for function in (
+    limits, fixtures, raster, operator, mvsplat, step, table_one, student_step, jobs)}
 
 
 def parse(argv):
@@ -435,7 +448,8 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     if args.list:
-        return print("\n".join(f"{name:14}{function.__doc__.splitlines()[0]}" for name, function in SECTIONS.items()))
+        lines = [f"{name:14}{function.__doc__.splitlines()[0]}" for name, function in SECTIONS.items()]
+        return print("\n".join(lines))
     if not torch.cuda.is_available():
         sys.exit("no CUDA device here; this script is for the day when there is one")
     report = Report(args)
@@ -444,10 +458,11 @@ def main(argv=None):
             report.section = name
             try:
                 function(report, args)
-            except Exception as error:  # outside of a row, as where a scene is made: the other sections are still wanted
+            except Exception as error:  # outside of a row: the other sections are still wanted
                 report.row("the rest of this section", lambda: (_ for _ in ()).throw(error))
     failed = sum("failed" in row for row in report.rows)
-    print(f"\n{len(report.rows)} rows, {failed} of them failed or left out, {time.monotonic() - report.begin:.0f} s  ->  {args.out}")
+    seconds = time.monotonic() - report.begin
+    print(f"\n{len(report.rows)} rows, {failed} of them failed or left out, {seconds:.0f} s  ->  {args.out}")
     return report.rows
 
 

@@ -10,6 +10,15 @@ import math
 import torch
 
 
+def rotation(q):
+    """(G, 4) quaternions (w, x, y, z) of any length -> (G, 3, 3)."""
+    w, x, y, z = (q / q.norm(dim=-1, keepdim=True)).unbind(-1)
+    rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)]
+    rows += [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)]
+    rows += [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
 def pixel_aligned(height, width, C, seed=0):
     """Two views' pixel-aligned Gaussians of a furnished room (scales as in MVSplat) and a third camera between them."""
     g = torch.Generator().manual_seed(seed)

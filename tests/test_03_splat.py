@@ -1,4 +1,5 @@
-"""03_splat against float64 brute force, recorded renders (fixtures/raster), plain loops, and the scenes that break rasterisers."""
+"""03_splat: the fast rasteriser against its definition and recorded renders, blend and tokens against plain loops, the
+operator against the dense path, and the scenes that break rasterisers."""
 
 import importlib
 import math
@@ -10,20 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-splat = importlib.import_module("03_splat")
+data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat"))
 reference = importlib.import_module("reference_raster")
 
 HERE = Path(__file__).parent
 SHARED = HERE.parents[1] / "shared"
-
-
-def rotation(q):
-    """(G, 4) quaternions (w, x, y, z) of any length -> (G, 3, 3)."""
-    w, x, y, z = (q / q.norm(dim=-1, keepdim=True)).unbind(-1)
-    rows = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)]
-    rows += [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)]
-    rows += [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]
-    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+EYE_K = torch.tensor([[10.0, 0, 2.5], [0, 10, 2.5], [0, 0, 1]])
+rotation = reference.rotation
 
 
 def covariance(quats, scales):
@@ -45,55 +39,37 @@ def scene(G, C, seed=0, dtype=torch.float64, height=24, width=30):
     return [x.to(dtype) for x in (means, cov, opacities, rand(G, C), w2c, K)]
 
 
-def brute_force(means, cov, opacities, features, w2c, K, height, width, background=None):
-    """Every pixel against every Gaussian, nearest first, one Gaussian at a time, in float64: 3DGS as its authors put it."""
-    means, cov, opacities, features, w2c, K = (x.double() for x in (means, cov, opacities, features, w2c, K))
-    R, t = w2c[:3, :3], w2c[:3, 3]
-    fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
-    points = [R @ m + t for m in means]
-    ys, xs = torch.meshgrid(torch.arange(height).double() + 0.5, torch.arange(width).double() + 0.5, indexing="ij")
-    T = torch.ones(height, width).double()
-    done = torch.zeros(height, width, dtype=torch.bool)
-    out, alpha_sum, depth_sum = torch.zeros(height, width, features.shape[1]).double(), 0 * T, 0 * T
-    for i in sorted(range(len(points)), key=lambda i: points[i][2].item()):
-        x, y, z = points[i]
-        if z <= 0.01:
-            continue
-        u = (K @ points[i] / z)[:2]
-        sx = torch.clamp(x / z, -cx / fx - 0.15 * width / fx, (width - cx) / fx + 0.15 * width / fx)
-        sy = torch.clamp(y / z, -cy / fy - 0.15 * height / fy, (height - cy) / fy + 0.15 * height / fy)
-        zero = torch.zeros_like(z)
-        J = K[:2, :2] @ torch.stack([torch.stack([1 / z, zero, -sx / z]), torch.stack([zero, 1 / z, -sy / z])])
-        conic = torch.linalg.inv(J @ R @ cov[i] @ R.T @ J.T + 0.3 * torch.eye(2).double())
-        d = torch.stack([xs - u[0], ys - u[1]], -1)
-        alpha = opacities[i] * torch.exp(-0.5 * torch.einsum("hwi,ij,hwj->hw", d, conic, d))
-        alpha = torch.where(alpha < 1 / 255, torch.zeros_like(alpha), alpha.clamp(max=0.99))
-        done = done | (T * (1 - alpha) <= 1e-4)
-        weight = torch.where(done, torch.zeros_like(T), T * alpha)
-        T = torch.where(done, T, T * (1 - alpha))
-        out, alpha_sum, depth_sum = out + weight[..., None] * features[i], alpha_sum + weight, depth_sum + weight * z
-    if background is not None:
-        out = out + (1 - alpha_sum)[..., None] * background
-    return splat.Render(out, alpha_sum, torch.where(alpha_sum > 0, depth_sum / alpha_sum.clamp(min=1e-9), 0))
-
-
 def error(a, b):
     return max((x - y).detach().abs().max().item() if x.numel() else 0.0 for x, y in zip(a, b))
 
 
-def gradients(inputs, *rest, **options):
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    r = splat.rasterize(*inputs, *rest, **options)
-    (r.features.sum() + r.alpha.square().sum() + r.depth.sum()).backward()
-    return r, [x.grad for x in inputs]
+def gradients(render, inputs, height, width, background=None, **options):
+    """A render, and the gradients of a random sum of all of it by every input that has any."""
+    inputs = [None if x is None else x.detach().clone().requires_grad_() for x in (*inputs, background)]
+    r = render(*inputs[:-1], height, width, inputs[-1], **options)
+    g = torch.Generator().manual_seed(1)
+    sum((torch.randn(x.shape, generator=g).to(x) * x).sum() for x in r).backward()
+    return r, [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs if x is not None]
 
 
-# -------------------------------------------------------------------------------------------------------- recorded renders
+def assert_plain(inputs, height, width, background=None, tolerance=1e-12, gradients_of=7, **options):
+    """rasterize equals its definition: values to the tolerance, gradients to that part of their length."""
+    (ours, grads), (truth, expected) = (
+        gradients(render, inputs, height, width, background, **more)
+        for render, more in ((splat.rasterize, options), (splat.rasterize_plainly, {})))
+    assert [x.shape for x in ours] == [x.shape for x in truth] and error(ours, truth) < tolerance
+    for a, b in zip(grads[:gradients_of], expected):
+        assert (a - b).norm() <= tolerance * max(1.0, float(b.norm()))
+    return truth, expected
 
 
+# ------------------------------------------------------------------- rasterize: recorded renders
+
+
+@pytest.mark.parametrize("render", [splat.rasterize, splat.rasterize_plainly], ids=["fast", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["random_cloud_c3", "opaque_c16", "edges_c1", "garden_crop_c3"])
-def test_fixture(name, dtype):
+def test_fixture(name, dtype, render):
     path = (SHARED if name in ("garden_crop_c3", "opaque_c16") else HERE) / "fixtures" / "raster" / f"{name}.safetensors"
     if not path.exists():
         pytest.skip(f"{path} is not here: third-party data, or too large for this repository")
@@ -102,7 +78,9 @@ def test_fixture(name, dtype):
     leaf |= {k: f[k].double().requires_grad_() for k in ("quats", "scales")}
     cov = covariance(leaf["quats"], leaf["scales"])  # float64: rounded to float32 a needle is another needle
     size = int(f["height"]), int(f["width"])
-    r = splat.rasterize(leaf["means"], cov, leaf["opacities"], leaf["features"], f["viewmat"], f["K"], *size)
+    if render is splat.rasterize_plainly and (dtype == torch.float32 or len(f["means"]) > 1000):
+        pytest.skip("the plain one is slow, and in float64 whatever it is given")
+    r = render(leaf["means"], cov, leaf["opacities"], leaf["features"], f["viewmat"], f["K"], *size)
     assert r.features.dtype == r.depth.dtype == dtype
     robust = f["robust"].bool()
     tight, tight_gradient = (1e-5, 2e-5) if dtype == torch.float32 else (3e-7, 2e-7)  # the fixtures are stored in float32
@@ -124,36 +102,49 @@ def test_fixture_with_float32_covariances():
     assert error(r, (f["out_features"], f["out_alpha"], f["out_depth"])) < 2e-4
 
 
-# ------------------------------------------------------------------------------------------------------------- brute force
+# --------------------------------------------------------------------- rasterize: its definition
 
 
-@pytest.mark.parametrize(
-    "G, C, height, width", [(60, 1, 1, 1), (80, 3, 8, 8), (150, 5, 13, 41), (300, 2, 33, 17), (40, 768, 9, 10), (30, 0, 5, 9)]
-)
-def test_brute_force(G, C, height, width):
+SIZES = {  # Gaussians, channels, height, width
+    "one pixel": (60, 1, 1, 1), "one block": (80, 3, 8, 8), "odd sizes": (150, 5, 13, 41), "many blocks": (300, 2, 33, 17),
+    "many channels": (40, splat.FEW_CHANNELS + 36, 9, 10), "no channels": (30, 0, 5, 9), "one Gaussian": (1, 2, 9, 9), "none": (0, 2, 9, 9),
+    "none, many channels": (0, splat.FEW_CHANNELS + 1, 9, 9)}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_rasterize_is_its_definition(case):
+    G, C, height, width = SIZES[case]
     inputs = scene(G, C, seed=G, height=height, width=width)
-    background = torch.linspace(-1, 1, C).double()
-    expected = brute_force(*inputs, height, width, background)
-    ours = splat.rasterize(*inputs, height, width, background)
-    assert [x.shape for x in ours] == [(height, width, C), (height, width), (height, width)]
-    assert expected.alpha.max() > 0.3
-    assert error(ours, expected) < 1e-11
-    single = splat.rasterize(*[x.float() for x in inputs], height, width, background.float())
-    assert single.features.dtype == torch.float32 and error(single, expected) < 5e-4  # the inputs are rounded too
+    truth, grads = assert_plain(inputs, height, width, torch.linspace(-1, 1, C).double())
+    assert G < 2 or truth.alpha.max() > 0.3 and all(g.norm() > 0 for g in grads if g.numel())
+    single = splat.rasterize(*[x.float() for x in inputs], height, width, torch.linspace(-1, 1, C))
+    assert single.features.dtype == torch.float32 and error(single, truth) < 5e-4  # the inputs are rounded too
 
 
-def test_brute_force_gradients():
-    inputs = [x.requires_grad_() for x in scene(60, 2, seed=3)]
-    background = torch.tensor([0.3, -0.2]).double().requires_grad_()
-    g = torch.Generator().manual_seed(1)
-    cot = [torch.randn(shape, generator=g).double() for shape in ((24, 30, 2), (24, 30), (24, 30))]
-    wanted = [*inputs, background]
-    for_ours, for_truth = (
-        torch.autograd.grad(sum((c * x).sum() for c, x in zip(cot, render(*inputs, 24, 30, background))), wanted)
-        for render in (splat.rasterize, brute_force)
-    )
-    for ours, truth in zip(for_ours, for_truth):
-        assert truth.norm() > 0 and (ours - truth).norm() < 1e-9 * truth.norm()
+@pytest.mark.parametrize("max_elements", [1, 3000, 40_000, 10**9])
+@pytest.mark.parametrize("C", [3, splat.FEW_CHANNELS + 6])
+def test_memory_bound_changes_nothing(max_elements, C):
+    assert_plain(scene(200, C, seed=2, height=40, width=37), 40, 37, max_elements=max_elements)
+
+
+def test_holes_and_what_hides_them():
+    inputs = scene(120, 2, seed=4, height=30, width=34)
+    inputs[1] *= 0.05
+    inputs[2][inputs[0][:, 0] > 0] = 0  # the right half is empty
+    truth, _ = assert_plain(inputs, 30, 34)
+    assert (truth.alpha == 0).float().mean() > 0.2 and truth.alpha.max() > 0.5
+    inputs[2][:] = 1.0  # and every Gaussian is clamped at its middle
+    assert_plain(inputs, 30, 34)
+
+
+@pytest.mark.parametrize("name", ["random_cloud_c3", "edges_c1"])
+def test_fixtures_by_both(name):
+    f = load_file(HERE / "fixtures" / "raster" / f"{name}.safetensors")
+    some = torch.arange(len(f["means"]))[:: max(1, len(f["means"]) // 250)]
+    cov = covariance(f["quats"].double(), f["scales"].double())
+    inputs = [x[some].double() for x in (f["means"], cov, f["opacities"], f["features"])] + [f["viewmat"].double(), f["K"].double()]
+    # The gradient of the camera matrix, of length 6, is what is left of needles' terms of length 10^4.
+    assert_plain(inputs, int(f["height"]), int(f["width"]), gradients_of=5 if name == "edges_c1" else 6)
 
 
 def test_gradcheck():
@@ -174,38 +165,27 @@ def test_float32_gradients_of_what_crosses_the_view(scales):
     means, _, opacities, features, w2c, K = scene(400, 3, seed=3, height=200, width=240)
     quats = torch.randn(400, 4, generator=torch.Generator().manual_seed(5)).double()
     gaussians = means, covariance(quats, torch.tensor(scales).double().expand(400, 3)), 0.3 * opacities
-    (_, truth), (_, single) = (gradients([*gaussians, f], w2c, K, 200, 240) for f in (features, features.float()))
-    for ours, expected in zip(single, truth):
+    (_, truth), (_, single) = (gradients(splat.rasterize, [*gaussians, f, w2c, K], 200, 240) for f in (features, features.float()))
+    for ours, expected in zip(single[:4], truth):
         assert expected.norm() > 0 and (ours - expected).norm() < 2e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("C", [3, splat.FEW_CHANNELS + 6])
-def test_features_alone_get_the_same_gradient(C):
+def test_frozen_inputs_get_no_gradient(C):
     *geometry, features, w2c, K = scene(150, C, seed=9)
-    expected = gradients([*geometry, features], w2c, K, 24, 30)[1][3]
-    features.requires_grad_()
-    splat.rasterize(*geometry, features, w2c, K, 24, 30).features.sum().backward()
-    assert expected.norm() > 0 and error([features.grad], [expected]) < 1e-12
+    found, expected = (torch.autograd.grad(render(*geometry, f, w2c, K, 24, 30).features.sum(), f)[0]
+                       for render in (splat.rasterize, splat.rasterize_plainly) for f in [features.clone().requires_grad_()])
+    assert expected.norm() > 0 and error([found], [expected]) < 1e-12 and geometry[0].grad is None
 
 
-def test_frozen_inputs_get_no_gradient():
-    means, cov, opacities, features, w2c, K = scene(50, 3)
-    features.requires_grad_()
-    splat.rasterize(means, cov, opacities, features, w2c, K, 24, 30).features.sum().backward()
-    alone = features.grad
-    expected = torch.autograd.grad(brute_force(means, cov, opacities, features, w2c, K, 24, 30).features.sum(), features)[0]
-    assert error([alone], [expected]) < 1e-11 and means.grad is None
-
-
-# -------------------------------------------------------------------------------------------------------------- invariances
+# --------------------------------------------------------------- rasterize: what must not matter
 
 
 def test_order_of_gaussians_is_irrelevant():
-    *gaussians, w2c, K = scene(200, 4, seed=8)
-    shuffle = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    r, grads = gradients(gaussians, w2c, K, 24, 30)
-    s, shuffled = gradients([x[shuffle] for x in gaussians], w2c, K, 24, 30)
-    assert error(r, s) < 1e-13 and error([g[shuffle] for g in grads], shuffled) < 1e-11
+    inputs, shuffle = scene(200, 4, seed=8), torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    r, grads = gradients(splat.rasterize, inputs, 24, 30)
+    s, shuffled = gradients(splat.rasterize, [x[shuffle] for x in inputs[:4]] + inputs[4:], 24, 30)
+    assert error(r, s) < 1e-13 and error([g[shuffle] for g in grads[:4]], shuffled[:4]) < 1e-11
 
 
 def test_equal_depths_keep_their_order():
@@ -215,48 +195,39 @@ def test_equal_depths_keep_their_order():
     assert abs(float(r.features[2, 2, 0]) - 0.5) < 1e-3
 
 
-@pytest.mark.parametrize("max_elements", [1, 3000, 40_000, 10**9])
-def test_memory_bound_changes_nothing(max_elements):
-    *gaussians, w2c, K = scene(300, 3, seed=2, height=40, width=37)
-    r, grads = gradients(gaussians, w2c, K, 40, 37)
-    s, bounded = gradients(gaussians, w2c, K, 40, 37, max_elements=max_elements)
-    assert error(r, s) < 1e-13 and error(grads, bounded) < 1e-10
-
-
 def test_autocast_changes_nothing():
-    *gaussians, w2c, K = scene(200, 4, seed=8, dtype=torch.float32)
-    r, grads = gradients(gaussians, w2c, K, 24, 30)
+    inputs = scene(200, 4, seed=8, dtype=torch.float32)
+    r, grads = gradients(splat.rasterize, inputs, 24, 30)
     with torch.autocast("cpu", torch.bfloat16):
-        s, cast = gradients(gaussians, w2c, K, 24, 30)
+        s, cast = gradients(splat.rasterize, inputs, 24, 30)
     assert error(r, s) == 0 and error(grads, cast) == 0
 
 
-def geometry(gaussians, w2c, K, height, width, lattice):
-    table, z, box = splat.Project.apply(1000, height, width, torch.float64, w2c, K, *gaussians[:3])
-    return table, splat.reached_blocks(box, lattice, height, width), z.view(torch.int64).argsort(stable=True)
+def lists_of(gaussians, w2c, K, height, width, blocks, max_pairs=10**9, max_blocks=10**9):
+    table, z, box = splat.project_in_parts(*gaussians[:3], w2c, K, height, width, torch.float64, 32_000)
+    return table, splat.BlockLists(box, z, blocks, height, width, max_pairs, max_blocks)
 
 
 def test_memory_bound_bounds_the_steps():
     *gaussians, w2c, K = scene(3000, 1, seed=2, height=64, width=64)
-    lattice = splat.whole_view(64, 64, "cpu")
-    table, boxes, order = geometry(gaussians, w2c, K, 64, 64, lattice)
-    cuts = splat.row_bands(boxes, 8, 8, 5000, 10**9)
-    assert len(cuts) > 2 and [c[0] for c in cuts] == [0, *(c[1] for c in cuts[:-1])] and cuts[-1][1] == 8
-    assert splat.row_bands(boxes, 8, 8, 10**9, 16) == [(0, 2), (2, 4), (4, 6), (6, 8)]
-    for top, bottom in cuts:
-        band = splat.block_lists(boxes, order, lattice, top, bottom)
-        steps = [s.weight.numel() for s in splat.walk(table, band, lattice, 3 * splat.CHUNK * 64)]
+    blocks = splat.whole_view(64, 64, "cpu")
+    table, lists = lists_of(gaussians, w2c, K, 64, 64, blocks, max_pairs=5000)
+    bands = lists.bands
+    assert len(bands) > 2 and [top for top, _ in bands] == [0, *(bottom for _, bottom in bands[:-1])] and bands[-1][1] == 8
+    assert splat.bands_of([1] * 8, 8, 10**9, 16) == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    for band in lists:
+        steps = [s.weight.numel() for s in splat.walk(table, band, blocks.shape, 3 * splat.CHUNK * 64)]
         assert len(steps) > 4 and max(steps) == 3 * splat.CHUNK * 64
-        assert len(splat.block_lists(boxes, order, lattice, top, bottom - 1).gaussian) <= 5000
+        assert band.lengths.sum() == len(band.gaussian) - 1 and (band.lengths.sum() <= 5000 or len(band.lengths) == 8)
 
 
 def test_reached_pixels_are_the_box_of_the_ellipse():
     means, cov, opacities, _, w2c, K = scene(500, 1, seed=11)
-    table, _ = splat.project(means, cov, opacities, w2c, K, 24, 30)
-    box, seen = splat.reached_pixels(table, 24, 30), (means @ w2c[2, :3] + w2c[2, 3] > 0.01) & (opacities >= 1 / 255)
+    table, _, box = splat.project(means, cov, opacities, w2c, K, 24, 30, torch.float64)
+    table, seen = table.T, (means @ w2c[2, :3] + w2c[2, 3] > 0.01) & (opacities >= 1 / 255)
     assert 0 < seen.sum() < 500 and torch.equal(table[7] > -math.inf, seen)
     x, y, rest_x, rest_y, l11, l21, l22, lo = table[:, seen]
-    L, tau = torch.stack([l11, l21, 0 * l11, l22], 1).view(-1, 2, 2), lo + math.log2(255 * splat.RANGE)
+    L, tau = torch.stack([l11, l21, 0 * l11, l22], 1).view(-1, 2, 2), lo + math.log2(255)
     radius = (tau * torch.linalg.inv(L.mT @ L).diagonal(0, 1, 2).T).sqrt()  # alpha >= 1 / 255 where |L d|^2 <= tau
     mean = torch.stack([x + rest_x, y + rest_y])
     first, last = (mean - radius - 0.5).ceil().clamp(min=0), (mean + radius - 0.5).floor().minimum(torch.tensor([[29.0], [23]]))
@@ -265,22 +236,24 @@ def test_reached_pixels_are_the_box_of_the_ellipse():
     assert (box[0] > box[2])[~seen].all() and (box[0] > box[2])[seen][none].all()
 
 
-def test_any_lattice_of_pixels_has_the_weights_of_the_whole_view():
+def test_any_blocks_of_pixels_have_the_weights_of_the_whole_view():
     height, width = 37, 52
     *gaussians, w2c, K = scene(400, 1, seed=4, height=height, width=width)
-    def weights(lattice):  # {(y, x, Gaussian): weight}
-        table, boxes, order = geometry(gaussians, w2c, K, height, width, lattice)
-        band, found = splat.block_lists(boxes, order, lattice, 0, len(lattice.y)), {}
-        for step in splat.walk(table, band, lattice, 2**16):
+
+    def weights(blocks):  # {(y, x, Gaussian): weight}
+        table, lists = lists_of(gaussians, w2c, K, height, width, blocks)
+        (band,), found = lists, {}
+        for step in splat.walk(table, band, blocks.shape, 2**16):
             for b, k, p in (step.weight > 0).permute(1, 0, 2).nonzero().tolist():
-                row, column = divmod(int(step.blocks[b]), len(lattice.x))
-                y, x = int(lattice.y[row]) + p // lattice.shape[1], int(lattice.x[column]) + p % lattice.shape[1]
+                row, column = divmod(int(step.blocks[b]), len(blocks.left))
+                y, x = int(blocks.top[row]) + p // blocks.shape[1], int(blocks.left[column]) + p % blocks.shape[1]
                 if y < height and x < width:
                     found[y, x, int(step.ids[b, k])] = float(step.weight[k, b, p])
         return found
+
     whole = weights(splat.whole_view(height, width, "cpu"))
     y, x = torch.tensor([2, 9, 10, 30, 36]), torch.tensor([0, 13, 26, 26, 40, 51])  # apart, overlapping, beyond the border
-    some = weights(splat.Lattice(y, x, (2, 2)))
+    some = weights(splat.Blocks(y, x, (2, 2)))
     read = {(int(j) + a, int(i) + b) for j in y for i in x for a in (0, 1) for b in (0, 1)}
     expected = {key: w for key, w in whole.items() if key[:2] in read}
     assert len(expected) > 500 and some.keys() == expected.keys()
@@ -291,36 +264,16 @@ def test_end_of_a_list_next_to_a_far_one():
     # What pads the list of the last block of a row comes from the other end of the view, where its polynomial is huge.
     K = torch.tensor([[100.0, 0, 1500], [0, 100, 8], [0, 0, 1]])
     means = torch.tensor([[14.9, -0.04, 1], [-14.9, 0.04, 1]])
-    gaussians = means, torch.zeros(2, 3, 3), torch.tensor([0.5, 0.9]), torch.eye(2)
-    assert error(splat.rasterize(*gaussians, torch.eye(4), K, 16, 3000), brute_force(*gaussians, torch.eye(4), K, 16, 3000)) < 1e-5
+    inputs = means, torch.zeros(2, 3, 3), torch.tensor([0.5, 0.9]), torch.eye(2), torch.eye(4), K
+    assert error(splat.rasterize(*inputs, 16, 3000), splat.rasterize_plainly(*inputs, 16, 3000)) < 1e-5
 
 
-def test_composite_is_a_cumulative_product():
+def test_front_to_back_is_a_cumulative_product():
     alpha, light = torch.rand(40, 3, 64).clamp(max=0.99) ** 2, torch.rand(3, 64)
     T = torch.cat([light[None], 1 - alpha]).cumprod(0)
     expected, after = (T[:-1] * alpha).where(T[1:] > 1e-4, 0), T[-1].where(T[-1] > 1e-4, 0)
-    scaled = light * splat.RANGE
-    out = splat.composite(alpha / splat.RANGE, scaled)
     assert 0 < (expected == 0).float().mean() < 0.9
-    assert error([out, scaled / splat.RANGE], [expected, after]) < 2e-6
-
-
-@pytest.mark.parametrize("max_elements", [1, 20_000, None])
-def test_many_channels_are_the_same_as_few(max_elements):
-    *gaussians, features, w2c, K = scene(300, splat.FEW_CHANNELS + 36, seed=6, height=29, width=43)
-    def run(features):
-        inputs = [x.detach().clone().requires_grad_() for x in (*gaussians, features)]
-        r = splat.rasterize(*inputs, w2c, K, 29, 43, max_elements=max_elements)
-        (r.features.square().sum() + r.depth.sum() + r.alpha.sum()).backward()
-        return r, [x.grad for x in inputs]
-    (r, grads), (s, few), (t, rest) = run(features), run(features[:, :40]), run(features[:, 40:])
-    q, nothing = run(features[:, :0])
-    assert error([r.features, r.alpha, r.depth], [torch.cat([s.features, t.features], 2), s.alpha, t.depth]) < 1e-12
-    assert error([grads[3]], [torch.cat([few[3], rest[3]], 1)]) < 1e-11
-    assert error(grads[:3], [a + b - c for a, b, c in zip(few, rest, nothing[:3])]) < 1e-8
-
-
-# -------------------------------------------------------------------------------------------- pixel-aligned, as SnD makes them
+    assert error([splat.front_to_back(alpha, light), light], [expected, after]) < 2e-6
 
 
 def test_pixel_aligned_scene_against_float64():
@@ -337,9 +290,7 @@ def test_pixel_aligned_scene_against_float64():
         torch.set_default_dtype(torch.float32)
 
 
-# --------------------------------------------------------------------------------------------------------------- edge cases
-
-EYE_K = torch.tensor([[10.0, 0, 2.5], [0, 10, 2.5], [0, 0, 1]])
+# ------------------------------------------------------------------------- rasterize: edge cases
 
 
 def one(mean, cov, opacity=0.8, dtype=torch.float64):
@@ -371,21 +322,23 @@ EDGES = {
     "opacity 1": one([0, 0, 2.0], torch.eye(3), 1.0),
     "opacity 1/256": one([0, 0, 2.0], torch.eye(3), 1 / 256),
 }
+
+
 UNSEEN = {"none", "behind", "at the camera", "at the near plane", "outside the view", "opacity 0", "opacity 1/256"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", EDGES)
 def test_edges(name, dtype):
-    inputs = [x.to(dtype) for x in EDGES[name]]
-    r, grads = gradients(inputs, torch.eye(4), EYE_K, 5, 5)
+    inputs = [x.to(dtype) for x in (*EDGES[name], torch.eye(4), EYE_K)]
+    r, grads = gradients(splat.rasterize, inputs, 5, 5)
     assert all(x.isfinite().all() for x in (*r, *grads))
     if name in UNSEEN:
         assert not any(x.any() for x in (*r, *grads))
     else:
         assert r.alpha.max() > 0.003 and grads[3].abs().max() > 0
     if name not in ("negative", "indefinite"):
-        assert error(r, brute_force(*inputs, torch.eye(4), EYE_K, 5, 5)) < (2e-5 if dtype == torch.float32 else 1e-6)
+        assert error(r, splat.rasterize_plainly(*inputs, 5, 5)) < (2e-5 if dtype == torch.float32 else 1e-6)
 
 
 def test_nothing_seen_is_background():
@@ -407,27 +360,28 @@ def test_stop_comes_before_the_gaussian_that_ends_the_light():
     means = torch.tensor([[0.0, 0, 2], [0, 0, 3], [0, 0, 4], [0, 0, 5]]).double()
     opacities = torch.tensor([1.0, 0.98, 0.6, 0.1]).double()
     gaussians = means, 1e6 * torch.eye(3).double().repeat(4, 1, 1), opacities, torch.eye(4).double()
-    r, grads = gradients(gaussians, torch.eye(4), EYE_K, 5, 5)
-    assert error([r.features[2, 2]], [torch.tensor([0.99, 0.0098, 0, 0]).double()]) < 1e-8
-    assert not any(g[2:].any() for g in grads)
+    for render in (splat.rasterize, splat.rasterize_plainly):
+        r, grads = gradients(render, [*gaussians, torch.eye(4), EYE_K], 5, 5)
+        assert error([r.features[2, 2]], [torch.tensor([0.99, 0.0098, 0, 0]).double()]) < 1e-8
+        assert not any(g[2:].any() for g in grads[:4])
 
 
-def test_crowd_in_one_pixel_needs_many_chunks():
+def test_a_crowd_in_one_pixel_needs_many_chunks():
     G = 5 * splat.CHUNK + 3
     means = torch.cat([torch.zeros(G, 2), torch.linspace(2, 3, G)[:, None]], 1).double()
-    inputs = [means, torch.zeros(G, 3, 3).double(), torch.full((G,), 0.02).double(), torch.rand(G, 2).double()]
-    assert error(splat.rasterize(*inputs, torch.eye(4), EYE_K, 5, 5), brute_force(*inputs, torch.eye(4), EYE_K, 5, 5)) < 1e-12
+    inputs = [means, 1e-6 * torch.eye(3).double().repeat(G, 1, 1), torch.full((G,), 0.02).double(), torch.rand(G, 2).double()]
+    assert_plain([*inputs, torch.eye(4).double(), EYE_K.double()], 5, 5)
 
 
 @pytest.mark.parametrize("which, shape", [(0, (3, 2)), (1, (4, 3)), (2, (4, 1)), (3, (4,)), (3, (5, 2)), (4, (3, 4)), (5, (4, 4))])
-def test_wrong_shapes_are_named(which, shape):
+def test_wrong_shapes_of_rasterize_are_named(which, shape):
     inputs = [torch.zeros(4, 3), torch.zeros(4, 3, 3), torch.zeros(4), torch.zeros(4, 2), torch.eye(4), torch.eye(3)]
     inputs[which] = torch.zeros(shape)
     with pytest.raises(AssertionError, match=r"\(.*\)"):
         splat.rasterize(*inputs, 5, 5)
 
 
-# -------------------------------------------------------------------------------------------------------- blend and tokens
+# ------------------------------------------------------------------------------ blend and tokens
 
 
 def blend_loop(features, mask, alpha, valid):
@@ -522,98 +476,234 @@ def test_half_of_the_weight_is_enough():
     assert not splat.splat_to_tokens(torch.ones(2, 2, 1), valid & valid.new_tensor([[True], [False]]), (1, 1))[1].any()
 
 
-# --------------------------------------------------------------------------------------------------------------- .ply files
+def test_the_mean_over_a_patch_is_average_pooling():
+    features = torch.randn(24, 40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y, valid = splat.splat_to_tokens(features, torch.ones(24, 40, dtype=torch.bool), (3, 5), "area")
+    wanted = torch.nn.functional.avg_pool2d(features.permute(2, 0, 1)[None], 8)[0].flatten(1).T
+    assert valid.all() and (y - wanted).abs().max() < 1e-12
+    index, weight = splat.area_taps(10, 4)  # patches of 2.5 pixels
+    assert index.tolist() == [[0, 1, 2], [2, 3, 4], [5, 6, 7], [7, 8, 9]]
+    assert torch.allclose(weight * 2.5, torch.tensor([[1, 1, 0.5], [0.5, 1, 1], [1, 1, 0.5], [0.5, 1, 1]], dtype=torch.float64))
 
 
-def test_ply_round_trip(tmp_path):
+# ---------------------------------------------------------------------------------- the operator
+
+
+def patchwork(height, width, seed, pieces=5):
+    """Instance ids (H, W): Voronoi cells, of which one is unlabelled and one has a huge id, and a sprinkling of stray pixels."""
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.rand(pieces, 2, generator=g) * torch.tensor([height, width])
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    mask = ((y[..., None] - centres[:, 0]) ** 2 + (x[..., None] - centres[:, 1]) ** 2).argmin(-1)
+    stray = torch.rand(height, width, generator=g) < 0.05
+    mask[stray] = torch.randint(0, 4 * pieces, (int(stray.sum()),), generator=g)
+    return mask.where(mask != 1, 2**40)
+
+
+def lifted(height, width, grid, context=None, dtype=torch.float64, masks=True, holes=True):
+    """Arguments of splat_operator: two views' Gaussians, thinned out, with a hole; `context` is the grid of their tokens."""
+    *gaussians, _, w2c, K = (x.to(dtype) for x in reference.pixel_aligned(height, width, 1))
+    if holes:
+        g = torch.Generator().manual_seed(7)
+        gaussians[2] = gaussians[2] * (torch.rand(len(gaussians[2]), generator=g) < 0.25) * (gaussians[0][:, 0] < 1)
+    context = context or grid
+    pairs = [lift.upscale_weights(patchwork(height, width, seed), context) for seed in (1, 2)]
+    N = context[0] * context[1]
+    index, weight = torch.cat([pairs[0][0], pairs[1][0] + N]), torch.cat([weight for _, weight in pairs]).to(dtype)
+    mask = patchwork(height, width, 3) if masks else None
+    return dict(zip(("means", "covariances", "opacities"), gaussians), index=index, weight=weight, tokens=2 * N,
+                w2c=w2c, K=K, height=height, width=width, grid=grid, mask=mask)  # fmt: skip
+
+
+def dense(x, means, covariances, opacities, index, weight, tokens, w2c, K, height, width, grid, mask=None, alpha=0.5, downscale="bilinear"):
+    """The definition: render everything, divide, blend, read off the tokens."""
+    features = (weight[..., None] * x[index]).sum(1)  # SnD Eq. 2
+    render = splat.rasterize(means, covariances, opacities, features, w2c, K, height, width)
+    features, valid = splat.divide_by_alpha(render)
+    if mask is not None:
+        features = splat.semantic_blend(features, mask, alpha, valid)
+    return splat.splat_to_tokens(features, valid, grid, downscale)
+
+
+def context_tokens(s, C=3):
+    return torch.randn(s["tokens"], C, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(s["weight"].dtype)
+
+
+def assert_same(s, tolerance, **more):
+    x, operator = context_tokens(s), splat.splat_operator(**s, **more)
+    y, valid = dense(x, **s, **{k: v for k, v in more.items() if k in ("alpha", "downscale")})
+    assert torch.equal(operator.valid, valid)
+    assert operator(x).dtype == y.dtype and (operator(x) - y).abs().max() <= tolerance
+    return operator
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 5e-6)])
+@pytest.mark.parametrize("height, width, patch", [(56, 70, 14), (61, 83, 8), (64, 48, 16), (23, 41, 14)])
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_operator_is_the_dense_path(height, width, patch, masks, dtype, tolerance):
+    s = lifted(height, width, (height // patch, width // patch), dtype=dtype, masks=masks)
+    operator = assert_same(s, tolerance)
+    assert (len(operator.L.values()) > 0) == masks
+    assert operator.valid.any() and (not operator.valid.all() or patch > 8)  # the scene has holes
+    row = operator(torch.ones(s["tokens"], 1, dtype=dtype))[:, 0]
+    assert torch.allclose(row, operator.valid.to(dtype), atol=2e-6)  # the weights of a valid token sum to 1
+
+
+OPERATORS = {  # view, grid of the target; what else
+    "alpha 0": (48, 64, (6, 8), dict(alpha=0.0)), "alpha 0.3": (48, 64, (6, 8), dict(alpha=0.3)), "alpha 1": (48, 64, (6, 8), dict(alpha=1.0)),
+    "area": (56, 70, (4, 5), dict(downscale="area")), "area, odd": (61, 83, (7, 10), dict(downscale="area")),
+    "area, one column": (9, 1, (3, 1), dict(downscale="area")), "area, more tokens than pixels": (6, 9, (13, 20), dict(downscale="area")),
+    "least memory": (31, 45, (4, 6), dict(max_elements=1)), "little memory": (31, 45, (4, 6), dict(max_elements=2000)),
+    "other context grid": (40, 56, (5, 7), dict(context=(3, 9))), "a token a pixel": (17, 9, (17, 9), dict(context=(4, 2))),
+    "more tokens than pixels": (6, 9, (13, 20), dict(context=(2, 3))), "one column": (9, 1, (3, 1), {}), "one pixel": (1, 1, (1, 1), {})}
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+@pytest.mark.parametrize("masks", [False, True])
+def test_operators_of_every_kind(case, masks):
+    height, width, grid, more = OPERATORS[case]
+    s = lifted(height, width, grid, more.get("context"), masks=masks, holes=height > 17)
+    assert_same(s, 1e-10, **{name: value for name, value in more.items() if name != "context"})
+
+
+def test_masks_that_are_all_one_all_different_or_unlabelled():
+    s = lifted(32, 40, (4, 5))
+    one_a_pixel = torch.arange(-600, 680).view(32, 40)
+    for mask in (torch.full((32, 40), 9), one_a_pixel, torch.zeros(32, 40, dtype=torch.int64)):
+        assert_same({**s, "mask": mask}, 1e-10)
+
+
+def test_dropped_pixels_have_weight_0():
+    s = lifted(32, 40, (4, 5))
+    weight = s["weight"] * (torch.arange(len(s["weight"])) % 3 > 0)[:, None]
+    assert_same({**s, "weight": weight, "opacities": s["opacities"] * weight.sum(1)}, 1e-10)
+    assert_same({**s, "weight": weight}, 1e-10)  # even where they still hide what is behind them
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_empty_views(masks):
+    s = lifted(24, 32, (3, 4), masks=masks)
+    behind = s["means"] - 100 * s["w2c"][2, :3]
+    none = {name: s[name][:0] for name in ("means", "covariances", "opacities", "index", "weight")}
+    for empty in (dict(means=behind), dict(opacities=0 * s["opacities"]), none):
+        operator = assert_same({**s, **empty}, 0.0)
+        assert not operator.valid.any() and not operator(context_tokens(s)).any()
+
+
+def test_gradient_of_the_tokens():
+    s = lifted(40, 56, (5, 7))
+    x, g = context_tokens(s).requires_grad_(), torch.randn(35, 3, dtype=torch.float64)
+    s["means"].requires_grad_()  # is ignored: geometry is frozen
+    operator = splat.splat_operator(**s)
+    (found,), (wanted,) = (torch.autograd.grad(y, x, g) for y in (operator(x), dense(x, **s)[0]))
+    assert (found - wanted).abs().max() < 1e-10 and wanted.abs().max() > 0.1
+
+
+def test_autocast_does_not_change_the_operator():
+    s = lifted(40, 56, (5, 7), dtype=torch.float32)
+    x, plain = context_tokens(s), splat.splat_operator(**s)
+    with torch.autocast("cpu", torch.bfloat16):
+        operator = splat.splat_operator(**s)
+        y = operator(x)
+    assert torch.equal(y, plain(x)) and torch.equal(operator.valid, plain.valid)
+
+
+def test_without_masks_only_the_taps_are_rasterised(monkeypatch):
+    pixels, walk = [], splat.walk
+    monkeypatch.setattr(splat, "walk", lambda table, band, shape, most: pixels.append(len(band.lengths) * shape[0] * shape[1])
+                        or walk(table, band, shape, most))  # fmt: skip
+    s = lifted(56, 70, (4, 5), masks=False)
+    splat.splat_operator(**s)
+    splat.splat_operator(**{**s, "mask": torch.zeros(56, 70, dtype=torch.int64)})  # nothing labelled, nothing blended
+    assert sum(pixels) == 2 * 4 * 20
+    splat.splat_operator(**{**s, "mask": torch.ones(56, 70, dtype=torch.int64)})
+    assert sum(pixels) >= 3 * 4 * 20 + 56 * 70
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def test_operator_files(tmp_path):
+    s = lifted(61, 83, (7, 10), dtype=torch.float32)
+    x, operator, path = context_tokens(s, 16), splat.splat_operator(**s), tmp_path / "deep" / "operator.safetensors"
+    operator.save(path, torch.float32)
+    loaded = splat.SplatOperator.load(path)
+    assert torch.equal(loaded(x), operator(x)) and torch.equal(loaded.valid, operator.valid)
+    operator.save(path)  # over the old one, in float16
+    loaded, weights = splat.SplatOperator.load(path), sum(len(matrix.values()) for matrix in operator[:3])
+    assert 0 < (loaded(x) - operator(x)).norm() / operator(x).norm() < 5e-4 and torch.equal(loaded.valid, operator.valid)
+    assert path.stat().st_size <= 4 * weights + 2000 and [p.name for p in path.parent.iterdir()] == [path.name]
+    double = splat.splat_operator(**lifted(24, 32, (3, 4)))
+    double.save(path, torch.float64)
+    assert all(torch.equal(a.to_dense(), b.to_dense()) for a, b in zip(splat.SplatOperator.load(path), double))
+
+
+def test_more_tokens_than_two_bytes_can_count(tmp_path):
+    s = lifted(24, 32, (3, 4))
+    wide = splat.splat_operator(**{**s, "index": s["index"] + 70_000, "tokens": s["tokens"] + 70_000})
+    wide.save(tmp_path / "o", torch.float64)
+    x = context_tokens(s)
+    assert torch.equal(splat.SplatOperator.load(tmp_path / "o")(torch.cat([x.new_zeros(70_000, 3), x])), splat.splat_operator(**s)(x))
+
+
+def test_files_of_others_are_refused_and_a_failed_write_leaves_the_old(tmp_path, monkeypatch):
+    path, operator = tmp_path / "operator.safetensors", splat.splat_operator(**lifted(24, 32, (3, 4), dtype=torch.float32))
+    operator.save(path)
+    whole = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError):
+            operator.save(path)
+    assert path.read_bytes() == whole
+    damaged = {"cut": whole[:-9], "other": splat.save({"a": torch.zeros(1)}), "older": whole.replace(b"operator 1", b"operator 0")}
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: .*remove it"):
+            splat.SplatOperator.load(tmp_path / name)
+
+
+def test_wrong_shapes_of_the_operator_are_named():
+    s = lifted(24, 32, (3, 4))
+    for wrong, message in ((dict(mask=s["mask"].T), "mask must be"), (dict(weight=s["weight"][:9]), "index and weight"), (dict(weight=s["weight"].half()), "float32")):
+        with pytest.raises(AssertionError, match=message):
+            splat.splat_operator(**{**s, **wrong})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda():
+    s = lifted(61, 83, (7, 10), dtype=torch.float32)
+    x, operator = context_tokens(s), splat.splat_operator(**s)
+    there = splat.splat_operator(**{name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in s.items()})
+    assert (there(x.cuda()).cpu() - operator(x)).abs().max() < 1e-5 and torch.equal(there.valid.cpu(), operator.valid)
+    assert (operator.to("cuda")(x.cuda()).cpu() - operator(x)).abs().max() < 1e-5
+
+
+PLY = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
+
+
+def read_ply(path):
+    """Every vertex of a .ply file of floats, as viewers read it."""
+    head, body = path.read_bytes().split(b"end_header\n", 1)
+    lines = head.decode().splitlines()
+    assert lines[:2] == ["ply", "format binary_little_endian 1.0"] and [x.split()[-1] for x in lines if x.startswith("property float ")] == PLY
+    count = int(lines[2].removeprefix("element vertex "))
+    return torch.tensor(struct.unpack(f"<{17 * count}f", body)).view(count, 17)
+
+
+def test_ply(tmp_path):
     g = torch.Generator().manual_seed(0)
     q = torch.randn(200, 4, generator=g)
     q[:4] = torch.eye(4)  # no turn and the three half turns, where one quaternion entry rules alone
-    cov = covariance(q.double(), 0.1 * torch.randn(200, 3, generator=g).double().exp()).float()
+    cov = covariance(q.double(), 0.1 * torch.randn(200, 3, generator=g).double().exp())
     cov[4], cov[5] = torch.eye(3), torch.zeros(3, 3)
-    gaussians = SimpleNamespace(means=torch.randn(200, 3, generator=g), covariances=cov, opacities=torch.rand(200, generator=g))
-    colours = torch.rand(200, 3, generator=g)
-    path = tmp_path / "scene.ply"
-    splat.save_ply(path, gaussians, colours)
-    back = splat.load_ply(path)
+    means, colours, opacities = torch.randn(200, 3, generator=g), torch.rand(200, 3, generator=g), torch.rand(200, generator=g)
+    splat.save_ply(tmp_path / "scene.ply", SimpleNamespace(means=means, covariances=cov.float(), opacities=opacities), colours)
     assert [p.name for p in tmp_path.iterdir()] == ["scene.ply"]
-    assert error([back.means, back.colours], [gaussians.means, colours]) < 1e-6
-    assert error([back.opacities], [gaussians.opacities]) < 2e-6
-    assert error([back.covariances], [cov]) < 1e-5 * cov.abs().max()
-    relative = (back.covariances - cov).flatten(1).norm(dim=1) / cov.flatten(1).norm(dim=1).clamp(min=1e-12)
-    assert relative[:5].max() < 1e-5 and relative[6:].max() < 1e-5
-
-
-def test_ply_layout_is_what_viewers_read(tmp_path):
-    R = rotation(torch.tensor([[0.9, 0.1, -0.3, 0.2]]).double())
-    cov = R @ torch.diag(torch.tensor([4.0, 9, 16]).double()) @ R.mT
-    gaussians = SimpleNamespace(means=torch.tensor([[1.0, 2, 3]]), covariances=cov, opacities=torch.tensor([0.75]))
-    splat.save_ply(tmp_path / "a.ply", gaussians, torch.tensor([[0.5, 1, 0]]))
-    head, body = (tmp_path / "a.ply").read_bytes().split(b"end_header\n")
-    names = [line.split()[-1] for line in head.decode().splitlines() if line.startswith("property float ")]
-    assert names == "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
-    row = dict(zip(names, struct.unpack("<17f", body)))
-    assert (row["x"], row["y"], row["z"]) == (1, 2, 3)
-    assert abs(row["f_dc_1"] - 0.5 / 0.28209479) < 1e-6 and abs(row["opacity"] - math.log(3)) < 1e-6
-    assert sorted(round(math.exp(row[f"scale_{i}"]), 4) for i in range(3)) == [2, 3, 4]
-    q = torch.tensor([[row[f"rot_{i}"] for i in range(4)]]).double()
-    assert abs(float(q.norm()) - 1) < 1e-6 and abs(float(torch.linalg.det(rotation(q)[0])) - 1) < 1e-6
-    sigma = torch.tensor([math.exp(row[f"scale_{i}"]) for i in range(3)])[None].double()
-    assert error([covariance(q, sigma)], [gaussians.covariances]) < 1e-4
-
-
-def test_ply_without_gaussians(tmp_path):
-    none = SimpleNamespace(means=torch.zeros(0, 3), covariances=torch.zeros(0, 3, 3), opacities=torch.zeros(0))
-    splat.save_ply(tmp_path / "a.ply", none, torch.zeros(0, 3))
-    assert [tuple(x.shape) for x in splat.load_ply(tmp_path / "a.ply")] == [(0, 3), (0, 3, 3), (0,), (0, 3)]
-
-
-def test_ply_with_a_quaternion_of_length_0(tmp_path):
-    gaussian = SimpleNamespace(means=torch.zeros(1, 3), covariances=torch.eye(3)[None], opacities=torch.tensor([0.5]))
-    splat.save_ply(tmp_path / "a.ply", gaussian, torch.zeros(1, 3))
-    (tmp_path / "a.ply").write_bytes((tmp_path / "a.ply").read_bytes()[:-16] + bytes(16))
-    assert error([splat.load_ply(tmp_path / "a.ply").covariances], [torch.eye(3)]) < 1e-6
-
-
-def test_ply_of_another_program(tmp_path):
-    path = SHARED / "data" / "splat_ply_train1000" / "train-1000.ply"
-    if not path.exists():
-        pytest.skip(f"{path} is third-party data that this repository does not carry")
-    real = splat.load_ply(path)
-    assert real.means.shape == (1000, 3) and all(x.isfinite().all() for x in real)
-    row = struct.unpack("<62f", path.read_bytes().split(b"end_header\n", 1)[1][: 62 * 4])
-    assert torch.equal(real.means[0], torch.tensor(row[:3])) and abs(float(real.opacities[0]) - 1 / (1 + math.exp(-row[54]))) < 1e-6
-    expected = covariance(torch.tensor([row[58:]]).double(), torch.tensor([row[55:58]]).double().exp())
-    assert error([real.covariances[:1]], [expected]) < 1e-5 * expected.abs().max()
-    assert (torch.tensor(row[58:]).norm() - 1).abs() > 1e-3  # this file's quaternions are not of length 1
-    splat.save_ply(tmp_path / "again.ply", real, real.colours)
-    again = splat.load_ply(tmp_path / "again.ply")
-    assert error([again.means, again.opacities, again.colours], [real.means, real.opacities, real.colours]) < 5e-6
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda b: b[:-1], "truncated"),
-        (lambda b: b[:100], "not a .ply"),
-        (lambda b: b"", "not a .ply"),
-        (lambda b: b"end_header\n" + b, "not a .ply"),
-        (lambda b: b"\x89PNG" + b, "not a .ply"),
-        (lambda b: b.replace(b"binary_little_endian", b"ascii"), "binary_little_endian"),
-        (lambda b: b.replace(b"element vertex 2", b"element face 2"), "vertex"),
-        (lambda b: b.replace(b"element vertex 2", b"element vertex two"), "vertex"),
-        (lambda b: b.replace(b"element vertex 2", b"comment"), "vertex"),
-        (lambda b: b.replace(b"opacity", b"density"), "lack opacity"),
-        (lambda b: b.replace(b"float opacity", b"list uchar int opacity"), "types"),
-        (lambda b: b.replace(b"float opacity", b"quaternion opacity"), "types"),
-        (lambda b: b.replace(b"property float nx", b"property float x"), "share a name"),
-    ],
-)
-def test_foreign_ply_is_one_line(tmp_path, damage, message):
-    path = tmp_path / "a.ply"
-    two = SimpleNamespace(means=torch.zeros(2, 3), covariances=torch.eye(3).repeat(2, 1, 1), opacities=torch.full((2,), 0.5))
-    splat.save_ply(path, two, torch.zeros(2, 3))
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=message) as caught:
-        splat.load_ply(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    table = read_ply(tmp_path / "scene.ply")
+    assert torch.equal(table[:, :3], means) and error([0.28209479 * table[:, 6:9] + 0.5, table[:, 9].sigmoid()], [colours, opacities]) < 2e-6
+    assert (table[:, 13:].norm(dim=1) - 1).abs().max() < 1e-6
+    again = covariance(table[:, 13:].double(), table[:, 10:13].double().exp())
+    assert ((again - cov).flatten(1).norm(dim=1) / cov.flatten(1).norm(dim=1).clamp(min=1e-9))[torch.arange(200) != 5].max() < 1e-5
+    none = SimpleNamespace(means=means[:0], covariances=cov[:0], opacities=opacities[:0])
+    splat.save_ply(tmp_path / "none.ply", none, colours[:0])
+    assert read_ply(tmp_path / "none.ply").shape == (0, 17)

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -932,16 +933,16 @@ def die_at(event, arguments):
     write(*arguments, views=1)
 
 
-def test_caching_killed_at_20_points_and_continued_leaves_the_same_files(few_rooms, tmp_path):
+def test_caching_killed_at_many_points_and_continued_leaves_the_same_files(few_rooms, tmp_path):
     write(few_rooms, tmp_path / "whole", views=1)
     leftovers, dead = 0, 0
-    for event in [1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 2, 3]:
-        child = killed.SERVER.Process(target=die_at, args=(event, (few_rooms, tmp_path / "killed")))
+    for event in [1, 2, 3, 4, 5, 6, 7, 1, 2, 4, 5, 3]:
+        child = multiprocessing.get_context("fork").Process(target=die_at, args=(event, (few_rooms, tmp_path / "killed")))
         child.start()
         child.join(60)
         dead += child.exitcode == -signal.SIGKILL
         leftovers += len(list((tmp_path / "killed").rglob(".*")))
-    assert dead == 20 and leftovers >= 10
+    assert dead == 12 and leftovers >= 6
     write(few_rooms, tmp_path / "killed", views=1)
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed") and len(contents(tmp_path / "whole")) == 25
 
@@ -1301,7 +1302,7 @@ def test_the_script_improves_on_its_start_and_what_it_infers_is_a_scene(whole_ru
     assert len(scene) == 12 and scene.view(3).depth.shape == scene.view(3).image.shape[1:] == (96, 128)  # twice the maps'
     assert Image.open(tmp_path / "scene/depth/003.png").size == (64, 48)
     assert (scene.view(3).depth > 0).float().mean() > 0.5 and len(set(data.sample_triplet(scene, seeded()))) == 3
-    main("infer", "--scene_dir", rooms_dir / "room_001", "--weights", out / "student", "--out", tmp_path, "--stride", 5, *TOY[:-6])
+    main("infer", "--scene_dir", rooms_dir / "room_001", "--weights", out / "student", "--out", tmp_path, *TOY, "--stride", 5)
     frames = json.loads((tmp_path / "scene/transforms.json").read_text())["frames"]
     assert len(frames) == 3 and all(len(list((tmp_path / "scene" / part).iterdir())) == 3 for part in ("images", "depth"))
     for folder in (tmp_path / "scene/images", tmp_path):  # it would find its own pictures the next time
@@ -1444,7 +1445,8 @@ def test_asked_to_stop_it_saves_and_goes_on_with_the_same_settings_alone(undistu
     whole, _, common = undisturbed
     common = ["train", *common, "--save_minutes", 100, "--out", tmp_path / "run"]
     process = fork(*common)
-    while not (tmp_path / "run/log.jsonl").exists() and process.is_alive():
+    log = tmp_path / "run/log.jsonl"
+    while not (log.exists() and log.read_text()) and process.is_alive():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     assert finish(process) == 1

@@ -1,4 +1,4 @@
-"""tests/gpu.py at toy size on a pretended CUDA device, so that nothing is in its way on the day when there is a real one."""
+"""tests/gpu.py at toy size on a pretended CUDA device, so that it does not fail on the day when there is a real one."""
 import importlib
 import json
 import math
@@ -21,7 +21,8 @@ def run(tmp_path_factory):
         pytest.skip(f"{FAKE}, the pretended CUDA device, is not here")
     out = tmp_path_factory.mktemp("gpu") / "gpu.json"
     command = [sys.executable, str(FAKE), "tests/gpu.py", "--toy", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"FAKE_CUDA_PROJECT": str(ROOT)})
+    env = os.environ | {"FAKE_CUDA_PROJECT": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads(out.read_text())
 

@@ -275,14 +275,14 @@ def draw_sample(scenes, rooms, generator):
 def compare_geometries(net, scenes):
     """-> {geometry: means over one triplet a scene}: depth AbsRel and share of pixels within 10 % (context views, all pixels);
     PSNR of the target where a context sees it, with the contexts' pixel colours (uncovered black), share covered, PSNR there."""
-    rows = {"mvsplat": [], "sweep": [], "depth": []}
+    rows = {"mvsplat": [], "depth": []}
     for n, scene in enumerate(scenes):
         views = [scene.view(i) for i in data.sample_triplet(scene, torch.Generator().manual_seed(n))]
         images, depth, K, c2w = (torch.stack([getattr(v, key) for v in views]) for key in ("image", "depth", "K", "c2w"))
         context, size, truth = (images[:2], K[:2], c2w[:2], *scene.depth_range), depth.shape[1:], images[2].permute(1, 2, 0)
         seen = distill.covisible_pixels(depth, K, c2w)
-        for name, g in (("mvsplat", lift.mvsplat_gaussians(net, *context)), ("sweep", lift.sweep_gaussians(*context)),
-                        ("depth", lift.depth_gaussians(depth[:2], K[:2], c2w[:2]))):
+        measured = lift.depth_gaussians(depth[:2], K[:2], c2w[:2])
+        for name, g in (("mvsplat", lift.mvsplat_gaussians(net, *context)), ("depth", measured)):
             error = (lift.view_depth(g, c2w[:2], *size) - depth[:2]).abs() / depth[:2]
             colours = images[:2].permute(0, 2, 3, 1).reshape(-1, 3)
             render = splat.rasterize(g.means, g.covariances, g.opacities, colours, torch.linalg.inv(c2w[2]), K[2], *size)
