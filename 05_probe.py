@@ -565,7 +565,7 @@ def chosen_views(scenes, args, part) -> list:
     return where
 
 
-def load_views(scenes, size, args, part="val") -> Views:
+def store_views(scenes, size, args, part="val") -> Views:
     """The chosen views of `scenes`, scaled to `size` and kept on disk. --crop counts for the held-out part alone."""
     # Differs: the paper compares truth as it is stored; here it is compared at the size of the views (--pixels), at the
     # nearest stored pixel.
@@ -1253,8 +1253,8 @@ def open_data(args):
     models = named_models(args)
     train, val = open_split(args)
     size = size_of_views(models, val[0], args.pixels)
-    train = load_views(train, size, args, "train") if train else None
-    val = load_views(val, size, args, "val")
+    train = store_views(train, size, args, "train") if train else None
+    val = store_views(val, size, args, "val")
     for name, (key, unknown) in TRUTH.items() if train else ():
         in_train, in_val = (len(views_with_truth(getattr(views, key), unknown)) for views in (train, val))
         if bool(in_train) != bool(in_val):

@@ -260,7 +260,7 @@ def test_the_baseline_is_that_of_training_views():
 @pytest.fixture(scope="module")
 def room_views(rooms, tmp_path_factory):
     args = probe.parse(["--out", str(tmp_path_factory.mktemp("views"))])
-    views = probe.load_views(rooms, (96, 128), args)
+    views = probe.store_views(rooms, (96, 128), args)
     return views._replace(images=views.images[:], depth=views.depth[:])
 
 
@@ -540,7 +540,7 @@ def test_images_without_poses(tmp_path, capsys):
                     "2400", "--crop", "0.25", "1", "0", "0.5", "--ignore_label", "0")
     train, val = probe.open_split(args)
     assert [f.name for f in val[0].frames] == ["7", "15", "23"] and len(train[0]) == 21
-    views, whole = probe.load_views(val, (40, 60), args), probe.load_views(train, (40, 60), args, "train")
+    views, whole = probe.store_views(val, (40, 60), args), probe.store_views(train, (40, 60), args, "train")
     assert len(whole.images) == 21 and (whole.depth[0][:10] > 0).any()  # all images; --crop is for scores alone
     stored = np.array(Image.open(tmp_path / "flat/depth/7.png")).astype(float) / 256
     stored[(stored > 80)] = 0
@@ -569,7 +569,7 @@ def test_views_are_spread_and_scenes_split(rooms_dir, rooms, tmp_path):
     for part, name in ((train, "train"), (val, "val")):
         assert [s.name for s in part] == [s.name for s in data.split(rooms, name)]
     assert val and not {s.name for s in train} & {s.name for s in val}
-    assert [i for _, i in probe.load_views(val, (48, 64), args).where] == [0, 6, 11] * len(val)
+    assert [i for _, i in probe.store_views(val, (48, 64), args).where] == [0, 6, 11] * len(val)
     truth = torch.zeros(32, 4, 4)
     assert probe.shown_views(1 + truth, 0).tolist() == [0, 10, 21, 31]
     truth[2] = 1.0
