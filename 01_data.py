@@ -469,9 +469,10 @@ def fit_camera(frame, stored, upright):
             "which is another shape: use the pictures that the cameras were made for")
 
 
-def same_shape(declared, size):  # whether one is the other, scaled evenly and rounded to whole pixels
+def same_shape(declared, size):  # whether one is the other, scaled evenly and rounded to whole or even pixels
     zoom = math.sqrt(size[0] * size[1] / (declared[0] * declared[1]))
-    return all(abs(have - zoom * want) <= max(1, zoom) for want, have in zip(declared, size))
+    close = all(abs(have - zoom * want) <= 2 * max(1, zoom) for want, have in zip(declared, size))
+    return close and abs(size[0] * declared[1] / (size[1] * declared[0]) - 1) < 0.01
 
 
 def centred_size(frame):
@@ -695,7 +696,7 @@ def read_transforms(folder):
     frames = [transforms_frame(meta, entry, root, f"{file}: frame {n}") for n, entry in enumerate(meta["frames"])
               if not (isinstance(entry, dict) and entry.get("is_bad") is True)]
     bad = len(meta["frames"]) - len(frames)
-    without_masks = any(f.two_regions for f in frames) and not any(f.two_regions and f.mask.exists() for f in frames)
+    without_masks = bool(frames) and all(f.two_regions and not f.mask.exists() for f in frames)
     for frame in frames if without_masks else ():
         frame.mask, frame.two_regions = None, False
     unit = next((key for key in ("depth_unit_scale_factor", "integer_depth_scale") if meta.get(key) is not None), None)
@@ -804,7 +805,8 @@ def colmap_models(folder):  # -> the folders of all models of a scene, the one o
 def colmap_size(model):  # about the number of its images, for comparing models
     try:
         if (model / "images.bin").exists():
-            return struct.unpack("<Q", (model / "images.bin").open("rb").read(8))[0]
+            with open(model / "images.bin", "rb") as file:
+                return struct.unpack("<Q", file.read(8))[0]
         return sum(line.count(" ") == 9 for line in (model / "images.txt").read_text(errors="replace").splitlines())
     except (OSError, struct.error):
         return 0

@@ -72,7 +72,7 @@ def pixel_rays(K: Tensor, height, width) -> Tensor:
 # those of the four that lie on the same instance as the pixel, and scales their weights so that they sum to 1 again.
 
 
-def bilinear_taps(size, count, device):
+def bilinear_axis(size, count, device):
     """One axis of bilinear interpolation from `count` patches to `size` pixels. A token sits at its patch's centre.
 
     Returns, for each pixel, the two patches around it (size, 2) and their weights (size, 2); and, for each patch, the
@@ -96,8 +96,8 @@ def upscale_weights(
     Returns index (H*W, 4) int64 into the h*w tokens, and weight (H*W, 4), both row-major.
     """
     (H, W), (h, w) = mask.shape, grid
-    rows, row_weight, centre_row = bilinear_taps(H, h, mask.device)
-    cols, col_weight, centre_col = bilinear_taps(W, w, mask.device)
+    rows, row_weight, centre_row = bilinear_axis(H, h, mask.device)
+    cols, col_weight, centre_col = bilinear_axis(W, w, mask.device)
     index = (rows[:, None, :, None] * w + cols[None, :, None, :]).reshape(H * W, 4)  # N(u), the four tokens around u
     bilinear = (row_weight[:, None, :, None] * col_weight[None, :, None, :]).reshape(H * W, 4)  # w~_uv
     # Differs: the official code reads the id of a token at row linspace(0, H-1, h) of the mask (columns likewise), up
@@ -318,7 +318,7 @@ class MVSplat(nn.Module):
         raw = torch.cat([self.raw_gaussians(torch.cat(maps, 1)) for maps in seen])
         crop = lambda x: x[:, :, :height, :width].permute(0, 2, 3, 1).to(images)
         depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(raw)  # (V, height, width, 1 or 9)
-        with full_precision(images):
+        with no_autocast(images):
             means, scales, quaternions = gaussian_adapter(depth, raw, K, c2w)
             rotation = c2w[:, None, None, :3, :3] @ rotation_matrix(quaternions)  # to the world frame
             axes = rotation * scales[..., None, :]  # the columns are the axes of the Gaussian
@@ -329,7 +329,7 @@ class MVSplat(nn.Module):
         of each candidate depth, both (V, D, h, w)."""
         cnn = self.backbone["backbone"](images)
         features = self.backbone["transformer"](cnn)
-        with full_precision(images):
+        with no_autocast(images):
             small_K = K / K.new_tensor([4, 4, 1])[:, None]
             volume = cost_volume(features.to(images), small_K, c2w, disparities)
         net, x = self.depth_predictor, torch.cat([volume, features], 1)
@@ -761,7 +761,7 @@ def misplaced(x: Tensor) -> Tensor:
     return x.roll((h // 4, w // 4), (1, 2))
 
 
-def full_precision(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
+def no_autocast(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -1040,14 +1040,19 @@ def refuse_hollow(found, path):
 
 
 def remedy(path):
-    """What to do about a file that cannot be read, by its first bytes."""
+    """What to do about a file that cannot be read, by what it holds."""
     with open(path, "rb") as file:
         start = file.read(64).lstrip()
+    names = set()
+    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as held:
+        names = {Path(name).name for name in held.namelist()}
+    if "constants.pkl" in names:
+        return "it is TorchScript; save the state_dict() of its model"
+    if names and "data.pkl" not in names or start[:2] == b"\x1f\x8b":
+        return "it is an archive; unpack it and give the weights in it"
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
-    if start[:1] == b"<":
-        return "it is a web page; download the file itself"
-    return "copy it again"
+    return "it is a web page; download the file itself" if start[:1] == b"<" else "copy it again"
 
 
 # ------------------------------------------------------------------------ weights: saving, names and addresses
@@ -1098,7 +1103,8 @@ def weights_in(path: Path) -> Path:
         return path
     snapshots = sorted(path.glob("snapshots/*/"))  # the cache of Hugging Face
     folder = snapshots[0] if len(snapshots) == 1 else path
-    usual = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    usual = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+             "student/model.safetensors")  # the last one is in the folder of a run of 04_distill.py
     found = [folder / name for name in usual if (folder / name).is_file()]
     endings = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
     others = sorted(file for file in folder.iterdir() if file.suffix in endings)
@@ -1123,7 +1129,7 @@ def find_weights(name: str) -> Path:
         except (OSError, HTTPException) as error:
             raise ValueError(f"{name}: cannot be fetched ({error}); put {address} at {path}, or use the built-in "
                              "weights with --preset tiny (02 and 03: --model tiny)") from None
-    if not path.exists():
+    if not path.is_file():
         raise fault(path, "no such weights; give 'tiny', a .pth or .safetensors file, a folder with "
                           "model.safetensors, or a name like dinov2_vits14_reg, dune_vitsmall14_448, "
                           "dinov2_small_snd, facebook/dinov2-small, timm/vit_small_patch14_dinov2.lvd142m")

@@ -605,7 +605,7 @@ def gradients(lists: BlockLists, max_elements, saved, grads, needed):
                 if many:
                     grad_features.index_add_(0, gaussian, (step.weight[:, part].transpose(0, 1) @ g.mT).flatten(0, 1))
             if geometry:
-                rows[..., :8] = column_gradients(step, slopes(step, h, behind), pixels).permute(2, 1, 0)
+                rows[..., 2:8] = column_gradients(step, slopes(step, h, behind), pixels).permute(2, 1, 0)
             grad_row.index_add_(0, ids.flatten(), rows.flatten(0, 1))
     return grad_row[:, :8] if geometry else None, grad_row[:, 8 : 8 + E], grad_features
 
@@ -631,11 +631,15 @@ def slopes(
 
 def column_gradients(step: Step, slope: Tensor, pixels: Tensor) -> Tensor:
     """dL/d columns of the table (8, S, B) from the `slopes` (S, B, P), by way of the coefficients of `polynomial`."""
-    with torch.enable_grad():
-        columns = step.columns.requires_grad_()
-        coefficients = polynomial(columns, step.centre)
-    grad = math.log(2) * (pixels @ slope.flatten(0, 1).T).view(coefficients.shape)  # (6, S, B)
-    return torch.autograd.grad(coefficients, columns, grad)[0]
+    one, x, y, xx, xy, yy = math.log(2) * (pixels @ slope.flatten(0, 1).T).view(6, *slope.shape[:2])
+    x, y, xx, xy, yy = x / -2, y / -2, -xx, xy / -2, -yy
+    dx, dy = step.centre[:, None] - step.columns[:2] - step.columns[2:4]
+    l11, l21, l22, _ = step.columns[4:]
+    u, v = l11 * dx + l21 * dy, l22 * dy
+    sum_u, sum_v = u * one + l11 * x + l21 * y, v * one + l22 * y
+    ux, uy, vy = u * x + l11 * xx + l21 * xy, u * y + l11 * xy + l21 * yy, v * y + l22 * yy
+    gx, gy = 2 * l11 * sum_u, 2 * (l21 * sum_u + l22 * sum_v)
+    return torch.stack([gx, gy, -2 * (ux + dx * sum_u), -2 * (uy + dy * sum_u), -2 * (vy + dy * sum_v), one])
 
 
 # ------------------------------------------------------------------------------------------------ 4. The splat operator

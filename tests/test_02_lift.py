@@ -8,6 +8,7 @@ import argparse
 import collections
 import functools
 import importlib
+import io
 import json
 import math
 import os
@@ -342,9 +343,10 @@ def test_bounds_can_be_per_view_and_limit_the_distance(small):
 
 
 @torch.no_grad()
-def test_autocast_keeps_cameras_exact(small):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_cameras_exact(small, dtype):
     K, c2w = cameras()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         g = small(torch.rand(2, 3, 48, 64), K, c2w, 1.0, 10.0)
     assert g.means.dtype == torch.float32 and pixel_error(g, K, c2w, (48, 64)).max() <= 0.501
 
@@ -776,6 +778,8 @@ FOLDERS = {
     "only file": lambda s, d: save_file(s, d / "student_final.safetensors"),
     "safetensors called .bin": lambda s, d: save_file(s, d / "pytorch_model.bin"),
     "torch called .safetensors": lambda s, d: torch.save(s, d / "model.safetensors"),
+    "run of 04": lambda s, d: ((d / "student").mkdir(), save_file(s, d / "student/model.safetensors"),
+                               save_file({"student.x": ZERO}, d / "checkpoint.safetensors")),
     "beside an optimiser": lambda s, d: (as_bin(s, d), torch.save({}, d / "optimizer.pt"))}
 
 
@@ -934,6 +938,13 @@ def test_without_network_the_error_says_what_to_do(hub, monkeypatch, failure):
             lift.load_vit(name)
         for part in (name, str(failure), address, str(hub / file), "--preset tiny"):
             assert part in one_line(error)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    for load in (lift.load_vit, lift.load_mvsplat):
+        with pytest.raises(ValueError, match="no such weights"):
+            load(tmp_path / "pipe.pth")
 
 
 def test_a_local_folder_comes_before_the_network(hub):
@@ -1172,6 +1183,13 @@ def header_of(shape, dtype="F32", size=4):  # a safetensors file whose header cl
     return len(header).to_bytes(8, "little") + header + bytes(size)
 
 
+def zipped(content):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as held:
+        held.writestr("weights.pth", content)
+    return file.getvalue()
+
+
 def hollow(*shape):  # of that shape, but made of one number
     return torch.zeros(1).expand(*shape)
 
@@ -1190,6 +1208,7 @@ BOMBS = {
     "many blocks": ({**BEGUN, "pos_embed": torch.zeros(1, 2, 64), "blocks.0.mlp.fc1.weight": torch.zeros(256, 64),
                      **{f"blocks.{n}.x": ZERO for n in range(300)}}, ""),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "git lfs pull"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(64), "unpack it"), "zip": (zipped(b"x"), "unpack it"),
     "web page": (b"\n<!DOCTYPE html><html>404", "web page"),
     "picture": (b"\x89PNG\r\n\x1a\n" + bytes(64), "copy it again"),
     "zeros": (bytes(1000), "copy it again"), "zip head": (b"PK\x03\x04" + bytes(100), "copy it again"),
@@ -1231,4 +1250,35 @@ def test_random_bytes_say_copy_it_again(tmp_path, ending):
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_is_not_run(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "x.pt")
-    assert "TorchScript" in refused(tmp_path / "x.pt", lift.read_checkpoint)
+    assert "it is TorchScript; save the state_dict()" in refused(tmp_path / "x.pt", lift.read_checkpoint)
+
+
+# ------------------------------------------------------------------------ the command
+
+
+def test_no_pair_comes_twice(monkeypatch, rooms):
+    drawn = iter([(0, 1, 2), (1, 0, 2), (0, 2, 1), *[(2, 0, 1)] * 20])
+    monkeypatch.setattr(data, "sample_triplet", lambda *_: next(drawn))
+    assert [pair[1:] for pair in lift.held_out_pairs(rooms[:1], seed=0)] == [(0, 1), (0, 2)]
+
+
+def test_the_command_says_how_wrong_depth_is_and_writes_what_it_names(rooms_dir, tmp_path, capsys):
+    lift.main(["--scene_dir", str(rooms_dir), "--out", str(tmp_path), "--pixels", "3072", "--device", "cpu"])
+    answer = capsys.readouterr().out.splitlines()[-1]
+    flat, found = (float(re.search(rf"{name} ([\d.]+) %", answer)[1]) for name in ("one plane", "mvsplat"))
+    assert found < flat
+    written = sorted(map(str, tmp_path.iterdir()))
+    assert written == sorted(answer.split("->")[1].strip().split(", ")) and str(tmp_path / "lift.png") in written
+
+
+def test_geometry_depth_needs_measured_depth(rooms, tmp_path, monkeypatch, capsys):
+    bare = rooms[0].subset(range(len(rooms[0])))
+    view = bare.view
+    monkeypatch.setattr(bare, "view", lambda *given: view(*given)._replace(depth=None))
+    monkeypatch.setattr(data, "open_scenes", lambda *_: [bare])
+    with pytest.raises(SystemExit) as error:
+        lift.main(["--geometry", "depth", "--out", str(tmp_path), "--pixels", "3072", "--device", "cpu"])
+    assert "no measured depth" in str(error.value) and bare.name in str(error.value)
+    bare.points = (bare.c2w[:, :3, 3] + 2 * bare.c2w[:, :3, 2]).numpy()  # before each camera
+    lift.main(["--out", str(tmp_path), "--pixels", "3072", "--device", "cpu"])
+    assert "mvsplat (at COLMAP's points)" in capsys.readouterr().out
