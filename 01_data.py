@@ -1,13 +1,17 @@
-"""Posed multi-view scenes: read the formats people have, or make rooms where nobody has anything.
+"""Posed multi-view scenes: what Splat and Distill trains on, and how it draws two context views and a target.
 
 Paper   Splat and Distill (SnD) Sec. 3.1: a scene is S = {(I_i, P_i)}; a step draws two context views and a target.
 In      a folder: nerfstudio / instant-ngp `transforms*.json` (also ScanNet++ and FiT3D preprocessing), a COLMAP
-        model (`sparse/0`, binary or text), an RGB-D sequence (7-Scenes), or a folder of such folders. No flag says which.
-        Beside `images/`, all optional: `masks/ depth/ normals/ labels/` (PNG or .npy, named like the image).
+        model (`sparse/0`, binary or text), an RGB-D sequence (7-Scenes), or a folder of such folders; the files tell
+        which. Optional folders beside `images/`: `masks/ depth/ normals/ labels/`.
 Out     `load_scenes(path) -> [Scene]`, `Scene.view(i, size) -> View`; a report and one contact sheet a scene.
 Run     python 01_data.py                        built-in rooms -> data/, 20 s on a 2-core CPU
         python 01_data.py --scene_dir my_scene   what is in a folder, before anything is trained
-Copy    01_data.py alone.
+Copy    01_data.py (and tiny/rooms.py, if rooms are to be made)
+Read    View, Scene, depth_range, frustum_points, overlap, context_pairs, sample_triplet, split, show_triplets
+Try     LEVELS = ((0.9, 0.4),): context baselines in nine rooms shrink from 0.55 to 0.37 m (medians), and each picture
+        of a triplet shows nearly the same; LEVELS = ((0.1, 2.0),): 1.01 m, and much is seen by one context only.
+        --near 0.1 --far 1: frustums end before the furniture, and four of nine rooms have no triplet left.
 Not     fisheye cameras, images without poses, video files.
 Words   V views, H W pixels, K (3, 3) intrinsics, c2w camera-to-world, w2c its inverse, target / context as in SnD.
 
@@ -16,7 +20,11 @@ at hand and pixel centres sit at +0.5: the top-left pixel's centre is (0.5, 0.5)
 unit (metres for rooms and RGB-D). Images are (3, H, W) RGB in [0, 1]; maps are (H, W) or (H, W, C). Mask id 0 means
 unlabelled, depth 0 not measured, label 255 ignore; normals are unit vectors of the camera frame, towards the camera.
 """
+from __future__ import annotations
+
 import argparse
+import copy
+import importlib
 import json
 import math
 import os
@@ -25,8 +33,8 @@ import struct
 import sys
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -38,25 +46,1360 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # flips y and z: OpenGL camera axes <-> OpenCV camera axes, its own inverse
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".JPG", ".JPEG", ".PNG")
-MAPS = ("mask", "depth", "normal", "label")
-CLASSES = ("floor", "ceiling", "wall", "table", "chair", "sofa", "cabinet", "lamp", "plant", "picture")
-DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
-BUILT_IN = {"data": DEFAULT_ROOMS, "data_small": DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))}  # the latter for 06_distill3r.py
-
-# 7-Scenes was recorded with one Kinect whose depth is not registered to its colour: the commonly published calibration.
-KINECT_DEPTH_F, KINECT_COLOUR_F = 585.0, 525.0
-KINECT_DEPTH_TO_COLOUR = np.array([[0.9999148, 0.0026753, -0.0079073, -0.0255589], [-0.0027419, 0.9999173, -0.0081503, 0.0001011],
-                                   [0.0078780, 0.0081711, 0.9998750, 0.0020318], [0.0, 0.0, 0.0, 1.0]])
-
 
 class DataError(Exception):
     """Bad input. The message is one line that names the file and the remedy."""
 
 
+# ---------------------------------------------------------------------------------------------- 1. Views and scenes
+
+
+class View(NamedTuple):
+    """A picture with its camera, ready for a network. The four maps are None where the data set has none."""
+    name: str
+    image: Tensor  # (3, H, W) RGB in [0, 1]
+    K: Tensor  # (3, 3) intrinsics, in pixels of this image
+    c2w: Tensor  # (4, 4) OpenCV camera to world
+    mask: Tensor | None = None  # (H, W) int64 instance id, 0 = unlabelled; ids need not agree between views
+    depth: Tensor | None = None  # (H, W) z-depth, 0 = not measured
+    normal: Tensor | None = None  # (H, W, 3) unit, camera frame, 0 = unknown
+    label: Tensor | None = None  # (H, W) int64 class, 255 = ignore
+
+
+class Scene:
+    """Posed views of one place. It holds file names and cameras; pictures are decoded when `view` asks for them."""
+
+    def __init__(self, name, frames, depth_scale=1e-3, points=None, notes=(), class_names=None, kinect=False):
+        self.name, self.frames = name, frames  # a list of `Frame`, one for each view: files, K, c2w, lens
+        self.depth_scale, self.kinect = depth_scale, kinect  # how stored depth is to be read
+        self.points = points  # (M, 3) world points of a sparse reconstruction, or None
+        self.notes = list(notes)  # sentences for the user: what was left out or assumed
+        self.class_names = class_names  # a tuple: what the label ids mean, or None
+        self.c2w = torch.from_numpy(np.stack([frame.c2w for frame in frames])).float()  # (V, 4, 4)
+        self.pairs = {}  # what `context_pairs` has found so far
+
+    def __len__(self):
+        return len(self.frames)
+
+    def view(self, i, size=None, maps=True) -> View:
+        """View i as a pinhole camera sees it, scaled to cover `size` (H, W) and cropped about its centre.
+
+        Photos come with lens distortion; it is undone here, so that K describes the picture exactly. Nothing is ever
+        stretched. Maps are taken from the nearest stored pixel, and left unread with `maps=False`.
+        """
+        frame = self.frames[i]
+        size = tuple(size or frame.size)
+        scale, (left, top, *_) = covering_crop(frame.size, size)
+        to_view = np.array([[scale, 0, -scale * left], [0, scale, -scale * top], [0, 0, 1]])  # pixels -> pixels
+        K = torch.from_numpy(to_view @ undistorted_K(frame)).float()
+        image = kept(("image", size), frame, lambda: read_image(frame, size))  # a photo is decoded once a run
+        found = kept(("maps", size), frame, lambda: read_maps(self, frame, size)) if maps else {}
+        return View(frame.name, image.float() / 255, K, self.c2w[i], **{kind: values + 0 for kind, values in found.items()})
+
+    @cached_property
+    def depth_range(self):
+        """(near, far) of what the cameras see, in the data set's unit."""
+        *near_and_far, self.range_source = depth_range(self)
+        return tuple(near_and_far)
+
+    def subset(self, indices):
+        """The scene with these views alone. Its depth range stays that of all views."""
+        part = copy.copy(self)
+        part.depth_range, part.range_source = self.depth_range, self.range_source
+        part.frames, part.c2w, part.pairs = [self.frames[i] for i in indices], self.c2w[list(indices)], {}
+        return part
+
+
+# ------------------------------------------------------------------------------------- 2. How deep do the cameras see?
+
+
+def depth_range(scene):  # -> near, far, where they come from
+    """Measured depth tells best; then the sparse points that fall inside a picture; else the camera layout must do."""
+    # Differs: the official code takes 1 and 100 in the data set's unit, so that nothing nearer than a metre exists;
+    # here near and far come from the scene.
+    some = [scene.frames[i] for i in np.linspace(0, len(scene) - 1, min(8, len(scene))).astype(int)]
+    measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]
+    sparse = [depth_in_view(scene.points, frame) for frame in some if scene.points is not None]
+    for depths, source in ((measured, "measured depth"), (sparse, "sparse points")):
+        seen = np.concatenate(depths) if depths else np.zeros(0)
+        seen = seen[seen > 0]
+        if len(seen) > 50:
+            near, far = np.percentile(seen, [1, 99])
+            return float(0.8 * near), float(1.2 * far), source
+    return *layout_depth_range(np.stack([frame.c2w for frame in scene.frames])), "the camera layout"
+
+
+def depth_in_view(points, frame):  # (M, 3) world -> z-depth (M,) in the frame's camera, 0 outside of its picture
+    seen = (points - frame.c2w[:3, 3]) @ frame.c2w[:3, :3]  # world -> camera
+    z = seen[:, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x, y = frame.K[0, 0] * seen[:, 0] / z + frame.K[0, 2], frame.K[1, 1] * seen[:, 1] / z + frame.K[1, 2]
+        return np.where((z > 0) & (x > 0) & (x < frame.size[1]) & (y > 0) & (y < frame.size[0]), z, 0)
+
+
+# ---------------------------------------------------------------------------------- 3. Which views see the same place?
+
+
+def frustum_points(scene, i):
+    """(M, 3) world points that fill what view i sees: a grid over its picture at three depths, uniform in 1 / depth."""
+    frame, (near, far) = scene.frames[i], scene.depth_range
+    height, width = frame.size
+    x, y, inverse = np.meshgrid((np.arange(8) + 0.5) / 8 * width, (np.arange(6) + 0.5) / 6 * height,
+                                np.linspace(1 / far, 1 / near, 5)[1:-1], indexing="ij")
+    rays = np.stack([(x - frame.K[0, 2]) / frame.K[0, 0], (y - frame.K[1, 2]) / frame.K[1, 1], np.ones_like(x)], -1)
+    return (rays / inverse[..., None]).reshape(-1, 3) @ frame.c2w[:3, :3].T + frame.c2w[:3, 3]
+
+
+def overlap(scene, i, j):
+    """The share of view i's frustum that view j sees, and the other way round: the smaller of the two.
+
+    Walls are not considered: two cameras with a wall between them overlap, too, if they look the same way.
+    """
+    share = lambda a, b: (depth_in_view(frustum_points(scene, a), scene.frames[b]) > 0).mean()
+    return min(share(i, j), share(j, i))
+
+
+# ---------------------------------------------------------------------------------------- 4. Two contexts and a target
+
+
+# What is asked of two contexts: the least overlap with the target, and the widest baseline (their distance, as a part
+# of the typical depth). A target for which no pair is that good is asked for less, level by level.
+LEVELS = ((0.5, 0.4), (0.5, 0.8), (0.25, 1.0), (0.1, 2.0))
+
+
+def context_pairs(scene, target, least, widest):
+    """All pairs of views from which stereo can reconstruct what `target` sees: [(a, b), ...].
+
+    Each of the two has an overlap of at least `least` with the target, the target lies between them, and their baseline
+    is at most `widest` times the typical depth.
+    """
+    if (target, least, widest) in scene.pairs:
+        return scene.pairs[target, least, widest]
+    centre = np.stack([frame.c2w[:3, 3] for frame in scene.frames])  # (V, 3)
+    near, far = scene.depth_range
+    typical = 2 / (1 / near + 1 / far)  # the harmonic mean: half way in disparity
+    close = np.argsort(np.linalg.norm(centre - centre[target], axis=1))[:25]
+    seeing = [j for j in close if j != target and overlap(scene, target, j) >= least]
+    pairs = []
+    for a, b in combinations(seeing, 2):
+        baseline = np.linalg.norm(centre[a] - centre[b]) / typical
+        between = (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0  # it sees them in opposite directions
+        if 0.02 < baseline < widest and between and overlap(scene, a, b) >= 0.75 * least:
+            pairs.append((int(a), int(b)))
+    return scene.pairs.setdefault((target, least, widest), pairs)
+
+
+def best_pairs(scene, target):  # -> the first of LEVELS that has pairs, its pairs; None, [] where no level has any
+    for level, (least, widest) in enumerate(LEVELS):
+        if pairs := context_pairs(scene, target, least, widest):
+            return level, pairs
+    return None, []
+
+
+def sample_triplet(scene, generator, targets=None):
+    """-> (context_a, context_b, target): distinct views, chosen by geometry and not by frame number (SnD Sec. 3.1).
+
+    `targets` restricts the target (to hold views out). Raises DataError where no three views overlap.
+    """
+    # Differs: the official sampler takes contexts eight frames apart and a target that may be one of them; here the
+    # cameras decide (overlap, baseline, target in between), and the three views are always distinct.
+    targets = list(range(len(scene))) if targets is None else list(targets)
+    for n in torch.randperm(len(targets), generator=generator)[:400].tolist():
+        _, pairs = best_pairs(scene, targets[n])
+        if pairs:
+            a, b = pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
+            return a, b, targets[n]
+    raise DataError(f"{scene.name}: no three views overlap with a usable baseline; "
+                    "add views in between, or drop the scene")
+
+
+# ---------------------------------------------------------------------------------------------- 5. What is held out
+
+
+def split(scenes, part):
+    """The `train` or `val` scenes: every eighth scene is held out (the last one, where there are fewer than eight)."""
+    # Differs: the official code trains on every scene folder, the validation scenes included; here every eighth scene
+    # is held out, of a single scene every eighth view.
+    assert part in ("train", "val"), f"split takes 'train' or 'val', not {part!r}"
+    held_out = set(range(7, len(scenes), 8)) or {len(scenes) - 1} - {0}
+    return [s for i, s in enumerate(scenes) if (i in held_out) == (part == "val")]
+
+
+def held_out_views(scene) -> list[int]:
+    """Where there is a single scene: every eighth of its views is held out, from the third on."""
+    return list(range(min(2, len(scene) - 1), len(scene), 8))
+
+
+# ---------------------------------------------------------------------------------------- 6. What a triplet looks like
+
+
+def show_triplets(scene, triplets, path):
+    """One row a triplet: the target between its two contexts, and the target's maps. Below: the cameras from above."""
+    size = fit_size(scene, 200 * 150, 2)
+    rows = [[scene.view(i, size) for i in (a, target, b)] for a, b, target in triplets]
+    targets = [target for _, target, _ in rows]
+    columns = {"context": [a.image for a, _, _ in rows], "target": [view.image for view in targets],
+               "context ": [b.image for _, _, b in rows]}
+    masks = "its mask" if any(view.mask is not None for view in targets) else "its superpixels (no masks)"
+    columns[masks] = [colour_ids(regions(view)) for view in targets]
+    depths = [view.depth for view in targets if view.depth is not None]
+    if depths:
+        together = torch.cat([depth.flatten() for depth in depths])  # one scale for all rows
+        columns["its depth"] = [None if v.depth is None else colour_depth(v.depth, together) for v in targets]
+    if any(view.normal is not None for view in targets):
+        columns["its normals"] = [None if v.normal is None else colour_normals(v.normal) for v in targets]
+
+    def below(width):
+        legend = [depth_legend(together, width)] if depths else []
+        return torch.cat([*legend, camera_plan(scene, triplets, 360, width)], 1)
+    return picture_grid(path, list(columns), list(zip(*columns.values())), scale=1, below=below)
+
+
+# ---- Workshop: not needed to understand the method ----
+
+
+OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # flips y and z: OpenGL camera axes <-> OpenCV camera axes, its own inverse
+READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+IMAGE_TYPES = tuple(spelled(end) for spelled in (str.lower, str.upper, str.title) for end in READABLE)
+UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr", ".gif")
+MAPS = ("mask", "depth", "normal", "label")
+CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
+DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
+BUILT_IN = {"data": DEFAULT_ROOMS, "data_small": DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))}  # the latter for 06
+
+
+@dataclass
+class Frame:
+    """What a scene knows of one view before anything is decoded: where its files are, and its camera."""
+    name: str
+    image: Path
+    K: np.ndarray  # (3, 3) pixels of the stored image
+    c2w: np.ndarray  # (4, 4) OpenCV
+    size: tuple | None  # (H, W) as the data set declares it; `problem_of` fills in that of the file
+    distortion: tuple = ((), (0.0, 0.0))  # radial (k1, k2, ...), tangential (p1, p2)
+    mask: Path | None = None
+    depth: Path | None = None
+    normal: Path | None = None
+    label: Path | None = None
+    two_regions: bool = False  # the mask says which pixels are valid: its two sides are two regions
+    upright: bool = False  # the picture is turned as its EXIF tag says, because its camera is that of the upright picture
+    problem: str | None = None  # why it cannot be used, where its reader found that out
+    notes: tuple = ()  # what was changed to make it fit
+    kept: dict = field(default_factory=dict, init=False, repr=False)  # its views, see `kept`
+
+
+# ----------------------------------------------------------------------------------------- finding and checking scenes
+
+
+def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
+    """What every stage does first: read `scene_dir`.
+
+    Built-in rooms are made where data/ or data_small/ is missing or unfinished. `near` and `far` replace what
+    `depth_range` would find in a scene.
+    """
+    folder = Path(scene_dir)
+    settings = rooms_made(folder)
+    built_in = next((rooms for name, rooms in BUILT_IN.items() if folder.resolve() == Path(name).resolve()), None)
+    if not settings and built_in and is_empty(folder):
+        settings = built_in
+        print(f"no data yet: writing {settings['scenes']} built-in rooms of {settings['views']} views to {folder}/")
+    if settings:
+        make_rooms(folder, **settings)
+    scenes = load_scenes(folder, skip_bad_frames)
+    for scene in scenes if near is not None or far is not None else ():
+        found = scene.depth_range if near is None or far is None else (near, far)
+        scene.depth_range = (found[0] if near is None else near, found[1] if far is None else far)
+        scene.range_source = "--near and --far"
+        if not 0 < scene.depth_range[0] < scene.depth_range[1] < math.inf:
+            raise DataError(f"{scene.name}: {scene.depth_range[0]:g} to {scene.depth_range[1]:g} is no depth range; "
+                            "give --near and --far with 0 < near < far")
+    return scenes
+
+
+def make_rooms(out, **settings):
+    """Write built-in rooms (tiny/rooms.py) into `out`."""
+    try:
+        rooms = importlib.import_module("tiny.rooms")
+    except ModuleNotFoundError:
+        raise DataError(f"{out}: no rooms can be made without tiny/rooms.py; copy it beside 01_data.py, "
+                        "or give --scene_dir a scene") from None
+    rooms.make_rooms(out, **settings)
+
+
+def rooms_made(folder):  # -> the settings `make_rooms` was called with, None where it was not
+    record = Path(folder) / "rooms.json"
+    if not record.exists():
+        return None
+    try:
+        return {key: json.loads(record.read_bytes())[key] for key in DEFAULT_ROOMS}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{record}: not the settings of built-in rooms; "
+                        "remove the folder to have them made again") from None
+
+
+def is_empty(folder):  # nothing there, or hidden files alone
+    return not folder.exists() or (folder.is_dir() and all(child.name[0] == "." for child in folder.iterdir()))
+
+
+def load_scenes(path, skip_bad_frames=False) -> list[Scene]:
+    """All scenes at `path`: the folder itself, or every scene folder up to three levels below it, in natural order.
+
+    Headers of all files are checked here, so that a run does not die of them later. Raises DataError (one line with
+    the remedy) on the first bad one; with `skip_bad_frames` every file is decoded to its end, frames with a problem are
+    left out and listed in `Scene.notes`, and a scene of which too little remains is left out as well.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"{path}: no such folder; give --scene_dir a scene, or a folder of scenes")
+    scenes, error = [], None
+    for folder, reader in find_scenes(root):
+        name = folder.resolve().name if folder == root else folder.relative_to(root).as_posix()
+        try:
+            scenes.append(checked_scene(name, folder, *reader(folder), skip_bad_frames))
+        except DataError as unusable:
+            error = unusable
+            if not skip_bad_frames:
+                raise
+            print(f"left out: {error}")
+    if not scenes and error:
+        raise error
+    if not scenes:
+        raise DataError(f"{path}: no scene in here (looked for transforms*.json, sparse/0, frame-*.pose.txt and poses_bounds"
+                        ".npy, three levels deep); for photos without poses run COLMAP first and put its model in sparse/0")
+    return scenes
+
+
+def natural(path):  # a key to sort by: room2 comes before room10
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def find_scenes(folder, levels=3):  # -> [(folder, its reader), ...]
+    reader = reader_of(folder)
+    if reader:
+        return [(folder, reader)]
+    below = [d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")] if levels else []
+    return [found for d in sorted(below, key=natural) for found in find_scenes(d, levels - 1)]
+
+
+def reader_of(folder):
+    if transforms_files(folder):
+        return read_transforms
+    if colmap_models(folder):
+        return read_colmap
+    if next(folder.glob("frame-*.pose.txt"), None):
+        return read_rgbd
+    return read_llff if (folder / "poses_bounds.npy").is_file() else None
+
+
+def checked_scene(name, folder, frames, extra, skip_bad_frames):
+    """Everything that is wrong with a scene is said here, in one line, before anything is computed."""
+    seen = set()
+    for frame in frames:
+        if frame.image in seen and not frame.problem:
+            raise DataError(f"{folder}: {frame.name} is listed twice; keep one of the two frames")
+        seen.add(frame.image)
+    found = {n: problem_of(frame, thorough=skip_bad_frames) for n, frame in enumerate(frames)}
+    problems = {n: problem for n, problem in found.items() if problem}
+    first = next(iter(problems.values()), None)
+    if problems and not skip_bad_frames:
+        remedy = "" if "--skip_bad_frames" in first else "; mend it or pass --skip_bad_frames"
+        more = f" ({len(problems)} of {len(frames)} frames have a problem)" if len(problems) > 1 else ""
+        raise DataError(first + remedy + more)
+    frames = [frame for n, frame in enumerate(frames) if n not in problems]
+    if len(frames) < 3:
+        raise DataError(f"{folder}: {len(frames)} usable views, but two contexts and a target make three; add views"
+                        + (f" ({len(problems)} left out, the first because {first})" if problems else ""))
+    for frame in frames:
+        u, _, vt = np.linalg.svd(frame.c2w[:3, :3])  # poses in text files are rounded: the nearest true rotation
+        frame.c2w = np.vstack([np.hstack([u @ vt, frame.c2w[:3, 3:]]), [0, 0, 0, 1]])
+    notes = [*extra.pop("notes", ()), *(f"left out: {problem}" for problem in problems.values())]
+    changed = [note for frame in frames for note in frame.notes]
+    notes += [f"{note} ({changed.count(note)} views)" for note in dict.fromkeys(changed)]
+    lacking = {kind: sum(getattr(f, kind) is None for f in frames) for kind in MAPS}
+    notes += [f"{n} of {len(frames)} views have no {kind}" for kind, n in lacking.items() if 0 < n < len(frames)]
+    notes += folders_not_read(folder, frames)
+    near_and_far, unit_given = extra.pop("depth_range", None), extra.pop("unit_given", False)
+    scene = Scene(name, frames, notes=notes, **extra)
+    if near_and_far:
+        scene.depth_range, scene.range_source = near_and_far, "poses_bounds.npy"
+    if not unit_given:
+        settle_depth_unit(scene)
+    return scene
+
+
+def problem_of(frame, thorough=False):
+    """-> what is wrong with this frame, in words, or None. Fills in the size of the picture."""
+    if frame.problem:
+        return frame.problem
+    if not frame.image.exists():
+        return f"{frame.image} does not exist, but {frame.name} has a pose{look_alike(frame.image)}"
+    try:
+        stored = stored_size(frame.image, thorough)
+        upright = upright_size(frame.image, stored)
+        return fit_camera(frame, stored, upright) or problem_of_camera(frame) or problem_of_maps(frame, thorough)
+    except DataError as error:
+        return str(error)
+
+
+def fit_camera(frame, stored, upright):
+    """Makes size and K of a frame those of its picture, where the data set describes the picture at another size or (EXIF)
+    in another orientation. `stored` and `upright` are the picture's (H, W) as it lies in the file and as it is to be seen.
+    -> what is wrong, or None."""
+    (height, width), declared = stored, frame.size or centred_size(frame)
+    guessed = frame.size is None and declared is not None
+    frame.size = stored
+    if declared is None or declared == stored:
+        return None
+    for size in (stored, upright):
+        if same_shape(declared, size):
+            frame.size, frame.upright = size, size == upright != stored
+            if declared != size:
+                zoom = np.array([size[1] / declared[1], size[0] / declared[0], 1])
+                frame.K = zoom[:, None] * frame.K
+                what = "intrinsics seem to be" if guessed else "cameras are"
+                frame.notes += (f"{what} for pictures of {declared[1]}x{declared[0]}: scaled to the {size[1]}x{size[0]} of "
+                                f"{frame.image.parent.name}/",)
+            if frame.upright:
+                frame.notes += ("pictures are turned upright, as EXIF says and as their cameras expect",)
+            return None
+    if guessed:
+        return None
+    turned = " (EXIF turns it)" if upright != stored else ""
+    return (f"{frame.image} is {width}x{height}{turned}, but its camera is for {declared[1]}x{declared[0]}, "
+            "which is another shape: use the pictures that the cameras were made for")
+
+
+def same_shape(declared, size):  # whether one is the other, scaled evenly and rounded to whole or even pixels
+    zoom = math.sqrt(size[0] * size[1] / (declared[0] * declared[1]))
+    close = all(abs(have - zoom * want) <= 2 * max(1, zoom) for want, have in zip(declared, size))
+    return close and abs(size[0] * declared[1] / (size[1] * declared[0]) - 1) < 0.01
+
+
+def centred_size(frame):
+    """(H, W) of the picture that K seems to be made for, where nobody says it, or None.
+
+    Its centre gives it away: twice the principal point is about the size of the picture. That of a real camera is off by
+    some pixels, so a depth map of about this size settles it, and otherwise only an exact proportion is believed.
+    """
+    stored, (cx, cy) = stored_size(frame.image), frame.K[:2, 2]
+    if not (np.isfinite([cx, cy]).all() and min(cx, cy) > 8):
+        return None
+    implied = np.array([2 * cy, 2 * cx])
+    sizes = [stored_size(frame.depth)] if frame.depth and frame.depth.exists() else []
+    sizes += [upright_size(frame.image, stored)]
+    if np.abs(implied / stored - 1).max() < 0.08:
+        return None
+    for size in sizes:
+        if np.abs(implied / size - 1).max() < 0.08:
+            return size
+    zooms = implied / stored
+    return tuple(np.round(implied).astype(int).tolist()) if abs(zooms[0] / zooms[1] - 1) < 0.004 else None
+
+
+def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, which its EXIF tag may say
+    try:
+        with Image.open(path) as image:
+            orientation = image.getexif().get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        orientation = 1
+    return stored[::-1] if orientation in (5, 6, 7, 8) else stored
+
+
+def problem_of_camera(frame):
+    if not np.isfinite(frame.c2w).all():
+        return f"{frame.image}: its pose is not finite"
+    if frame.c2w.shape != (4, 4):
+        return f"{frame.image}: its pose is {frame.c2w.shape}, not a 4x4 matrix"
+    rotation, last = frame.c2w[:3, :3], frame.c2w[3]
+    scale = np.cbrt(np.linalg.det(rotation))
+    if scale <= 1e-9 or np.abs(rotation @ rotation.T / scale**2 - np.eye(3)).max() > 0.02:
+        return (f"{frame.image}: its pose is not a rigid motion (determinant {scale**3:.3f}); "
+                "its matrix mirrors, shears or squeezes")
+    if np.abs(last - [0, 0, 0, 1]).max() > 1e-6:
+        return f"{frame.image}: the last row of its pose is {last.tolist()}, not 0 0 0 1; is the matrix transposed?"
+    if not np.isfinite(frame.K).all() or min(frame.K[0, 0], frame.K[1, 1]) <= 0 or (frame.K[2] != [0, 0, 1]).any():
+        return f"{frame.image}: its intrinsics are singular (focal lengths {frame.K[0, 0]:g}, {frame.K[1, 1]:g})"
+    (height, width), (cx, cy) = frame.size, frame.K[:2, 2]
+    zooms = np.array([2 * cx / width, 2 * cy / height])
+    if not (0 < cx < width and 0 < cy < height) or (abs(zooms[0] / zooms[1] - 1) < 0.02 and abs(zooms[0] - 1) > 0.2):
+        return (f"{frame.image} is {width}x{height}, but its intrinsics put the centre at ({cx:g}, {cy:g}), as for a picture "
+                f"of about {2 * cx:.0f}x{2 * cy:.0f}: scale them to the size of the image")
+    if abs(scale - 1) > 0.02:
+        frame.c2w[:3, :3] /= scale
+        frame.notes += (f"the rotation of poses was scaled by {scale:.3g}, which is taken out",)
+    undistorted_K(frame)  # raises where the lens cannot be undone
+
+
+def problem_of_maps(frame, thorough):
+    height, width = frame.size
+    for kind in MAPS:
+        path = getattr(frame, kind)
+        if path is None:
+            continue
+        if not path.exists():
+            return f"{path} does not exist, but {frame.name} names it{look_alike(path)}"
+        map_h, map_w = stored_size(path, thorough, CHANNELS.get(kind))
+        if kind == "depth" and abs(map_w / map_h - width / height) < 0.02 * width / height:
+            continue  # sensors often measure depth at another resolution of the same field of view
+        if (map_h, map_w) != (height, width):
+            return (f"{path} is {map_w}x{map_h}, but {frame.image.name} is {width}x{height}: "
+                    f"a {kind} must have the size of its image")
+
+
+def stored_size(path, thorough=False, channels=None):
+    """(H, W) of a picture or array. Its header and its last bytes are looked at, which shows most damage; `thorough`
+    decodes it to the end."""
+    if path.suffix == ".npy":
+        shape = decode_map(path).shape
+    elif not (shape := header(path)) or thorough or not ends_well(path):
+        shape = np.array(decode(path)).shape  # raises, and says what is wrong with the file
+    count = 1 if len(shape) == 2 else shape[-1]
+    if len(shape) not in (2, 3) or 0 in shape or (channels and count not in channels):
+        wanted = f" with C = {' or '.join(map(str, channels))}" if channels else ""
+        raise DataError(f"{path}: its shape is {tuple(shape)}, not (H, W) or (H, W, C){wanted}; write it again")
+    return shape[:2]
+
+
+def header(path):  # -> (H, W, C) of a picture, not decoded; None where even that cannot be read
+    try:
+        with Image.open(path) as image:
+            return (*image.size[::-1], len(image.getbands()))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def ends_well(path):  # whether a PNG or JPEG ends as it should; of other types nothing is known
+    with open(path, "rb") as file:
+        start = file.read(4)
+        file.seek(max(0, os.path.getsize(path) - 12))
+        end = file.read()
+    if start[:2] == b"\xff\xd8":
+        return end.endswith(b"\xff\xd9")
+    return end[4:8] == b"IEND" if start == b"\x89PNG" else path.suffix.lower() not in (".png", ".jpg", ".jpeg")
+
+
+def inside(path, root, where):
+    """`path` as a normal path; a file outside the scene folder is refused, whoever wrote the list."""
+    path = Path(os.path.normpath(path))
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
+        raise DataError(f"{where}: names {path}, outside the scene folder; "
+                        f"move the file into {root} and use a relative path")
+    return path
+
+
+def find_file(root, name, where, folders=(), endings=()):
+    """The file that a list calls `name`, below `root` or in one of its `folders`; the first guess if there is none.
+
+    Lists come from other machines. A name may have backslashes or a drive letter, upper and lower case may differ, the
+    ending may lack or be another one, and `images/` may be there as `images_4/` only.
+    """
+    name = name.replace("\\", "/")
+    if drive := re.match("[A-Za-z]:/+", name):  # of the folders on that machine, those below the scene are looked for
+        parts = name[drive.end():].split("/")
+        found = (find_file(root, "/".join(parts[n:]), where, folders, endings) for n in range(len(parts)))
+        return next((path for path in found if path.is_file()), root / parts[-1])
+    first = inside(root / name, root, where)
+    relative = Path(os.path.relpath(first, root))
+    smaller = [Path(f"{relative.parts[0]}_{n}", *relative.parts[1:]) for n in (2, 4, 8)] if len(relative.parts) > 1 else []
+    for path in (relative, *(Path(folder) / relative for folder in folders), *smaller):
+        if found := look_for(root, path, endings):
+            return found
+    return first
+
+
+def look_for(root, path, endings):  # -> the file at root / path, exact or nearly so; None
+    if (root / path).is_file():
+        return root / path
+    folder = root
+    for part in path.parts[:-1]:
+        folder = folder / part if (folder / part).is_dir() else listing(folder).get(part.lower())
+        if folder is None:
+            return None
+    there, name = listing(folder), path.name.lower()
+    stem = Path(name).stem if Path(name).suffix in endings else name
+    near = (there.get(candidate) for candidate in (name, *(stem + end for end in endings)))
+    return next((file for file in near if file is not None and file.is_file()), None)
+
+
+def listing(folder):  # -> {name in lower case: path}
+    return listed(folder, folder.stat().st_mtime_ns) if folder.is_dir() else {}
+
+
+@lru_cache(maxsize=64)
+def listed(folder, _changed):
+    return {path.name.lower(): path for path in folder.iterdir()}
+
+
+def look_alike(path):  # -> words that name a file which may be meant
+    near = sorted(p.name for p in listing(path.parent).values() if p.stem.lower() == path.stem.lower() and p != path)
+    return f" ({near[0]} is there)" if near else ""
+
+
+def is_picture(path):
+    return path.suffix.lower() in READABLE and path.name[0] != "."
+
+
+def left_out(paths):  # -> sentences that count the pictures among `paths` that no stage reads
+    endings = [path.suffix[1:].upper() for path in paths if path.suffix.lower() in UNREADABLE]
+    return [f"ignored: {endings.count(end)} {end} files, which are not read; save them as JPEG or PNG"
+            for end in sorted(set(endings))]
+
+
+def folders_not_read(folder, frames):  # -> sentences that name folders which look like maps but are called otherwise
+    words = ("depth", "mask", "normal", "label", "segment", "semantic", "instance")
+    used = {path.parent for f in frames for path in (f.image, f.mask, f.depth, f.normal, f.label) if path}
+    home = {frame.image.parent.parent for frame in frames} | {folder}
+    others = [d for place in home if place.is_dir() for d in place.iterdir() if d.is_dir() and d.name[0] != "."]
+    others = [d for d in others if any(w in d.name.lower() for w in words) and not any(u.is_relative_to(d) for u in used)]
+    return [f"ignored: {d.name}/ (maps are read from depth/ masks/ normals/ labels/, with the names of the images)"
+            for d in sorted(set(others)) if any(is_picture(p) or p.suffix == ".npy" for p in d.iterdir())]
+
+
+def maps_beside(image, root):
+    """The maps of an image, in folders beside that of the images: -> {kind: path or None}.
+
+    For scene/images/cam0/7.jpg a mask is looked for at scene/masks/cam0/7.jpg.png, then 7.png there (or .npy, .tif); for an image in the scene folder itself at scene/masks/. A scene whose images lie deeper
+    (scene/dslr/images/7.jpg) may also have the folders beside these (scene/dslr/masks/).
+    """
+    folders = Path(os.path.relpath(image.parent, root)).parts  # ("images", "cam0"); () for images in the scene folder
+    homes = (root, image.parent.parent if folders else root)
+    names = [Path(*folders[1:], f"{name}.{end}") for name in (image.name, image.stem) for end in ("png", "npy", "tif", "tiff")]
+
+    def first(*kinds):
+        paths = (home / kind / name for kind in kinds for home in homes for name in names)
+        return next((path for path in paths if path.exists()), None)
+    mask = first("instance_segmentation", "masks")
+    return dict(mask=mask, depth=first("depth"), normal=first("normals"), label=first("labels"))
+
+
+# --------------------------------------------------------------------------------------------- reader: transforms.json
+
+
+def transforms_files(folder):
+    """All transforms files of a scene, the one to read first. Undistorted ones (ScanNet++) win over fisheye ones."""
+    places = (folder, folder / "nerfstudio", folder / "dslr" / "nerfstudio")
+    found = [f for place in places for f in sorted(place.glob("transforms*.json"))]
+    rank = ["transforms_undistorted.json", "transforms.json", "transforms_train.json"]
+    return sorted(found, key=lambda f: rank.index(f.name) if f.name in rank else len(rank))
+
+
+def read_transforms(folder):
+    """nerfstudio / instant-ngp: OpenGL camera-to-world, intrinsics of the whole file or of each frame."""
+    file, *others = transforms_files(folder)
+    try:
+        meta = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: not JSON ({str(error).splitlines()[0]}); write it again") from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list):
+        raise DataError(f"{file}: has no list 'frames'; is it a nerfstudio file?")
+    root = transforms_root(file, meta)
+    frames = [transforms_frame(meta, entry, root, f"{file}: frame {n}") for n, entry in enumerate(meta["frames"])
+              if not (isinstance(entry, dict) and entry.get("is_bad") is True)]
+    bad = len(meta["frames"]) - len(frames)
+    without_masks = bool(frames) and all(f.two_regions and not f.mask.exists() for f in frames)
+    for frame in frames if without_masks else ():
+        frame.mask, frame.two_regions = None, False
+    unit = next((key for key in ("depth_unit_scale_factor", "integer_depth_scale") if meta.get(key) is not None), None)
+    try:
+        depth_scale = float(meta[unit]) if unit else 1e-3
+        assert 0 < depth_scale < math.inf
+    except (AssertionError, TypeError, ValueError):
+        raise DataError(f"{file}: '{unit}' must be a positive number (0.001 for millimetres)") from None
+    notes = [f"ignored: {other.relative_to(folder)} ({file.relative_to(folder)} comes first)" for other in others]
+    notes += [f"left out: {bad} frames that are marked is_bad"] if bad else []
+    notes += ["the masks that mask_path names are not there; read without"] if without_masks else []
+    places = {frame.image.parent for frame in frames}
+    notes += spare_pictures([path for place in places if place.is_dir() for path in place.iterdir()], frames, bad)
+    names = meta.get("class_names")
+    return frames, dict(depth_scale=depth_scale, unit_given=bool(unit), notes=notes,
+                        class_names=tuple(map(str, names)) if names else None)
+
+
+def spare_pictures(there, frames, expected=0):  # -> sentences about pictures without a pose, and pictures of no use
+    known, endings = {frame.image for frame in frames}, {frame.image.suffix for frame in frames}
+    spare = sum(path.suffix in endings and is_picture(path) and path not in known for path in there) - expected
+    return [f"ignored: {spare} pictures without a pose"] * (spare > 0) + left_out(there)
+
+
+IMAGE_FOLDERS = ("images", "undistorted_images", "resized_undistorted_images", "images_2", "images_4", "images_8")
+MASK_FOLDERS = ("undistorted_anon_masks", "resized_anon_masks", "masks")  # the first two are ScanNet++'s
+
+
+def transforms_root(file, meta):
+    """The folder that names are relative to: the file's own, or for dslr/nerfstudio/transforms.json (ScanNet++) dslr/."""
+    first = next((entry["file_path"] for entry in meta["frames"] if isinstance(entry, dict)
+                  and isinstance(entry.get("file_path"), str)), "")
+    for root in (file.parent, file.parent.parent) if file.parent.name == "nerfstudio" else (file.parent,):
+        try:
+            if first and find_file(root, first, "", IMAGE_FOLDERS, READABLE).is_file():
+                return root
+        except DataError:  # outside of this root: perhaps not of the other
+            pass
+    return file.parent.parent if file.parent.name == "nerfstudio" and file.parent.parent.name == "dslr" else file.parent
+
+
+def transforms_frame(meta, entry, root, where):
+    """One frame; what is wrong with it alone becomes its `problem`."""
+    settings = meta | {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else meta
+    model = str(settings.get("camera_model", "")).upper()
+    if settings.get("is_fisheye") or any(word in model for word in ("FISHEYE", "EQUIRECT", "ORTHO")):
+        raise DataError(f"{where}: {model or 'fisheye'} cameras are not read; undistort first "
+                        "(ScanNet++ ships transforms_undistorted.json)")
+    unusable = lambda problem: Frame(where, root / where, np.eye(3), np.full((4, 4), np.nan), None, problem=problem)
+    for key, kind in (("file_path", str), ("transform_matrix", list)):
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+            return unusable(f"{where} lacks '{key}'; add it or remove the frame")
+    image = find_file(root, entry["file_path"], where, IMAGE_FOLDERS, READABLE)
+    try:
+        K, size, distortion = transforms_camera(settings, image, where)
+        pose = np.array(entry["transform_matrix"], float)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        return unusable(f"{where}: a number is not a number ({str(error).splitlines()[0]}); mend the frame")
+    pose = np.vstack([pose, [0, 0, 0, 1]]) if pose.shape == (3, 4) else pose
+    c2w = pose * OPENGL.diagonal() if pose.shape == (4, 4) else pose  # flips the y and z axes: columns 1 and 2
+    maps, two_regions = transforms_maps(entry, image, root, where)
+    return Frame(entry["file_path"], image, K, c2w, size, distortion, two_regions=two_regions, **maps)
+
+
+def transforms_maps(entry, image, root, where):  # -> {kind: path or None}, whether the mask is one of two regions
+    maps = maps_beside(image, root)
+    keys = dict(mask=["instance_file_path"], depth=["depth_file_path", "depth_path"], normal=["normal_file_path"],
+                label=["label_file_path"], valid=["mask_path"])
+    named = {kind: find_file(root, str(entry[key]), where, MASK_FOLDERS if kind == "valid" else ())
+             for kind, names in keys.items() for key in names[:: -1] if entry.get(key)}
+    valid = named.pop("valid", None)
+    maps |= named
+    two_regions = valid is not None and maps["mask"] in (None, valid)  # instance masks are better where there are some
+    maps["mask"] = valid if two_regions else maps["mask"]
+    return maps, two_regions
+
+
+def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None, distortion
+    get = lambda key, default=None: default if settings.get(key) is None else float(settings[key])
+    size = (int(get("h")), int(get("w"))) if get("h") and get("w") else None
+    height, width = size or (header(image) or (1, 1))[:2]  # an image that cannot be read is named later
+
+    def focal(axis, side):
+        angle = get(f"camera_angle_{axis}")
+        return get(f"fl_{axis}", None if angle is None else 0.5 * side / math.tan(0.5 * angle))
+    fx = focal("x", width)
+    fy = focal("y", height) or fx
+    if fx is None:
+        raise DataError(f"{where} has neither 'fl_x' nor 'camera_angle_x'; add the focal length")
+    K = np.array([[fx, 0, get("cx", width / 2)], [0, fy, get("cy", height / 2)], [0, 0, 1]], float)
+    radial, tangential = (tuple(get(k, 0.0) for k in keys) for keys in (("k1", "k2", "k3", "k4"), ("p1", "p2")))
+    return K, size, (radial, tangential)
+
+
+# ---------------------------------------------------------------------------------------------- reader: COLMAP
+
+
+def colmap_models(folder):  # -> the folders of all models of a scene, the one of most images first
+    places = [folder / "sparse", folder / "colmap" / "sparse"]
+    places = [place for home in places if home.is_dir()
+              for place in (home, *sorted((d for d in home.iterdir() if d.is_dir()), key=natural))]
+    models = [p for p in places for kind in ("bin", "txt") if (p / f"cameras.{kind}").exists()]
+    return sorted(dict.fromkeys(models), key=colmap_size, reverse=True)
+
+
+def colmap_size(model):  # about the number of its images, for comparing models
+    try:
+        if (model / "images.bin").exists():
+            with open(model / "images.bin", "rb") as file:
+                return struct.unpack("<Q", file.read(8))[0]
+        return sum(line.count(" ") == 9 for line in (model / "images.txt").read_text(errors="replace").splitlines())
+    except (OSError, struct.error):
+        return 0
+
+
+def read_colmap(folder):
+    """A COLMAP model: world-to-camera quaternions (w, x, y, z), OpenCV axes, pixel (0, 0) at the top-left corner."""
+    model, *others = colmap_models(folder)
+    try:
+        cameras, poses, points = (colmap_binary if (model / "cameras.bin").exists() else colmap_text)(model)
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename} does not exist; a COLMAP model is cameras and images") from None
+    except (struct.error, ValueError, IndexError):
+        raise DataError(f"{model}: the COLMAP model is cut off or damaged; export it again") from None
+    root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder / "images")
+    if not root.is_dir():
+        raise DataError(f"{root} does not exist, but {model} is a COLMAP model of images; put them there")
+    frames = []
+    for name, camera, quaternion, translation in poses:
+        if camera not in cameras:
+            raise DataError(f"{model}: image {name} uses camera {camera}, which the model lacks; export it again")
+        image = find_file(root, name, str(model), endings=READABLE)
+        K, size, distortion = colmap_camera(*cameras[camera], model)
+        w2c = np.eye(4)
+        w2c[:3, :3], w2c[:3, 3] = rotation_of(quaternion), translation
+        c2w = np.linalg.inv(w2c) if np.isfinite(w2c).all() else w2c  # a pose that is not finite is named later
+        frames.append(Frame(name, image, K, c2w, size, distortion, **maps_beside(image, folder)))
+    frames.sort(key=lambda frame: natural(frame.name))
+    notes = [f"ignored: {other.relative_to(folder)}, another model ({colmap_size(other)} images; "
+             f"{model.relative_to(folder)} has {len(poses)})" for other in others]
+    notes += [] if points is not None else ["no points3D are read: near and far come from the depth or the cameras"]
+    notes += spare_pictures(list(root.rglob("*")), frames)
+    return frames, dict(points=points, notes=notes)
+
+
+def rotation_of(quaternions):  # (..., 4) w x y z, of any length -> (..., 3, 3)
+    with np.errstate(invalid="ignore"):  # 0 0 0 0 is no rotation: nan
+        q = np.asarray(quaternions, float)
+        w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
+    rows = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]]
+    return np.stack([np.stack(row, -1) for row in rows], -2)
+
+
+COLMAP_MODELS = {  # id -> name, number of parameters
+    0: ("SIMPLE_PINHOLE", 3), 1: ("PINHOLE", 4), 2: ("SIMPLE_RADIAL", 4), 3: ("RADIAL", 5), 4: ("OPENCV", 8),
+    5: ("OPENCV_FISHEYE", 8), 6: ("FULL_OPENCV", 12), 7: ("FOV", 5), 8: ("SIMPLE_RADIAL_FISHEYE", 4),
+    9: ("RADIAL_FISHEYE", 5), 10: ("THIN_PRISM_FISHEYE", 12)}
+
+
+def colmap_camera(name, width, height, params, model):
+    """-> K, (H, W), distortion of the five models whose lens is the OpenCV polynomial."""
+    if len(params) != dict(COLMAP_MODELS.values()).get(name, len(params)):
+        raise DataError(f"{model}: a {name} camera has {len(params)} parameters; export the model again")
+    if name in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
+        (f, cx, cy), radial, tangential = params[:3], params[3:], (0.0, 0.0)
+        fx = fy = f
+    elif name in ("PINHOLE", "OPENCV"):
+        (fx, fy, cx, cy), radial, tangential = params[:4], params[4:6], tuple(params[6:8]) or (0.0, 0.0)
+    else:
+        raise DataError(f"{model}: camera model {name} is not read; run colmap image_undistorter and use its output")
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), (height, width), (tuple(radial), tangential)
+
+
+class Bytes:
+    """A binary file that is read from its beginning, little endian."""
+
+    def __init__(self, path):
+        self.data, self.at = path.read_bytes(), 0
+
+    def take(self, form):
+        values = struct.unpack_from("<" + form, self.data, self.at)
+        self.at += struct.calcsize("<" + form)
+        return values
+
+    def text(self):  # up to a zero byte
+        end = self.data.index(b"\0", self.at)
+        word, self.at = self.data[self.at:end].decode(), end + 1
+        return word
+
+
+def colmap_binary(model):  # -> {id: (name, W, H, params)}, [(image, camera, quaternion, translation)], (M, 3)
+    file, cameras, poses, points = Bytes(model / "cameras.bin"), {}, [], []
+    for _ in range(file.take("Q")[0]):
+        identity, kind, width, height = file.take("iiQQ")
+        if kind not in COLMAP_MODELS:
+            raise DataError(f"{model}: camera {identity} has the unknown model {kind}; run colmap image_undistorter")
+        name, count = COLMAP_MODELS[kind]
+        cameras[identity] = (name, width, height, file.take(f"{count}d"))
+    file = Bytes(model / "images.bin")
+    for _ in range(file.take("Q")[0]):
+        _, *pose, camera = file.take("i7di")
+        poses.append((file.text(), camera, pose[:4], pose[4:]))
+        file.take(f"{24 * file.take('Q')[0]}x")  # its 2D points are not needed
+    if not (model / "points3D.bin").exists():
+        return cameras, poses, None
+    file = Bytes(model / "points3D.bin")
+    for _ in range(file.take("Q")[0]):
+        _, x, y, z, _, _, _, _, track = file.take("Q3d3BdQ")
+        points.append((x, y, z))
+        file.take(f"{8 * track}x")
+    return cameras, poses, np.array(points).reshape(-1, 3)
+
+
+def colmap_text(model):
+    """The same from cameras.txt, images.txt and points3D.txt.
+
+    In images.txt an image is one line, and its 2D points are the next one, which may be empty. Programs that write such
+    files leave lines out or add some, so a line is told by what is in it: 2D points are numbers in threes.
+    """
+    def lines(name, columns):
+        rows = (line.strip() for line in (model / name).read_text().splitlines())
+        return [row.split(None, columns) for row in rows if row and row[0] != "#"]
+    numbers = lambda words: tuple(map(float, words))
+    cameras = {int(w[0]): (w[1], round(float(w[2])), round(float(w[3])), numbers(w[4:])) for w in lines("cameras.txt", -1)}
+    poses = [(w[9], int(w[8]), numbers(w[1:5]), numbers(w[5:8])) for w in lines("images.txt", 9) if not are_2d_points(w)]
+    if not (model / "points3D.txt").exists():
+        return cameras, poses, None
+    return cameras, poses, np.array([numbers(w[1:4]) for w in lines("points3D.txt", -1)]).reshape(-1, 3)
+
+
+def are_2d_points(words):
+    words = [*words[:9], *(words[9].split() if len(words) > 9 else [])]
+    try:
+        return len(words) % 3 == 0 and np.array(words, float).size > 0
+    except ValueError:
+        return False
+
+
+# --------------------------------------------------------------------------------------------- reader: RGB-D sequences
+
+# 7-Scenes was recorded with one Kinect whose depth is not registered to its colour: the commonly published calibration.
+KINECT_DEPTH_F, KINECT_COLOUR_F = 585.0, 525.0
+KINECT_DEPTH_TO_COLOUR = np.array([[0.9999148, 0.0026753, -0.0079073, -0.0255589],
+                                   [-0.0027419, 0.9999173, -0.0081503, 0.0001011],
+                                   [0.0078780, 0.0081711, 0.9998750, 0.0020318], [0.0, 0.0, 0.0, 1.0]])
+
+
+def read_rgbd(folder):
+    """An RGB-D sequence as 7-Scenes stores it: frame-XXXXXX.{color, depth, pose}. Poses are depth camera to world.
+
+    Without intrinsics, or with those of its depth camera, it is a recording of 7-Scenes: there depth is registered into
+    the colour camera. With any other intrinsics, colour and depth are taken as registered already.
+    """
+    poses = sorted(folder.glob("frame-*.pose.txt"))
+    images = [rgbd_image(folder, file.name.removesuffix(".pose.txt")) for file in poses]
+    K, size, where = rgbd_intrinsics(folder)
+    kinect = K is None or K[[0, 1, 0, 1], [0, 1, 2, 2]].tolist() == [KINECT_DEPTH_F, KINECT_DEPTH_F, 320, 240]
+    if kinect:
+        sizes = {shape[1::-1] for path in images if path.exists() and (shape := header(path))}
+        if K is None and sizes and sizes != {(640, 480)}:
+            width, height = min(sizes)
+            raise DataError(f"{folder}: no intrinsics for its pictures of {width}x{height}; write K as three rows of three "
+                            f"into {folder / 'camera-intrinsics.txt'}")
+        K = np.array([[KINECT_COLOUR_F, 0, 320.5], [0, KINECT_COLOUR_F, 240.5], [0, 0, 1]])  # + 0.5: it counts centres
+    frames = []
+    for file, image in zip(poses, images):
+        depth, problem = folder / file.name.replace(".pose.txt", ".depth.png"), None
+        try:
+            pose = np.array(file.read_text(errors="replace").split(), float).reshape(4, 4)
+        except ValueError:
+            pose, problem = np.full((4, 4), np.nan), f"{file}: not sixteen numbers; restore the pose or remove the frame"
+        c2w = pose @ np.linalg.inv(KINECT_DEPTH_TO_COLOUR) if kinect and np.isfinite(pose).all() else pose
+        maps = maps_beside(image, folder) | {"depth": depth if depth.exists() else None}
+        frames.append(Frame(image.name, image, K, c2w, (480, 640) if kinect else size, problem=problem, **maps))
+    notes = [f"intrinsics from {where}"] if where and where.parent != folder else []
+    if kinect:
+        notes = ["depth registered into the colour camera with the published Kinect calibration of 7-Scenes"]
+    return frames, dict(kinect=kinect, notes=notes, unit_given=True)
+
+
+def rgbd_image(folder, stem):
+    images = [folder / f"{stem}.color{end}" for end in IMAGE_TYPES]
+    return next((path for path in images if path.exists()), images[0])
+
+
+def rgbd_intrinsics(folder):
+    """-> K, (H, W) that it is for or None, the file; three times None where there is none, here or one level up."""
+    names = ("camera-intrinsics.txt", "camera_intrinsics.txt", "intrinsics.txt", "intrinsic_color.txt",
+             "intrinsic/intrinsic_color.txt", "info.txt", "_info.txt")
+    file = next((home / name for home in (folder, folder.absolute().parent) for name in names if (home / name).is_file()), None)
+    if file is None:
+        return None, None, None
+    text, size = file.read_text(errors="replace"), None
+    try:
+        if "info" in file.name:  # of BundleFusion and 12-Scenes: lines "key = value"
+            pairs = dict(line.split(" = ", 1) for line in text.splitlines() if " = " in line)
+            size = int(pairs["m_colorHeight"]), int(pairs["m_colorWidth"])
+            text = pairs["m_calibrationColorIntrinsic"]
+        numbers = np.array(text.split(), float)
+        side = math.isqrt(numbers.size)
+        return numbers.reshape(side, side)[:3, :3] + 0 * np.eye(3), size, file  # three rows of three, or four of four
+    except (ValueError, KeyError):
+        raise DataError(f"{file}: not nine numbers; write K as three rows of three "
+                        f"into {folder / 'camera-intrinsics.txt'}") from None
+
+
+def register_kinect_depth(depth):  # (480, 640) of the depth camera -> the same, seen from the colour camera
+    height, width = depth.shape
+    rows, cols = np.nonzero(depth)
+    z = depth[rows, cols]
+    centre = np.array([width / 2, height / 2])
+    rays = (np.stack([cols, rows], 1) - centre) / KINECT_DEPTH_F  # this calibration counts pixels from (0, 0)
+    points = np.concatenate([rays * z[:, None], z[:, None]], 1)
+    points = points @ KINECT_DEPTH_TO_COLOUR[:3, :3].T + KINECT_DEPTH_TO_COLOUR[:3, 3]
+    target = np.round(points[:, :2] / points[:, 2:] * KINECT_COLOUR_F + centre).astype(int)
+    visible = (target >= 0).all(1) & (target < [width, height]).all(1)
+    target, z = target[visible], points[visible, 2]
+    order = np.argsort(-z, kind="stable")  # written far to near: the nearest surface stays
+    registered = np.zeros_like(depth)
+    registered[target[order, 1], target[order, 0]] = z[order]
+    return registered
+
+
+# ---------------------------------------------------------------------------------------------- reader: LLFF
+
+
+def read_llff(folder):
+    """LLFF: `poses_bounds.npy` (V, 17). A row is a 3x5 matrix [R | t | (H, W, f)], whose camera axes are down, right and
+    backwards, then near and far. Its pictures are those of images/ (or images_4, images_8) in the order of their names."""
+    file = folder / "poses_bounds.npy"
+    table = np.asarray(decode_map(file), float)
+    root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder)
+    images = sorted((path for path in root.iterdir() if is_picture(path)), key=natural)
+    if table.ndim != 2 or table.shape[1] != 17 or len(table) != len(images):
+        raise DataError(f"{file}: of shape {table.shape}, but {root} has {len(images)} pictures; it must be one row of 17 "
+                        "numbers for each picture")
+    frames = []
+    for image, row in zip(images, table):
+        (down, right, back, at, (height, width, f)), c2w = row[:15].reshape(3, 5).T, np.eye(4)
+        c2w[:3] = np.stack([right, down, -back, at], 1)
+        K = np.array([[f, 0, width / 2], [0, f, height / 2], [0, 0, 1]])
+        size = (int(height), int(width)) if np.isfinite(row).all() and min(height, width) >= 1 else None
+        frames.append(Frame(image.name, image, K, c2w, size, **maps_beside(image, folder)))
+    near, far = np.nanmin(table[:, 15]), np.nanmax(table[:, 16])
+    bounds = (float(near), float(far)) if 0 < near < far < math.inf else None
+    return frames, dict(depth_range=bounds, notes=left_out(root.iterdir()))
+
+
+# ---------------------------------------------------------------------------------------------- the unit of depth
+
+
+def settle_depth_unit(scene):
+    """Where the data set does not name the unit of its depth: floats are taken in the unit of the poses, integers as
+    millimetres. Sparse points, or else the agreement of neighbouring views, then tell whether this can be right."""
+    frames = [frame for frame in scene.frames if frame.depth]
+    if not frames:
+        return
+    if np.issubdtype(decode_map(frames[0].depth).dtype, np.floating):
+        scene.depth_scale = 1.0
+    some = [frames[i] for i in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
+    if scene.points is not None and (ratio := ratio_to_points(scene, some)):
+        if abs(math.log(ratio)) > 0.03:
+            scene.depth_scale /= ratio
+            scene.notes.append(f"depth was {ratio:.4g} times as far as the sparse points: scaled to them "
+                               f"(as depth_unit_scale_factor {scene.depth_scale:.4g} would)")
+        return
+    units = scene.depth_scale * np.geomspace(1e-4, 1e4, 161)
+    error = {unit: view_disagreement(scene, frames, unit) for unit in (scene.depth_scale, *units)}
+    best = min(error, key=error.get)
+    if error[scene.depth_scale] > 0.1 and error[best] < 0.4 * error[scene.depth_scale]:
+        scene.notes.append(f"warning: depth of neighbouring views differs by {100 * error[scene.depth_scale]:.0f} %; "
+                           f"its unit seems wrong: \"depth_unit_scale_factor\": {best:.2g} in transforms.json would give "
+                           f"{100 * error[best]:.0f} %")
+
+
+def ratio_to_points(scene, frames):
+    """How many times as far as the sparse points the measured depth is; None where they do not tell.
+
+    Points that something hides from a view lie at any distance behind the surface, so that neither mean nor median will
+    do: of the sorted ratios, the narrowest third is taken.
+    """
+    ratios = []
+    for frame in frames:
+        depth, z = read_depth(scene, frame), depth_in_view(scene.points, frame)
+        camera = (scene.points[z > 0] - frame.c2w[:3, 3]) @ frame.c2w[:3, :3] @ frame.K.T
+        x, y = camera[:, 0] / camera[:, 2] / frame.size[1], camera[:, 1] / camera[:, 2] / frame.size[0]
+        measured = depth[(y * depth.shape[0]).astype(int), (x * depth.shape[1]).astype(int)]
+        ratios += (measured[measured > 0] / z[z > 0][measured > 0]).tolist()
+    if len(ratios) < 30:
+        return None
+    logs = np.sort(np.log(ratios))
+    third = len(logs) // 3
+    first = int(np.argmin(logs[third:] - logs[:-third]))
+    return math.exp(np.median(logs[first:first + third])) if logs[first + third] - logs[first] < 0.2 else None
+
+
+def view_disagreement(scene, frames, unit):  # -> the median relative difference of depth between neighbouring views
+    errors = []
+    for a, b in zip(frames[::max(1, len(frames) // 4)], frames[1::max(1, len(frames) // 4)]):
+        first, second = (small_depth(frame) * np.float64(unit) for frame in (a, b))
+        rows, cols = np.nonzero(first)
+        z = first[rows, cols]
+        pixel = np.stack([(cols + 0.5) / first.shape[1] * a.size[1], (rows + 0.5) / first.shape[0] * a.size[0]], 1)
+        rays = np.stack([(pixel[:, 0] - a.K[0, 2]) / a.K[0, 0], (pixel[:, 1] - a.K[1, 2]) / a.K[1, 1], np.ones(len(z))], 1)
+        world = (rays * z[:, None]) @ a.c2w[:3, :3].T + a.c2w[:3, 3]
+        seen = depth_in_view(world, b)
+        camera = (world[seen > 0] - b.c2w[:3, 3]) @ b.c2w[:3, :3] @ b.K.T
+        x, y = camera[:, 0] / camera[:, 2] / b.size[1], camera[:, 1] / camera[:, 2] / b.size[0]
+        there = second[(y * second.shape[0]).astype(int), (x * second.shape[1]).astype(int)]
+        errors += np.abs(np.log(there[there > 0] / seen[seen > 0][there > 0])).tolist()
+    return float(np.median(errors)) if len(errors) > 50 else math.inf
+
+
+@lru_cache(maxsize=32)
+def small_depth_file(path, _changed):
+    stored = np.nan_to_num(np.asarray(decode_map(path), np.float32), nan=0, posinf=0, neginf=0)
+    stored = stored.reshape(stored.shape[:2])
+    step = max(1, stored.shape[1] // 48)
+    return np.where(stored == 65535, 0, stored)[step // 2::step, step // 2::step].clip(0)
+
+
+def small_depth(frame):
+    return small_depth_file(frame.depth, frame.depth.stat().st_mtime_ns)
+
+
+# ------------------------------------------------------------------------------------------ pictures of a view, lenses
+
+
+def covering_crop(stored, size):
+    """A picture (H, W) is scaled to cover `size` (H, W) and cropped about its centre: -> the scale, and the box (left,
+    top, right, bottom) of its pixels that stays."""
+    (full_h, full_w), (height, width) = stored, size
+    scale = max(height / full_h, width / full_w)
+    left, top = max(0.0, (full_w - width / scale) / 2), max(0.0, (full_h - height / scale) / 2)
+    right, bottom = min(full_w, left + width / scale), min(full_h, top + height / scale)  # Pillow refuses 1e-15 beyond
+    return scale, (left, top, right, bottom)
+
+
+def read_image(frame, size) -> Tensor:
+    """-> (3, H, W) uint8, undistorted, covering `size`.
+
+    A large photo is decoded and undistorted at twice the size that is needed and no larger, which takes a fraction of
+    the time and changes pixels by less than 1/255 on average.
+    """
+    scale, box = covering_crop(frame.size, size)
+    work = tuple(math.ceil(2 * scale * side) for side in frame.size) if scale < 0.5 else frame.size  # (H, W) of the whole
+    image, shrunk = decode_small(frame, work)  # image pixels = stored pixels * shrunk
+    if is_distorted(frame):
+        image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
+    corners = (np.reshape(box, (2, 2)) * shrunk).clip(0, image.size).ravel()
+    image = image.resize(size[::-1], Image.BICUBIC, box=tuple(corners.tolist()))  # antialiased
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def decode_small(frame, work):  # -> the upright RGB picture, at least as large as `work`; (x, y) stored pixels -> its pixels
+    image = decode(frame.image, colour=True, least=work[::-1], upright=frame.upright)
+    full = np.array(frame.size[::-1])
+    steps = [1, 2, 4, 8]  # a JPEG is decoded at one of these fractions, its last row and column rounded up
+    step = next((k for k in steps if tuple(-(-full // k)) == image.size), None)
+    return image, np.full(2, 1 / step) if step else np.divide(image.size, full)
+
+
+def undistorted(image, shrunk, frame, work):  # -> the whole picture at size `work` (H, W)
+    width, height = np.array(frame.size[::-1]) * shrunk
+    x, y = stored_position(frame, work, np.divide(work, frame.size)[::-1])
+    grid = np.stack([2 * x * width / image.width - 1, 2 * y * height / image.height - 1], -1)
+    if image.width > 1.5 * work[1]:  # grid_sample looks at 2x2 pixels: the picture must not be much finer than its grid
+        image = image.resize(work[::-1], Image.BICUBIC, box=(0, 0, min(width, image.width), min(height, image.height)))
+        grid = np.stack([2 * x - 1, 2 * y - 1], -1)
+    pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)[None]
+    straight = F.grid_sample(pixels, torch.from_numpy(grid).float()[None], align_corners=False, padding_mode="border")
+    return Image.fromarray(straight[0].permute(1, 2, 0).round().byte().numpy())
+
+
+def stored_position(frame, size, scale, corner=(0, 0)):
+    """-> x, y (H, W) in 0 ... 1: where in the stored picture the centres of `size` pixels lie, if they show the undistorted
+    picture `scale` (x, y) times as large, from its point `corner` on."""
+    rows, cols = np.mgrid[0:size[0], 0:size[1]] + 0.5
+    x, y = cols / scale[0] + corner[0], rows / scale[1] + corner[1]
+    x, y = distort(x, y, undistorted_K(frame), frame) if is_distorted(frame) else (x, y)
+    return x / frame.size[1], y / frame.size[0]
+
+
+VIEWS_IN_MEMORY = {"bytes": 0, "most": 2e9}  # of all scenes together; --view_memory
+
+
+def kept(what, frame, make):
+    """What `make()` gives, made once and kept with its frame as long as there is memory for it."""
+    if what in frame.kept:
+        return frame.kept[what]
+    made = make()
+    tensors = [made] if isinstance(made, Tensor) else made.values()
+    size = sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
+    if VIEWS_IN_MEMORY["bytes"] + size <= VIEWS_IN_MEMORY["most"]:
+        VIEWS_IN_MEMORY["bytes"] += size
+        frame.kept[what] = made
+    return made
+
+
+def keep_views(scenes, size_of, maps=True):
+    """Make all views of the scenes at the size (H, W) that `size_of(scene)` gives, with a bar if it takes more than seconds."""
+    todo = [(scene, i, size_of(scene)) for scene in scenes for i in range(len(scene))]
+    for scene, i, size in tqdm(todo, desc="views", unit="view", delay=2):
+        scene.view(i, size, maps)
+
+
+def is_distorted(frame):
+    return any(frame.distortion[0]) or any(frame.distortion[1])
+
+
+def distort(x, y, K, frame):
+    """Pixels of the undistorted image with intrinsics K -> pixels of the stored image, by OpenCV's lens polynomial."""
+    radial, (p1, p2) = frame.distortion
+    u, v = (x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1]
+    r2 = u * u + v * v
+    gain = 1 + sum(k * r2 ** (n + 1) for n, k in enumerate(radial))
+    u, v = (u * gain + 2 * p1 * u * v + p2 * (r2 + 2 * u * u), v * gain + p1 * (r2 + 2 * v * v) + 2 * p2 * u * v)
+    return frame.K[0, 0] * u + frame.K[0, 2], frame.K[1, 1] * v + frame.K[1, 2]
+
+
+def undistorted_K(frame):
+    if not is_distorted(frame):
+        return frame.K
+    K = zoomed_K(tuple(frame.K.ravel()), frame.size, frame.distortion)
+    if K is None:
+        raise DataError(f"{frame.image}: its distortion coefficients bend the border out of the picture; "
+                        "undistort the images first (colmap image_undistorter)")
+    return K
+
+
+@lru_cache(maxsize=4096)  # most frames share a lens
+def zoomed_K(stored_K, size, distortion):
+    """K of the undistorted picture, or None.
+
+    Straightening moves the borders of a picture. With the stored focal length, some pixels of the straight picture may
+    lie outside of the stored one. So the focal length is raised, a quarter of a percent at a time, until none does. Far
+    from the centre the lens polynomial may turn round and show the same place twice; such a zoom is passed over, too.
+    """
+    K, (height, width) = np.array(stored_K).reshape(3, 3), size
+    frame = Frame("", None, K, None, size, distortion)
+    x, y = np.meshgrid(np.linspace(0, width, 33), np.linspace(0, height, 33))
+    for zoom in np.linspace(1, 2, 401):
+        raised = K * [[zoom, 1, 1], [1, zoom, 1], [1, 1, 1]]
+        xs, ys = distort(x, y, raised, frame)
+        within = min(xs.min(), ys.min()) > -0.5 and xs.max() < width + 0.5 and ys.max() < height + 0.5
+        if within and np.diff(xs, axis=1).min() > 0 and np.diff(ys, axis=0).min() > 0:
+            return raised
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- maps of a view
+
+
+def read_maps(scene, frame, size):
+    """-> {kind: tensor} of the frame's maps. A pixel takes the value of the stored pixel that its centre falls into."""
+    readers = dict(mask=read_mask, depth=lambda frame: read_depth(scene, frame), normal=read_normal, label=read_label)
+    scale, corner = covering_crop(frame.size, size)
+    x, y = stored_position(frame, size, (scale, scale), corner)
+    found = {}
+    for kind in MAPS:
+        if getattr(frame, kind):
+            stored = readers[kind](frame)
+            height, width = stored.shape[:2]  # depth may be stored at another resolution
+            row = np.floor(y * height).clip(0, height - 1).astype(int)
+            col = np.floor(x * width).clip(0, width - 1).astype(int)
+            found[kind] = torch.from_numpy(stored[row, col])
+    return found
+
+
+def read_mask(frame):  # -> (H, W) int64
+    ids = decode_ids(frame.mask)
+    return 1 + (ids > ids.max() / 2) if frame.two_regions else ids  # validity is stored as 0 and 1, or as 0 and 255
+
+
+def read_label(frame):  # -> (H, W) int64
+    return decode_ids(frame.label)
+
+
+def read_depth(scene, frame):  # -> (H, W) float32 z-depth in the data set's unit, 0 where it is not known
+    stored = decode_map(frame.depth)
+    stored = stored.reshape(stored.shape[:2])  # arrays of (H, W, 1) are common
+    depth = np.where(stored == 65535, 0, stored).astype(np.float32) * scene.depth_scale  # 65535: the sensor saturated
+    depth = np.nan_to_num(depth, nan=0.0, posinf=0.0, neginf=0.0).clip(0).astype(np.float32)
+    return register_kinect_depth(depth) if scene.kinect else depth
+
+
+def read_normal(frame):  # -> (H, W, 3) float32
+    if frame.normal.suffix == ".npy":
+        normal = np.asarray(decode_map(frame.normal), np.float32)[..., :3]
+    else:
+        normal = np.asarray(decode(frame.normal, colour=True), np.float32) / 127.5 - 1  # 0 ... 255 means -1 ... 1
+    length = np.linalg.norm(normal, axis=-1, keepdims=True)
+    known = (length > 0.5) & (length < 1.5)  # black and grey mean "unknown"
+    return np.where(known, normal / np.where(known, length, 1), 0).astype(np.float32)
+
+
+def decode(path, colour=False, least=None, upright=False):
+    """The picture at `path`, decoded to the last byte; transparent pixels become white. Raises DataError.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if that is not below `least` (W, H). `upright` turns it as EXIF says.
+    """
+    try:
+        with Image.open(path) as image:
+            if least:
+                image.draft(None, least[::-1] if upright else least)
+            image.load()
+            image = ImageOps.exif_transpose(image) if upright else image
+    except Image.DecompressionBombError:
+        raise DataError(f"{path}: has more pixels than are read ({2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million); make the "
+                        "picture smaller") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be decoded ({reason}); restore the file or pass --skip_bad_frames") from None
+    if colour and image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if colour and image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB") if colour else image
+
+
+def decode_map(path):  # -> (H, W) or (H, W, C) as stored
+    if path.suffix != ".npy":
+        return np.array(decode(path))
+    try:
+        return np.lib.format.open_memmap(path, mode="r")  # reads the header and checks the length of the file
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a whole .npy array ({str(error).splitlines()[0]}); restore the file") from None
+
+
+def decode_ids(path):  # -> (H, W) int64; palette and grey files hold ids, colour files hold ids in base 256
+    ids = decode_map(path).astype(np.int64)
+    if ids.ndim == 2:
+        return ids
+    return ids[..., :3] @ np.array([1, 256, 65536]) if ids.shape[2] >= 3 else ids[..., 0]  # (H, W, 1) or grey and alpha
+
+
+# ---------------------------------------------------------------------------------------- depth from the camera layout
+
+
+def layout_depth_range(c2w):  # (V, 4, 4) -> near, far
+    """A guess from the cameras alone, where nothing was measured.
+
+    Cameras that stand around something look at it. Its place is then the point nearest to all optical axes: with P the
+    projector onto the plane across an axis, it minimises the sum of |P (point - centre)|^2. If nearly all cameras have
+    this point before them, at a distance that fits the space they stand in, it is the middle of the depth range.
+    Cameras that look past each other have no such point; the space that they stand in, and the step from one to the
+    next, are then all there is to go by.
+    """
+    centre, axis = c2w[:, :3, 3], c2w[:, :3, 2]
+    across = np.eye(3) - axis[:, :, None] * axis[:, None]  # (V, 3, 3) the projectors P
+    focus = np.linalg.lstsq(across.sum(0), (across @ centre[:, :, None]).sum(0)[:, 0], rcond=None)[0]
+    distance = ((focus - centre) * axis).sum(1)
+    spread = np.median(np.linalg.norm(centre - centre.mean(0), axis=1)) or 1.0
+    if (distance > 0).mean() > 0.9 and 0.3 * spread < np.median(distance) < 30 * spread:
+        return float(0.35 * np.median(distance)), float(4 * np.median(distance))
+    apart = np.linalg.norm(centre[:, None] - centre, axis=2) + np.diag(np.full(len(centre), np.inf))
+    step = np.median(apart.min(1))
+    return float(max(0.4 * spread, 2.5 * step)), float(max(12 * spread, 25 * step))
+
+
+# ---------------------------------------------------------------------------------------------- superpixels
+
+
+def regions(view: View, count=64) -> Tensor:  # (H, W) int64: the view's masks, or superpixels where it has none
+    return view.mask if view.mask is not None else superpixels(view.image, count)
+
+
+def superpixels(image: Tensor, count: int) -> Tensor:
+    """SLIC superpixels of `image` (3, H, W) -> (H, W) int64 ids from 1: regions where no masks exist.
+
+    k-means over colour and position (Achanta et al. 2012). The clusters start as a grid of cells, and a pixel may only
+    join one of the nine cells around it. Simpler than the original: colours are compared in RGB instead of CIE Lab, and
+    fragments keep their id, so that regions may be unconnected, which Eq. 3 and 4 of SnD do not mind.
+    """
+    _, height, width = image.shape
+    rows = min(max(1, round(math.sqrt(count * height / width))), max(1, count), height)
+    cols = min(max(1, round(count / rows)), width)
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    smooth = F.avg_pool2d(F.pad(image[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
+    compactness = 0.1 / math.sqrt(height * width / (rows * cols))  # one cell's width weighs as much as 0.2 of colour
+    position = compactness * torch.stack([x, y]).to(image)
+    feature = torch.cat([smooth, position]).reshape(5, -1).T  # (H*W, 5)
+
+    row, col = (y * rows / height).long().flatten(), (x * cols / width).long().flatten()  # the cell of each pixel
+    steps = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    around = [(row + down).clamp(0, rows - 1) * cols + (col + right).clamp(0, cols - 1) for down, right in steps]
+    around = torch.stack(around).to(image.device)  # (9, H*W) the clusters that a pixel may join
+    cluster = around[4]
+    for _ in range(8):
+        total = feature.new_zeros(rows * cols, 6).index_add_(0, cluster, F.pad(feature, (0, 1), value=1.0))
+        centre = total[:, :5] / total[:, 5:].clamp_min(1)
+        distance = torch.stack([(feature - centre[k]).square().sum(1) for k in around])
+        cluster = around.gather(0, distance.argmin(0, keepdim=True))[0]
+    return cluster.reshape(height, width) + 1
+
+
+# ---------------------------------------------------------------------------------- files, flags, errors of all stages
+
+
 def write_whole(path, content: bytes):
-    """Written under a temporary name, flushed, and renamed: a killed run leaves the old file or the new, nothing between.
+    """Written under a temporary name, flushed, and renamed: a killed run leaves the old file or the new one, whole.
 
     The temporary name is one a process and thread, so that two threads may write the same file at the same time.
     """
@@ -79,1048 +1422,39 @@ def positive(text):  # the type of a flag that counts
     return int(text)
 
 
-# ------------------------------------------------------------------------------------------------ views and scenes
-
-
-class View(NamedTuple):
-    name: str
-    image: Tensor  # (3, H, W) RGB in [0, 1]
-    K: Tensor  # (3, 3) pixels of this image
-    c2w: Tensor  # (4, 4) OpenCV camera to world
-    mask: Tensor | None  # (H, W) int64 instance id, 0 = unlabelled; ids need not agree between views
-    depth: Tensor | None  # (H, W) z-depth, 0 = not measured
-    normal: Tensor | None  # (H, W, 3) unit, camera frame, 0 = unknown
-    label: Tensor | None  # (H, W) int64 class, 255 = ignore
-
-
-@dataclass
-class Frame:
-    """One line of a scene's table of contents: where the files are, nothing decoded yet."""
-    name: str
-    image: Path
-    K: np.ndarray  # (3, 3) pixels of the stored image
-    c2w: np.ndarray  # (4, 4) OpenCV
-    size: tuple  # (H, W) as the data set declares it, or None
-    distortion: tuple = ((), (0.0, 0.0))  # radial (k1, k2, ...), tangential (p1, p2)
-    mask: Path | None = None
-    depth: Path | None = None
-    normal: Path | None = None
-    label: Path | None = None
-    two_regions: bool = False  # the mask is a validity mask: its two sides are two regions
-
-
-def covering_crop(stored, size):
-    """Of a picture (H, W) that is scaled to cover `size` (H, W) and cropped about its centre: -> the scale, and the box (left,
-    top, right, bottom) of its pixels that stays."""
-    (full_h, full_w), (height, width) = stored, size
-    scale = max(height / full_h, width / full_w)
-    left, top = max(0.0, (full_w - width / scale) / 2), max(0.0, (full_h - height / scale) / 2)
-    return scale, (left, top, min(full_w, left + width / scale), min(full_h, top + height / scale))  # Pillow refuses 1e-15 beyond
-
-
-class Scene:
-    """Posed views of one place. Holds paths and cameras; pictures are decoded when `view` asks for them."""
-
-    def __init__(self, name, frames, depth_scale=1e-3, points=None, notes=(), kinect=False):
-        self.name, self.frames, self.depth_scale = name, frames, depth_scale
-        self.points, self.notes, self.kinect = points, list(notes), kinect
-        self.c2w = torch.from_numpy(np.stack([f.c2w for f in frames])).float()  # (V, 4, 4)
-        self._pairs = {}
-
-    def __len__(self):
-        return len(self.frames)
-
-    def subset(self, indices):
-        """The scene with these views alone; its depth range stays that of all of them."""
-        part = Scene(self.name, [self.frames[i] for i in indices], self.depth_scale, self.points, self.notes, self.kinect)
-        part.depth_range = self.depth_range
-        return part
-
-    def view(self, i, size=None, maps=True) -> View:
-        """View i, undistorted; with `size` (H, W) scaled to cover it, centre-cropped (never stretched), K to match.
-
-        Maps are sampled at the nearest stored pixel, images with an antialiased bicubic filter; without `maps` they are not
-        read. Raises DataError naming a file that cannot be decoded.
-        """
-        frame = self.frames[i]
-        full_h, full_w = frame.size
-        height, width = size or frame.size
-        scale, box = covering_crop(frame.size, (height, width))
-        left, top, *_ = box
-        K = undistorted_K(frame)
-        rows, cols = np.mgrid[0:height, 0:width] + 0.5
-        x, y = distort(cols / scale + left, rows / scale + top, K, frame)  # stored pixel behind every pixel of the view
-        image = decode(frame.image, colour=True)
-        if any(frame.distortion[0]) or any(frame.distortion[1]):
-            image = undistort_image(image, K, frame)
-        image = image.resize((width, height), Image.BICUBIC, box=box)
-        K = np.array([[scale, 0, -scale * left], [0, scale, -scale * top], [0, 0, 1]]) @ K
-        look_up = lambda stored: torch.from_numpy(nearest(stored, x / full_w, y / full_h))
-        mask = depth = normal = label = None
-        if maps and frame.mask:
-            ids = decode_ids(frame.mask)
-            mask = look_up(1 + (ids > ids.max() / 2) if frame.two_regions else ids).long()  # stored as 0/1 or as 0/255
-        if maps and frame.depth:
-            depth = look_up(self._depth(frame)).float()
-        if maps and frame.normal:
-            is_array = frame.normal.suffix == ".npy"  # of floats; pictures hold -1 ... 1 as 0 ... 255
-            normal = look_up(decode_map(frame.normal) if is_array else decode(frame.normal, colour=True)).float()
-            normal = normal if is_array else normal / 127.5 - 1
-            length = normal.norm(dim=-1, keepdim=True)
-            normal = torch.where((length > 0.5) & (length < 1.5), normal / length, 0.0)  # black and grey mean "unknown"
-        if maps and frame.label:
-            label = look_up(decode_ids(frame.label)).long()
-        pixels = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 255
-        return View(frame.name, pixels, torch.from_numpy(K).float(), self.c2w[i], mask, depth, normal, label)
-
-    def _depth(self, frame):  # -> (H, W) float32 z-depth in the data set's unit
-        stored = decode_map(frame.depth)
-        stored = stored.reshape(stored.shape[:2])  # arrays of (H, W, 1) are common
-        depth = np.where(stored == 65535, 0, stored).astype(np.float32) * self.depth_scale  # 65535 = sensor saturated
-        depth = np.nan_to_num(depth, nan=0.0, posinf=0.0, neginf=0.0).clip(0)
-        return register_kinect_depth(depth) if self.kinect else depth
-
-    @cached_property
-    def depth_range(self):
-        """(near, far) of what the cameras see: from measured depth, else sparse points, else the camera layout."""
-        # Differs: the official code takes 1 and 100 in the data set's unit, so that nothing nearer than a metre exists.
-        some = np.linspace(0, len(self) - 1, min(8, len(self))).astype(int)
-        depths = [self._depth(self.frames[i]).ravel()[::7] for i in some if self.frames[i].depth]
-        if self.points is not None:
-            w2c = np.linalg.inv(np.stack([self.frames[i].c2w for i in some]))
-            depths += [self.points @ m[2, :3] + m[2, 3] for m in w2c]
-        if depths:
-            seen = np.concatenate(depths)
-            seen = seen[seen > 0]
-            if len(seen) > 50:
-                near, far = np.percentile(seen, [1, 99])
-                return float(0.8 * near), float(1.2 * far)
-        return layout_depth_range(np.stack([f.c2w for f in self.frames]))
-
-
-def layout_depth_range(c2w):  # (V, 4, 4) -> (near, far)
-    """Cameras around something look at it: take the distance to the point nearest to all optical axes. Cameras that
-    look past each other have no such point; their spread and the step to the next camera are then all there is."""
-    centre, axis = c2w[:, :3, 3], c2w[:, :3, 2]
-    normal_to_axis = np.eye(3) - axis[:, :, None] * axis[:, None]  # (V, 3, 3) projectors
-    focus = np.linalg.lstsq(normal_to_axis.sum(0), (normal_to_axis @ centre[:, :, None]).sum(0)[:, 0], rcond=None)[0]
-    distance = ((focus - centre) * axis).sum(1)
-    spread = np.median(np.linalg.norm(centre - centre.mean(0), axis=1)) or 1.0
-    if (distance > 0).mean() > 0.9 and 0.3 * spread < np.median(distance) < 30 * spread:
-        return float(0.35 * np.median(distance)), float(4 * np.median(distance))
-    apart = np.linalg.norm(centre[:, None] - centre, axis=2) + np.diag(np.full(len(centre), np.inf))
-    step = np.median(apart.min(1))
-    return float(max(0.4 * spread, 2.5 * step)), float(max(12 * spread, 25 * step))
-
-
-def split(scenes, part):
-    """The `train` or `val` scenes: every eighth scene is held out (the last one, where there are fewer than eight)."""
-    # Differs: the official code trains on every scene folder, the validation scenes included.
-    assert part in ("train", "val"), f"split takes 'train' or 'val', not {part!r}"
-    held_out = set(range(7, len(scenes), 8)) or {len(scenes) - 1} - {0}
-    return [s for i, s in enumerate(scenes) if (i in held_out) == (part == "val")]
-
-
-def held_out_views(scene) -> list[int]:
-    """Where there is a single scene: every eighth of its views is held out, from the third on."""
-    return list(range(min(2, len(scene) - 1), len(scene), 8))
-
-
-# ------------------------------------------------------------------------------------------------ pixels and lenses
-
-
-def decode(path, colour=False):
-    """The picture at `path`, decoded to the last byte; transparent pixels become white. Raises DataError."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be decoded ({reason}); restore the file or pass --skip_bad_frames") from None
-    if colour and image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    if colour and image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB") if colour else image
-
-
-def decode_map(path):  # -> (H, W) or (H, W, C) as stored
-    if path.suffix != ".npy":
-        return np.array(decode(path))
-    try:
-        return np.lib.format.open_memmap(path, mode="r")  # looks at the header and the length of the file, not at its data
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a whole .npy array ({str(error).splitlines()[0]}); restore the file") from None
-
-
-def decode_ids(path):  # -> (H, W) int64; palette and grey files hold ids, colour files hold ids in base 256
-    ids = decode_map(path).astype(np.int64)
-    if ids.ndim == 2:
-        return ids
-    return ids[..., :3] @ np.array([1, 256, 65536]) if ids.shape[2] >= 3 else ids[..., 0]  # (H, W, 1) or grey and alpha
-
-
-def nearest(stored, x, y):  # (Hs, Ws, ...) looked up at x, y (H, W) in [0, 1] of its width and height
-    stored = np.asarray(stored)
-    rows = np.clip(np.floor(y * stored.shape[0]), 0, stored.shape[0] - 1).astype(int)
-    cols = np.clip(np.floor(x * stored.shape[1]), 0, stored.shape[1] - 1).astype(int)
-    return stored[rows, cols]
-
-
-def distort(x, y, K, frame):  # pixels of the undistorted image with intrinsics K -> pixels of the stored image
-    radial, (p1, p2) = frame.distortion
-    u, v = (x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1]
-    r2 = u * u + v * v
-    gain = 1 + sum(k * r2 ** (n + 1) for n, k in enumerate(radial))
-    u, v = (u * gain + 2 * p1 * u * v + p2 * (r2 + 2 * u * u), v * gain + p1 * (r2 + 2 * v * v) + 2 * p2 * u * v)
-    return frame.K[0, 0] * u + frame.K[0, 2], frame.K[1, 1] * v + frame.K[1, 2]
-
-
-def undistorted_K(frame):
-    """K of the undistorted image: the focal length is raised until no pixel of it falls outside the stored image, and
-    none where the lens polynomial has turned round and shows the same place again."""
-    height, width = frame.size
-    x, y = np.meshgrid(np.linspace(0, width, 33), np.linspace(0, height, 33))
-    for zoom in np.linspace(1, 2, 401):
-        K = frame.K * np.array([[zoom], [zoom], [1]])
-        K[:2, 2] = frame.K[:2, 2]
-        xs, ys = distort(x, y, K, frame)
-        inside = min(xs.min(), ys.min()) > -0.5 and xs.max() < width + 0.5 and ys.max() < height + 0.5
-        if inside and np.diff(xs, axis=1).min() > 0 and np.diff(ys, axis=0).min() > 0:
-            return K
-    raise DataError(f"{frame.image}: its distortion coefficients bend the border out of the picture; "
-                    "undistort the images first (colmap image_undistorter)")
-
-
-def undistort_image(image, K, frame):
-    height, width = frame.size
-    rows, cols = np.mgrid[0:height, 0:width] + 0.5
-    x, y = distort(cols, rows, K, frame)
-    grid = torch.from_numpy(np.stack([2 * x / width - 1, 2 * y / height - 1], -1)).float()[None]
-    pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)[None]
-    straight = F.grid_sample(pixels, grid, align_corners=False, padding_mode="border")
-    return Image.fromarray(straight[0].permute(1, 2, 0).round().byte().numpy())
-
-
-def register_kinect_depth(depth):  # (480, 640) of the depth camera -> the same, seen from the colour camera
-    height, width = depth.shape
-    rows, cols = np.nonzero(depth)
-    z = depth[rows, cols]
-    centre = np.array([width / 2, height / 2])
-    rays = (np.stack([cols, rows], 1) - centre) / KINECT_DEPTH_F  # this calibration counts pixels from (0, 0)
-    points = np.concatenate([rays * z[:, None], z[:, None]], 1) @ KINECT_DEPTH_TO_COLOUR[:3, :3].T + KINECT_DEPTH_TO_COLOUR[:3, 3]
-    target = np.round(points[:, :2] / points[:, 2:] * KINECT_COLOUR_F + centre).astype(int)
-    inside = (target >= 0).all(1) & (target < [width, height]).all(1)
-    target, z = target[inside], points[inside, 2]
-    order = np.argsort(-z, kind="stable")  # written far to near: the nearest surface stays
-    registered = np.zeros_like(depth)
-    registered[target[order, 1], target[order, 0]] = z[order]
-    return registered
-
-
-# ------------------------------------------------------------------------------------------------ readers
-
-
-def load_scenes(path, skip_bad_frames=False) -> list[Scene]:
-    """All scenes at `path`: the folder itself, or every scene folder up to three levels below it, in natural order.
-
-    Headers of all files are checked here, so that a run does not die of them later. Raises DataError (one line with
-    the remedy) on the first bad one; with `skip_bad_frames` every file is decoded to its end, and frames with a problem
-    are left out and listed in `Scene.notes`.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        raise DataError(f"{path}: no such folder; give --scene_dir a scene, or a folder of scenes")
-    scenes = []
-    for folder, reader in find_scenes(root):
-        scene_name = folder.resolve().name if folder == root else folder.relative_to(root).as_posix()
-        frames, extra = reader(folder)
-        scenes.append(checked_scene(scene_name, folder, frames, extra, skip_bad_frames))
-    if not scenes:
-        raise DataError(f"{path}: no scene in here (looked for transforms*.json, sparse/0, frame-*.pose.txt, three levels "
-                        "deep); for photos without poses run COLMAP first and put its model in sparse/0")
-    return scenes
-
-
-def natural(path):
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
-
-
-def find_scenes(folder, levels=3):
-    reader = reader_of(folder)
-    if reader:
-        return [(folder, reader)]
-    below = sorted((d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")), key=natural) if levels else []
-    return [found for d in below for found in find_scenes(d, levels - 1)]
-
-
-def transforms_files(folder):
-    """All transforms files of a scene, the one to read first. Undistorted ones (ScanNet++) win over fisheye ones."""
-    places = (folder, folder / "nerfstudio", folder / "dslr" / "nerfstudio")
-    found = [f for place in places for f in sorted(place.glob("transforms*.json"))]
-    rank = ["transforms_undistorted.json", "transforms.json", "transforms_train.json"]
-    return sorted(found, key=lambda f: rank.index(f.name) if f.name in rank else len(rank))
-
-
-def colmap_folder(folder):
-    places = (folder / "sparse" / "0", folder / "sparse", folder / "colmap" / "sparse" / "0")
-    return next((p for p in places for kind in ("bin", "txt") if (p / f"cameras.{kind}").exists()), None)
-
-
-def reader_of(folder):
-    if transforms_files(folder):
-        return read_transforms
-    if colmap_folder(folder):
-        return read_colmap
-    return read_rgbd if next(folder.glob("frame-*.pose.txt"), None) else None
-
-
-def checked_scene(name, folder, frames, extra, skip_bad_frames):
-    """The border: everything that is wrong with a scene is said here, in one line."""
-    seen = set()
-    for frame in frames:
-        if frame.image in seen:
-            raise DataError(f"{folder}: {frame.name} is listed twice; keep one of the two frames")
-        seen.add(frame.image)
-    problems = {frame.name: problem for frame in frames if (problem := problem_of(frame, thorough=skip_bad_frames))}
-    first = next(iter(problems.values()), None)
-    notes = list(extra.pop("notes", ()))
-    if problems and not skip_bad_frames:
-        remedy = "" if "--skip_bad_frames" in first else "; mend it or pass --skip_bad_frames"
-        more = f" ({len(problems)} of {len(frames)} frames have a problem)" if len(problems) > 1 else ""
-        raise DataError(first + remedy + more)
-    notes += [f"left out: {problem}" for problem in problems.values()]
-    frames = [frame for frame in frames if frame.name not in problems]
-    if len(frames) < 3:
-        raise DataError(f"{folder}: {len(frames)} usable views, but two contexts and a target make three; add views"
-                        + (f" ({len(problems)} left out, the first because {first})" if problems else ""))
-    for frame in frames:
-        u, _, vt = np.linalg.svd(frame.c2w[:3, :3])  # poses in text files are rounded: the nearest true rotation
-        frame.c2w = np.vstack([np.hstack([u @ vt, frame.c2w[:3, 3:]]), [0, 0, 0, 1]])
-    lacking = {kind: sum(getattr(f, kind) is None for f in frames) for kind in MAPS}
-    notes += [f"{n} of {len(frames)} views have no {kind}" for kind, n in lacking.items() if 0 < n < len(frames)]
-    return Scene(name, frames, notes=notes, **extra)
-
-
-def problem_of(frame, thorough=False):  # -> what is wrong with this frame, in words, or None
-    if not frame.image.exists():
-        return f"{frame.image} does not exist, but {frame.name} has a pose"
-    try:
-        size = whole_size(frame.image, thorough)
-        if frame.size and size != frame.size:
-            return (f"{frame.image} is {size[1]}x{size[0]}, but its intrinsics are for {frame.size[1]}x{frame.size[0]}: "
-                    "scale fl_x, fl_y, cx, cy, w, h, or use the images they were made for")
-        frame.size = size
-        return problem_of_camera(frame) or problem_of_maps(frame, thorough)
-    except DataError as error:
-        return str(error)
-
-
-def problem_of_camera(frame):
-    if not np.isfinite(frame.c2w).all():
-        return f"{frame.image}: its pose is not finite"
-    if frame.c2w.shape != (4, 4):
-        return f"{frame.image}: its pose is {frame.c2w.shape}, not a 4x4 matrix"
-    rotation, last = frame.c2w[:3, :3], frame.c2w[3]
-    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 0.02 or np.linalg.det(rotation) < 0:
-        return f"{frame.image}: its pose is not a rigid motion (determinant {np.linalg.det(rotation):.3f})"
-    if np.abs(last - [0, 0, 0, 1]).max() > 1e-6:
-        return f"{frame.image}: the last row of its pose is {last.tolist()}, not 0 0 0 1; is the matrix transposed?"
-    if not np.isfinite(frame.K).all() or min(frame.K[0, 0], frame.K[1, 1]) <= 0 or (frame.K[2] != [0, 0, 1]).any():
-        return f"{frame.image}: its intrinsics are singular (focal lengths {frame.K[0, 0]:g}, {frame.K[1, 1]:g})"
-    (height, width), (cx, cy) = frame.size, frame.K[:2, 2]
-    if not (0 < cx < width and 0 < cy < height):
-        return (f"{frame.image} is {width}x{height}, but its intrinsics put the centre at ({cx:g}, {cy:g}): "
-                "scale them to the size of the image")
-    undistorted_K(frame)  # raises where the lens cannot be undone
-
-
-def problem_of_maps(frame, thorough):
-    height, width = frame.size
-    for kind in MAPS:
-        path = getattr(frame, kind)
-        if path is None:
-            continue
-        if not path.exists():
-            return f"{path} does not exist, but {frame.name} names it"
-        map_h, map_w = whole_size(path, thorough, CHANNELS.get(kind))
-        if kind == "depth" and abs(map_w / map_h - width / height) < 0.02 * width / height:
-            continue  # sensors often measure depth at another resolution of the same field of view
-        if (map_h, map_w) != (height, width):
-            return (f"{path} is {map_w}x{map_h}, but {frame.image.name} is {width}x{height}: "
-                    f"a {kind} must have the size of its image")
-
-
-def header(path):  # -> (H, W, C) of a picture, not decoded; None where even that cannot be read
-    try:
-        with Image.open(path) as image:
-            return (*image.size[::-1], len(image.getbands()))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None
-
-
-CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
-
-
-def whole_size(path, thorough, channels=None):  # -> (H, W) of a file that seems whole, decoded to its end if `thorough`
-    if path.suffix == ".npy":
-        shape = decode_map(path).shape
-    elif not (shape := header(path)) or thorough or not whole_file(path):
-        shape = np.array(decode(path)).shape
-    count = 1 if len(shape) == 2 else shape[-1]
-    if len(shape) not in (2, 3) or 0 in shape or (channels and count not in channels):
-        wanted = f" with C = {' or '.join(map(str, channels))}" if channels else ""
-        raise DataError(f"{path}: its shape is {tuple(shape)}, not (H, W) or (H, W, C){wanted}; write it again")
-    return shape[:2]
-
-
-def whole_file(path):
-    """Whether a PNG or JPEG ends as it should; a cheap look that makes truncated files known before a run starts."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - 12))
-        end = file.read()
-    return end.endswith(b"\xff\xd9") if path.suffix.lower() in (".jpg", ".jpeg") else end[4:8] == b"IEND"
-
-
-def inside(path, root, where):
-    """`path` as a normal path; a file outside the scene folder is refused, whoever wrote the list."""
-    path = Path(os.path.normpath(path))
-    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
-        raise DataError(f"{where}: names {path}, outside the scene folder; move the file into {root} and use a relative path")
-    return path
-
-
-def maps_beside(image, root):
-    """The maps of an image in the folders beside its own: `masks/x.png` or `masks/x.jpg.png` of `images/x.jpg`, and
-    `masks/cam0/x.png` of `images/cam0/x.jpg`."""
-    folders = Path(os.path.relpath(image.parent, root)).parts  # () where images lie in the root itself
-    homes = (root, image.parent.parent if folders else root)
-    names = [Path(*folders[1:], f"{name}.{end}") for name in (image.name, image.stem) for end in ("png", "npy")]
-
-    def first(*kinds):
-        paths = (home / kind / name for kind in kinds for home in homes for name in names)
-        return next((path for path in paths if path.exists()), None)
-    mask = first("instance_segmentation", "masks")
-    return dict(mask=mask, depth=first("depth"), normal=first("normals"), label=first("labels"))
-
-
-def read_transforms(folder):
-    """nerfstudio / instant-ngp: OpenGL camera-to-world, intrinsics per file or per frame."""
-    file, *others = transforms_files(folder)
-    root = file.parent.parent if file.parent.name == "nerfstudio" else file.parent
-    try:
-        meta = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not JSON ({str(error).splitlines()[0]}); write it again") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list):
-        raise DataError(f"{file}: has no list 'frames'; is it a nerfstudio file?")
-    frames = [transforms_frame(meta, entry, root, f"{file}: frame {n}") for n, entry in enumerate(meta["frames"])]
-    try:
-        depth_scale = float(meta.get("depth_unit_scale_factor", 1e-3))
-        assert 0 < depth_scale < math.inf
-    except (AssertionError, TypeError, ValueError):
-        raise DataError(f"{file}: 'depth_unit_scale_factor' must be a positive number (0.001 for millimetres)") from None
-    notes = [f"ignored: {other.relative_to(folder)} ({file.relative_to(folder)} comes first)" for other in others]
-    known = {frame.image for frame in frames}
-    kinds, places = {p.suffix for p in known}, {p.parent for p in known if p.parent.is_dir()}
-    spare = sum(p.suffix in kinds and p not in known for place in places for p in place.iterdir())
-    notes += [f"ignored: {spare} pictures without a pose"] if spare else []
-    return frames, dict(depth_scale=depth_scale, notes=notes)
-
-
-def transforms_frame(meta, entry, root, where):
-    for key, kind in (("file_path", str), ("transform_matrix", list)):
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-            raise DataError(f"{where} lacks '{key}'; add it or remove the frame")
-    get = lambda key, default=None: default if entry.get(key, meta.get(key)) is None else entry.get(key, meta.get(key))
-    model = str(get("camera_model", "")).upper()
-    if get("is_fisheye") or any(word in model for word in ("FISHEYE", "EQUIRECT", "ORTHO")):
-        raise DataError(f"{where}: {model or 'fisheye'} cameras are not read; undistort first "
-                        "(ScanNet++ ships transforms_undistorted.json)")
-    image = find_image(root, entry["file_path"], where)
-
-    def focal(axis, side):
-        angle = get(f"camera_angle_{axis}")
-        return get(f"fl_{axis}", None if angle is None else 0.5 * side / math.tan(0.5 * float(angle)))
-    try:
-        declared = (int(get("h")), int(get("w"))) if get("h") and get("w") else None
-        height, width = declared or (header(image) or (1, 1))[:2]  # an image that cannot be read is named later
-        fx = focal("x", width)
-        fy = focal("y", height) or fx
-        if fx is None:
-            raise DataError(f"{where} has neither 'fl_x' nor 'camera_angle_x'; add the focal length")
-        K = np.array([[fx, 0, get("cx", width / 2)], [0, fy, get("cy", height / 2)], [0, 0, 1]], float)
-        pose = np.array(entry["transform_matrix"], float)
-        radial, tangential = (tuple(float(get(k, 0.0)) for k in keys) for keys in (("k1", "k2", "k3", "k4"), ("p1", "p2")))
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise DataError(f"{where}: a number is not a number ({str(error).splitlines()[0]}); mend the frame") from None
-    pose = np.vstack([pose, [0, 0, 0, 1]]) if pose.shape == (3, 4) else pose
-    maps = maps_beside(image, root)
-    named = {kind: inside(root / str(entry[key]), root, where) for kind, key in
-             (("valid", "mask_path"), ("mask", "instance_file_path"), ("depth", "depth_file_path"),
-              ("normal", "normal_file_path"), ("label", "label_file_path")) if entry.get(key)}
-    valid = named.pop("valid", None)
-    maps |= named
-    two_regions = valid is not None and maps["mask"] in (None, valid)
-    if two_regions:
-        maps["mask"] = valid
-    c2w = pose * OPENGL.diagonal() if pose.shape == (4, 4) else pose
-    return Frame(entry["file_path"], image, K, c2w, declared, (radial, tangential), two_regions=two_regions, **maps)
-
-
-def find_image(root, file_path, where):
-    """`file_path` below the scene, as written or in the folders where converters put images; also without its ending."""
-    first = inside(root / file_path, root, where)
-    places = [first] + [root / d / file_path for d in ("images", "undistorted_images", "resized_undistorted_images")]
-    endings = ("",) if first.suffix in IMAGE_TYPES else ("", *IMAGE_TYPES)
-    candidates = [p.with_name(p.name + end) for p in places for end in endings]
-    return next((p for p in candidates if p.is_file()), first)
-
-
-def read_colmap(folder):
-    """A COLMAP model: world-to-camera quaternions (w, x, y, z), OpenCV axes, pixel (0, 0) at the top-left corner."""
-    model = colmap_folder(folder)
-    try:
-        cameras, poses, points = (colmap_binary if (model / "cameras.bin").exists() else colmap_text)(model)
-    except FileNotFoundError as error:
-        raise DataError(f"{error.filename} does not exist; a COLMAP model is cameras, images and points3D") from None
-    except (struct.error, ValueError, IndexError):
-        raise DataError(f"{model}: the COLMAP model is cut off or damaged; export it again") from None
-    root = folder / "images"
-    if not root.is_dir():
-        raise DataError(f"{root} does not exist, but {model} is a COLMAP model of images; put them there")
-    frames = []
-    for name, camera, quaternion, translation in poses:
-        if camera not in cameras:
-            raise DataError(f"{model}: image {name} uses camera {camera}, which the model lacks; export it again")
-        image = inside(root / name, root, str(model))
-        K, size, distortion = colmap_camera(*cameras[camera], model)
-        w2c = np.eye(4)
-        w2c[:3, :3], w2c[:3, 3] = rotation_of(quaternion), translation
-        c2w = np.linalg.inv(w2c) if np.isfinite(w2c).all() else w2c  # a pose that is not finite is named later
-        frames.append(Frame(name, image, K, c2w, size, distortion, **maps_beside(image, folder)))
-    frames.sort(key=lambda frame: natural(frame.name))
-    spare = sum(p.suffix in IMAGE_TYPES for p in root.rglob("*")) - len(frames)
-    return frames, dict(points=points, notes=[f"ignored: {spare} pictures without a pose"] if spare > 0 else [])
-
-
-def rotation_of(quaternion):  # (w, x, y, z) -> (3, 3)
-    with np.errstate(invalid="ignore"):  # 0 0 0 0 is no rotation: nan
-        w, x, y, z = np.asarray(quaternion) / np.linalg.norm(quaternion)
-    return np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-                     [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-                     [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])
-
-
-COLMAP_MODELS = {0: ("SIMPLE_PINHOLE", 3), 1: ("PINHOLE", 4), 2: ("SIMPLE_RADIAL", 4), 3: ("RADIAL", 5), 4: ("OPENCV", 8),
-                 5: ("OPENCV_FISHEYE", 8), 6: ("FULL_OPENCV", 12), 7: ("FOV", 5), 8: ("SIMPLE_RADIAL_FISHEYE", 4),
-                 9: ("RADIAL_FISHEYE", 5), 10: ("THIN_PRISM_FISHEYE", 12)}  # id -> name, number of parameters
-
-
-def colmap_camera(name, width, height, params, model):
-    """-> K, (H, W), distortion of the five models whose lens is the OpenCV polynomial."""
-    if len(params) != dict(COLMAP_MODELS.values()).get(name, len(params)):
-        raise DataError(f"{model}: a {name} camera has {len(params)} parameters; export the model again")
-    if name in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
-        (f, cx, cy), radial, tangential = params[:3], params[3:], (0.0, 0.0)
-        fx = fy = f
-    elif name in ("PINHOLE", "OPENCV"):
-        (fx, fy, cx, cy), radial, tangential = params[:4], params[4:6], tuple(params[6:8]) or (0.0, 0.0)
-    else:
-        raise DataError(f"{model}: camera model {name} is not read; run colmap image_undistorter and use its output")
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), (height, width), (tuple(radial), tangential)
-
-
-def colmap_binary(model):  # -> {id: (name, W, H, params)}, [(image, camera, quaternion, translation)], (M, 3)
-    def reader(name):
-        data, at = (model / name).read_bytes(), 0
-
-        def take(form):
-            nonlocal at
-            values = struct.unpack_from("<" + form, data, at)
-            at += struct.calcsize("<" + form)
-            return values
-
-        def text():
-            nonlocal at
-            end = data.index(b"\0", at)
-            word, at = data[at:end].decode(), end + 1
-            return word
-        return take, text
-
-    take, _ = reader("cameras.bin")
-    cameras = {}
-    for _ in range(take("Q")[0]):
-        identity, kind, width, height = take("iiQQ")
-        if kind not in COLMAP_MODELS:
-            raise DataError(f"{model}: camera {identity} has the unknown model {kind}; run colmap image_undistorter")
-        name, count = COLMAP_MODELS[kind]
-        cameras[identity] = (name, width, height, take(f"{count}d"))
-    take, text = reader("images.bin")
-    poses = []
-    for _ in range(take("Q")[0]):
-        _, *pose, camera = take("i7di")
-        poses.append((text(), camera, pose[:4], pose[4:]))
-        take(f"{24 * take('Q')[0]}x")  # its 2D points are not needed
-    take, _ = reader("points3D.bin")
-    points = []
-    for _ in range(take("Q")[0]):
-        _, x, y, z, _, _, _, _, track = take("Q3d3BdQ")
-        points.append((x, y, z))
-        take(f"{8 * track}x")
-    return cameras, poses, np.array(points).reshape(-1, 3)
-
-
-def colmap_text(model):  # the same from cameras.txt, images.txt (every second line lists 2D points), points3D.txt
-    lines = lambda name: [line.split() for line in (model / name).read_text().splitlines() if not line.startswith("#")]
-    cameras = {int(w[0]): (w[1], int(w[2]), int(w[3]), tuple(map(float, w[4:]))) for w in lines("cameras.txt") if w}
-    poses = [(" ".join(w[9:]), int(w[8]), tuple(map(float, w[1:5])), tuple(map(float, w[5:8])))
-             for w in lines("images.txt")[::2] if w]
-    points = [tuple(map(float, w[1:4])) for w in lines("points3D.txt") if w]
-    return cameras, poses, np.array(points).reshape(-1, 3)
-
-
-def read_rgbd(folder):
-    """An RGB-D sequence as 7-Scenes stores it: frame-XXXXXX.{color, depth, pose}, pose = camera-to-world of the depth camera.
-
-    With the Kinect's intrinsics (or none) beside it, depth is registered into the colour camera; with any other
-    `camera-intrinsics.txt`, colour and depth are taken as registered already.
-    """
-    listed = folder / "camera-intrinsics.txt"
-    try:
-        K = np.array(listed.read_text().split(), float).reshape(3, 3) if listed.exists() else None
-    except ValueError:
-        raise DataError(f"{listed}: not nine numbers; write K as three rows of three") from None
-    kinect = K is None or K[[0, 1, 0, 1], [0, 1, 2, 2]].tolist() == [KINECT_DEPTH_F, KINECT_DEPTH_F, 320, 240]
-    if kinect:
-        K = np.array([[KINECT_COLOUR_F, 0, 320.5], [0, KINECT_COLOUR_F, 240.5], [0, 0, 1]])  # counted from pixel centres: + 0.5
-    frames = []
-    for file in sorted(folder.glob("frame-*.pose.txt")):
-        stem = file.name.removesuffix(".pose.txt")
-        try:
-            pose = np.array(file.read_text().split(), float).reshape(4, 4)
-        except ValueError:
-            raise DataError(f"{file}: not sixteen numbers; restore the pose or remove the frame") from None
-        image = next((p for end in IMAGE_TYPES if (p := folder / f"{stem}.color{end}").exists()), folder / f"{stem}.color.png")
-        depth = folder / f"{stem}.depth.png"
-        c2w = pose @ np.linalg.inv(KINECT_DEPTH_TO_COLOUR) if kinect and np.isfinite(pose).all() else pose
-        maps = maps_beside(image, folder) | {"depth": depth if depth.exists() else None}
-        frames.append(Frame(image.name, image, K, c2w, (480, 640) if kinect else None, **maps))
-    note = ["depth registered into the colour camera with the published Kinect calibration of 7-Scenes"]
-    return frames, dict(kinect=kinect, notes=note if kinect else [])
-
-
-# ------------------------------------------------------------------------------------------------ triplets
-
-
-def frustum_points(scene, i):  # -> (M, 3) world points that fill what view i sees, uniform in inverse depth
-    frame, (near, far) = scene.frames[i], scene.depth_range
-    height, width = frame.size
-    x, y, inverse = np.meshgrid((np.arange(8) + 0.5) / 8 * width, (np.arange(6) + 0.5) / 6 * height,
-                                np.linspace(1 / far, 1 / near, 5)[1:-1], indexing="ij")
-    rays = np.stack([(x - frame.K[0, 2]) / frame.K[0, 0], (y - frame.K[1, 2]) / frame.K[1, 1], np.ones_like(x)], -1)
-    return (rays / inverse[..., None]).reshape(-1, 3) @ frame.c2w[:3, :3].T + frame.c2w[:3, 3]
-
-
-def overlap(scene, i, j):
-    """The share of view i's frustum that view j sees, and the other way round: the smaller of the two."""
-    def share(points, frame):
-        seen = (points - frame.c2w[:3, 3]) @ frame.c2w[:3, :3]  # world -> camera
-        pixel = seen @ frame.K.T
-        x, y = pixel[:, 0] / pixel[:, 2], pixel[:, 1] / pixel[:, 2]
-        return ((seen[:, 2] > 0) & (x > 0) & (x < frame.size[1]) & (y > 0) & (y < frame.size[0])).mean()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return min(share(frustum_points(scene, i), scene.frames[j]), share(frustum_points(scene, j), scene.frames[i]))
-
-
-def context_pairs(scene, target, least, widest):
-    """Pairs of views that see `least` of what `target` sees, with `target` between them, and whose baseline is at most
-    `widest` times the typical depth: a pair that stereo can use."""
-    if (target, least, widest) in scene._pairs:
-        return scene._pairs[target, least, widest]
-    centre = np.stack([f.c2w[:3, 3] for f in scene.frames])
-    near, far = scene.depth_range
-    typical = 2 / (1 / near + 1 / far)
-    close = np.argsort(np.linalg.norm(centre - centre[target], axis=1))[:25]
-    seeing = [j for j in close if j != target and overlap(scene, target, j) >= least]
-    pairs = []
-    for a, b in combinations(seeing, 2):
-        baseline = np.linalg.norm(centre[a] - centre[b]) / typical
-        between = (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0
-        if 0.02 < baseline < widest and between and overlap(scene, a, b) >= 0.75 * least:
-            pairs.append((int(a), int(b)))
-    return scene._pairs.setdefault((target, least, widest), pairs)
-
-
-def sample_triplet(scene, generator, targets=None):
-    """-> (context_a, context_b, target): distinct views chosen by geometry, not by frame number (SnD Sec. 3.1).
-
-    Both contexts see at least half of the target's frustum, the target lies between them, and their baseline is at most
-    0.4 of the typical depth; a target without such a pair is asked for less. `targets` restricts the target (to hold
-    views out). Raises DataError when no three views overlap.
-    """
-    # Differs: the official sampler takes frame gaps of 8, and its target may be one of the contexts.
-    targets = list(range(len(scene))) if targets is None else list(targets)
-    for n in torch.randperm(len(targets), generator=generator)[:400].tolist():
-        for least, widest in ((0.5, 0.4), (0.5, 0.8), (0.25, 1.0), (0.1, 2.0)):
-            pairs = context_pairs(scene, targets[n], least, widest)
-            if pairs:
-                a, b = pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
-                return a, b, targets[n]
-    raise DataError(f"{scene.name}: no three views overlap with a usable baseline; add views in between, or drop the scene")
-
-
-# ------------------------------------------------------------------------------------------------ superpixels
-
-
-def superpixels(image: Tensor, count: int) -> Tensor:
-    """SLIC superpixels of `image` (3, H, W) -> (H, W) int64 ids from 1: regions where no masks exist.
-
-    k-means over (colour, position) that compares each pixel with the nine nearest seeds only (Achanta et al. 2012),
-    without the final relabelling of fragments: regions may be unconnected, which Eq. 3 and 4 of SnD do not mind.
-    """
-    _, height, width = image.shape
-    rows = min(max(1, round(math.sqrt(count * height / width))), max(1, count), height)
-    cols = min(max(1, round(count / rows)), width)
-    spacing = math.sqrt(height * width / (rows * cols))
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    smooth = F.avg_pool2d(F.pad(image[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
-    position = torch.stack([x, y], -1) * (10.0 / spacing)  # 10 = SLIC's usual compactness, in Lab units
-    feature = torch.cat([lab(smooth).permute(1, 2, 0), position.to(image)], -1).reshape(-1, 5)
-    row, col = (y * rows / height).long().reshape(-1), (x * cols / width).long().reshape(-1)
-    around = [((row + dr).clamp(0, rows - 1) * cols + (col + dc).clamp(0, cols - 1)) for dr in (-1, 0, 1) for dc in (-1, 0, 1)]
-    around = torch.stack(around).to(image.device)  # (9, H*W) seeds that a pixel may join
-    nearest_seed = around[4]
-    for _ in range(8):
-        total = torch.zeros(rows * cols, 6, device=image.device).index_add_(0, nearest_seed, F.pad(feature, (0, 1), value=1.0))
-        centre = total[:, :5] / total[:, 5:].clamp_min(1)
-        distance = torch.stack([(feature - centre[seed]).square().sum(1) for seed in around])
-        nearest_seed = around.gather(0, distance.argmin(0, keepdim=True))[0]
-    return nearest_seed.reshape(height, width) + 1
-
-
-def regions(view: View, count=64) -> Tensor:  # (H, W) int64: the view's instance masks, or superpixels where it has none
-    return view.mask if view.mask is not None else superpixels(view.image, count)
-
-
-def lab(rgb: Tensor) -> Tensor:  # (3, H, W) sRGB -> CIE Lab, D65: distances there are those that eyes see
-    linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    to_xyz = rgb.new_tensor([[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0178, 0.1095, 0.8727]])
-    xyz = torch.einsum("ij,jhw->ihw", to_xyz, linear)
-    f = torch.where(xyz > 0.008856, xyz.clamp_min(1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
-    return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
-
-
-# ------------------------------------------------------------------------------------------------ built-in rooms
-# A primitive is a unit cube, sphere or cylinder that was scaled by its half-size, turned about the vertical and moved.
-# A ray is taken into the unit frame by the inverse, where one short formula intersects it. World: z up, metres.
-
-BOX, SPHERE, CYLINDER = range(3)
-
-
-class Primitives(NamedTuple):
-    kind: np.ndarray  # (M,)
-    centre: np.ndarray  # (M, 3) world
-    half: np.ndarray  # (M, 3) half extents along the object's own axes
-    yaw: np.ndarray  # (M,) radians
-    instance: np.ndarray  # (M,)
-    label: np.ndarray  # (M,) index into CLASSES
-    texture: np.ndarray  # (M, 20)
-
-
-def furniture(name, rng):
-    """-> parts [(kind, centre (3,), half (3,))] of one piece that stands at the origin and faces +y, in metres."""
-    u = rng.uniform
-    legs = lambda w, d, h, r: [(CYLINDER, (x * w, y * d, h / 2), (r, r, h / 2)) for x in (-1, 1) for y in (-1, 1)]
-    if name == "table":
-        w, d, h = u(0.4, 0.8), u(0.3, 0.45), u(0.65, 0.78)
-        top = (BOX, (0, 0, h), (w, d, 0.03)) if u() < 0.6 else (CYLINDER, (0, 0, h), (w, w, 0.03))
-        return [top] + legs(0.65 * w, 0.65 * (d if top[0] == BOX else w), h - 0.03, 0.035)
-    if name == "chair":
-        w, h = u(0.2, 0.26), u(0.4, 0.48)
-        seat, back = (BOX, (0, 0, h), (w, w, 0.035)), (BOX, (0, -0.9 * w, h + 0.25), (w, 0.03, 0.25))
-        return [seat, back] + legs(0.8 * w, 0.8 * w, h - 0.03, 0.025)
-    if name == "sofa":
-        w, d = u(0.6, 1.0), u(0.35, 0.45)
-        arms = [(BOX, (x * (w - 0.1), 0, 0.3), (0.1, d, 0.3)) for x in (-1, 1)]
-        return [(BOX, (0, 0, 0.2), (w, d, 0.2)), (BOX, (0, -d + 0.1, 0.5), (w, 0.1, 0.3))] + arms
-    if name == "cabinet":
-        w, d, h = u(0.3, 0.7), u(0.18, 0.3), u(0.35, 0.95)
-        return [(BOX, (0, 0, h), (w, d, h)), (BOX, (0, 0, 2 * h + 0.02), (w + 0.03, d + 0.03, 0.02))]
-    if name == "lamp":
-        h, r = u(0.6, 0.8), u(0.14, 0.24)
-        shade = (SPHERE, (0, 0, 2 * h), (r, r, r)) if u() < 0.5 else (CYLINDER, (0, 0, 2 * h), (r, r, 0.15))
-        return [(CYLINDER, (0, 0, 0.02), (0.16, 0.16, 0.02)), (CYLINDER, (0, 0, h), (0.025, 0.025, h)), shade]
-    if name == "plant":
-        r, h = u(0.13, 0.22), u(0.15, 0.25)
-        crown = [(SPHERE, (u(-0.1, 0.1), u(-0.1, 0.1), 2 * h + 0.15 + 0.17 * k), tuple(u(0.14, 0.3, 3))) for k in range(3)]
-        return [(CYLINDER, (0, 0, h), (r, r, h))] + crown
-    return [(BOX, (0, 0.02, 0), (u(0.25, 0.7), 0.02, u(0.2, 0.45)))]  # picture: hangs on a wall
-
-
-def random_texture(rng):  # pattern, frequency, two colours, a direction, an offset, a tilt: nothing here knows the class
-    colours = rng.uniform(0.08, 0.95, (2, 3))
-    direction = rng.normal(size=3)
-    return np.concatenate([[rng.integers(6), rng.uniform(1.5, 5.0)], colours.ravel(), direction / np.linalg.norm(direction),
-                           rng.uniform(0, 10, 3), rng.normal(size=6)])
-
-
-def make_room(rng):
-    """-> the room's size (3,), its primitives, its camera path as (position, looked-at point) (V -> (V, 3), (V, 3))."""
-    size = np.array([rng.uniform(3.6, 6.0), rng.uniform(3.6, 6.0), rng.uniform(2.4, 3.0)])
-    start, sweep, turn = rng.uniform(0, 2 * math.pi), rng.uniform(1.0, 2.0), rng.choice([-1, 1])
-    radius, height = size[:2] * rng.uniform(0.28, 0.38, 2), rng.uniform(1.2, 1.7)
-    sway, aim = rng.uniform(0, 2 * math.pi, 4), rng.uniform(0.7, 1.6)
-
-    def path(views):
-        angle = start + turn * sweep * np.linspace(0, 1, views)
-        position = np.stack([size[0] / 2 + radius[0] * np.cos(angle), size[1] / 2 + radius[1] * np.sin(angle),
-                             height + 0.12 * np.sin(2 * angle + sway[0])], 1)
-        look_at = np.stack([size[0] / 2 + 0.5 * np.sin(angle + sway[1]), size[1] / 2 + 0.5 * np.sin(angle + sway[2]),
-                            aim + 0.15 * np.sin(2 * angle + sway[3])], 1)
-        return position, look_at
-
-    parts, taken, fine_path = [], [], path(64)[0]
-    wanted = list(rng.permutation(["table", "sofa", "cabinet", "cabinet", "lamp", "plant", "table", "chair", "chair", "chair"]))
-    for name in wanted[:int(rng.integers(6, 10))] + ["picture"] * int(rng.integers(2, 5)):
-        piece = furniture(name, rng)
-        reach = max(math.hypot(abs(c[0]) + h[0], abs(c[1]) + h[1]) for _, c, h in piece)
-        top = max(c[2] + h[2] for _, c, h in piece)
-        for _ in range(40):
-            place, yaw = stand(name, reach, size, rng)
-            apart = all(np.hypot(*(place[:2] - other)) > reach + r for other, r in taken) or name == "picture"
-            path_distance = np.hypot(*(fine_path[:, :2] - place[:2]).T).min()
-            clear = top + place[2] < fine_path[:, 2].min() - 0.3 or path_distance > reach + 0.3
-            if apart and clear:
-                taken += [] if name == "picture" else [(place[:2], reach)]
-                instance = 7 + len({p[4] for p in parts})  # 1 floor, 2 ceiling, 3-6 walls
-                c, s = math.cos(yaw), math.sin(yaw)
-                turned = lambda x, y, z: place + np.array([c * x - s * y, s * x + c * y, z])
-                parts += [(kind, turned(*centre), half, yaw, instance, CLASSES.index(name), random_texture(rng))
-                          for kind, centre, half in piece]
-                break
-    shell = np.stack([random_texture(rng) for _ in range(6)])  # -x +x -y +y wall, floor, ceiling
-    return size, Primitives(*(np.array(column) for column in zip(*parts))), shell, path
-
-
-def stand(name, reach, size, rng):
-    """-> place (3,), yaw: pictures hang on a wall, sofas and cabinets stand with their back to one, the rest anywhere."""
-    wall = int(rng.integers(4))
-    yaw = [-0.5 * math.pi, 0.5 * math.pi, 0.0, math.pi][wall]  # +y of the piece points into the room: walls -x +x -y +y
-    gap = {"picture": 0.0, "sofa": 0.5, "cabinet": 0.36}.get(name)
-    if gap is None:
-        place = rng.uniform(reach + 0.05, np.maximum(size[:2] - reach - 0.05, reach + 0.06))
-        return np.array([*place, 0.0]), rng.uniform(0, 2 * math.pi)
-    length = size[1 - wall // 2]
-    along = rng.uniform(reach + 0.05, length - reach - 0.05) if length > 2 * reach + 0.1 else length / 2
-    away = gap if wall % 2 == 0 else size[wall // 2] - gap
-    place = (away, along) if wall < 2 else (along, away)
-    return np.array([*place, rng.uniform(1.3, 1.8) if name == "picture" else 0.0]), yaw
-
-
-def to_unit(v, yaw, half):  # world directions (3, M or 1, P or 1) -> the primitives' unit frames (3, M, P or 1)
-    c, s = np.cos(yaw)[:, None], np.sin(yaw)[:, None]
-    return np.stack([(c * v[0] + s * v[1]) / half[:, :1], (c * v[1] - s * v[0]) / half[:, 1:2], v[2] / half[:, 2:]])
-
-
-def hit_distance(kind, o, d):
-    """Distance along rays to unit primitives: o (3, M, 1), d (3, M, P) in their frames -> t (M, P), inf for a miss."""
-    if kind == BOX:
-        a, b = (-1 - o) / d, (1 - o) / d
-        enter, leave = np.maximum.reduce(np.minimum(a, b)), np.minimum.reduce(np.maximum(a, b))
-    else:
-        n = 3 if kind == SPHERE else 2
-        A, B, C = np.add.reduce(d[:n] * d[:n]), np.add.reduce(o[:n] * d[:n]), np.add.reduce(o[:n] * o[:n]) - 1
-        root = np.sqrt(B * B - A * C)  # nan = the ray misses, and comparisons with nan are false
-        enter, leave = (-B - root) / A, (-B + root) / A
-        if kind == CYLINDER:
-            a, b = (-1 - o[2]) / d[2], (1 - o[2]) / d[2]
-            enter, leave = np.maximum(enter, np.minimum(a, b)), np.minimum(leave, np.maximum(a, b))
-    return np.where((enter < leave) & (enter > 1e-3), enter, np.float32(np.inf))
-
-
-def cast(origin, rays, size, prims):
-    """Nearest hit of every ray: origin (3,), rays (P, 3) -> t (P,), normal (P, 3), object point (P, 3), primitive (P,).
-
-    Primitive >= 0 is a piece of furniture; -1 ... -6 are the shell's -x +x -y +y walls, floor and ceiling.
-    """
-    every = np.arange(len(rays))
-    wall_t = np.where(rays > 0, size - origin, -origin) / np.where(np.abs(rays) < 1e-9, 1e-9, rays)
-    axis = wall_t.argmin(1)
-    t, sign = wall_t[every, axis], np.sign(rays[every, axis])
-    normal = np.zeros_like(rays)
-    normal[every, axis] = -sign
-    which = -1 - (2 * axis + (sign > 0))
-    directions = np.ascontiguousarray(rays.T, np.float32)[:, None]  # float32 halves the time, and is good to 0.1 mm
-    for kind in (BOX, SPHERE, CYLINDER):
-        of_kind = np.nonzero(prims.kind == kind)[0]
-        yaw, half = prims.yaw[of_kind].astype(np.float32), prims.half[of_kind].astype(np.float32)
-        start = (origin - prims.centre[of_kind]).T[:, :, None].astype(np.float32)  # (3, M, 1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            distance = hit_distance(kind, to_unit(start, yaw, half), to_unit(directions, yaw, half))
-        if len(of_kind):
-            first = distance.argmin(0)
-            closer = distance[first, every] < t
-            t, which = np.where(closer, distance[first, every], t), np.where(closer, of_kind[first], which)
-    local = origin + rays * t[:, None]
-    on = np.nonzero(which >= 0)[0]
-    p = which[on]
-    unit = to_unit((local[on] - prims.centre[p]).T[:, :, None], prims.yaw[p], prims.half[p])[:, :, 0].T
-    local[on] = unit * prims.half[p]
-    x, y, z = (unit_normal(prims.kind[p], unit) / prims.half[p]).T
-    c, s = np.cos(prims.yaw[p]), np.sin(prims.yaw[p])
-    normal[on] = np.stack([c * x - s * y, s * x + c * y, z], 1)
-    return t, normal / np.linalg.norm(normal, axis=1, keepdims=True), local, which
-
-
-def unit_normal(kind, p):  # outward normal of a unit primitive at its surface point p (P, 3)
-    box = np.where(np.abs(p) >= np.abs(p).max(1, keepdims=True), np.sign(p), 0.0)
-    cap = np.abs(p[:, 2:]) >= np.hypot(p[:, :1], p[:, 1:2])
-    cylinder = np.where(cap, np.sign(p) * [0, 0, 1], p * [1, 1, 0])
-    return np.where((kind == BOX)[:, None], box, np.where((kind == SPHERE)[:, None], p, cylinder))
-
-
-def surface_colour(texture, p):  # (P, 20), (P, 3) object frame, metres -> (P, 3) albedo
-    pattern, frequency, a, b, direction = texture[:, 0], texture[:, 1:2], texture[:, 2:5], texture[:, 5:8], texture[:, 8:11]
-    q = p * frequency + texture[:, 11:14]
-    waves = [np.sin(2.3 * q[:, k] + 1.7 * texture[:, 14 + k] * q[:, (k + 1) % 3] + texture[:, 17 + k]) for k in range(3)]
-    cloud = (waves[0] + waves[1] + waves[2]) / 3  # smooth solid noise
-    along = (q * direction).sum(1)
-    cell = np.floor(q + 0.31 * direction)
-    brick = np.stack([q[:, 0] + q[:, 1] + 0.5 * (np.floor(2 * q[:, 2]) % 2), 2 * q[:, 2]], 1)
-    brick_edge = np.abs(brick - np.round(brick)).min(1)
-    patterns = np.stack([0.5 + 0.5 * cloud, cell.sum(1) % 2, 0.5 + 0.5 * np.sin(2 * math.pi * along).clip(-0.5, 0.5) * 2,
-                         ((q - np.round(q)) ** 2).sum(1) < 0.12, brick_edge < 0.09, 0.5 + 0.5 * np.sin(4 * along + 5 * cloud)])
-    mix = patterns[pattern.astype(int), np.arange(len(p))][:, None]
-    grain = np.sin(11 * q[:, :1] + 5 * cloud[:, None]) + np.sin(9 * q[:, 1:2] - 4 * cloud[:, None]) + np.sin(13 * q[:, 2:])
-    return (a * (1 - mix) + b * mix) * (1 + 0.16 * cloud[:, None] + 0.05 * grain)  # finer grain would only alias
-
-
-def render_room_view(room, position, look_at, focal, light, image_size):
-    """-> the six files of a view: c2w, image u8, depth u16 (mm), normal u8, instance u8, label u8, all (H, W, ...)."""
-    size, prims, shell, _ = room
-    height, width = image_size
-    z = (look_at - position) / np.linalg.norm(look_at - position)
-    x = np.cross(z, [0, 0, 1.0])
-    x /= np.linalg.norm(x)
-    c2w = np.eye(4)
-    c2w[:3] = np.stack([x, np.cross(z, x), z, position], 1)
-    rows, cols = np.mgrid[0:height, 0:width] + 0.5
-    rays = np.stack([(cols - width / 2) / focal, (rows - height / 2) / focal, np.ones_like(cols)], -1).reshape(-1, 3)
-    t, normal, local, which = cast(position, rays @ c2w[:3, :3].T, size, prims)  # rays have z = 1: t is z-depth
-    texture = np.where((which < 0)[:, None], shell[np.clip(-1 - which, 0, 5)], prims.texture[np.maximum(which, 0)])
-    to_light = light - (position + (rays @ c2w[:3, :3].T) * t[:, None])
-    far = np.linalg.norm(to_light, axis=1)
-    shade = 0.4 + 0.75 * np.clip((to_light * normal).sum(1) / far, 0, 1) / (0.7 + 0.12 * far**2)
-    image = (surface_colour(texture, local) * shade[:, None]).clip(0, 1)
-    shell_label, shell_id = np.array([2, 2, 2, 2, 0, 1]), np.array([3, 4, 5, 6, 1, 2])
-    label = np.where(which < 0, shell_label[np.clip(-1 - which, 0, 5)], prims.label[np.maximum(which, 0)])
-    instance = np.where(which < 0, shell_id[np.clip(-1 - which, 0, 5)], prims.instance[np.maximum(which, 0)])
-    grid = lambda values, dtype: np.round(values).astype(dtype).reshape(height, width, *values.shape[1:])
-    return (c2w, grid(image * 255, np.uint8), grid(t * 1000.0, np.uint16), grid((normal @ c2w[:3, :3] + 1) * 127.5, np.uint8),
-            grid(instance, np.uint8), grid(label, np.uint8))
-
-
-def write_room(folder, index, views, size, seed):
-    """One room in the nerfstudio layout. Written aside and renamed: a folder that exists is a whole room."""
-    rng = np.random.default_rng([seed, index])
-    room = make_room(rng)
-    focal = size[1] * rng.uniform(0.75, 0.95)
-    light = room[0] * np.array([rng.uniform(0.3, 0.7), rng.uniform(0.3, 0.7), 0.93])
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    maps = {"file_path": "images", "depth_file_path": "depth", "normal_file_path": "normals",
-            "instance_file_path": "masks", "label_file_path": "labels"}
-    for kind in maps.values():
-        (aside / kind).mkdir(parents=True, exist_ok=True)
-    frames = []
-    for i, (position, look_at) in enumerate(zip(*room[3](views))):
-        c2w, *pictures = render_room_view(room, position, look_at, focal, light, size)
-        frame = {key: f"{kind}/{i:03d}.png" for key, kind in maps.items()}
-        for file, picture in zip(frame.values(), pictures):
-            Image.fromarray(picture).save(aside / file, compress_level=1)
-        frames.append({**frame, "transform_matrix": (c2w @ OPENGL).tolist()})
-    meta = dict(camera_model="PINHOLE", w=size[1], h=size[0], fl_x=focal, fl_y=focal, cx=size[1] / 2, cy=size[0] / 2,
-                depth_unit_scale_factor=1e-3, class_names=CLASSES, frames=frames)
-    (aside / "transforms.json").write_text(json.dumps(meta, indent=1))
-    os.replace(aside, folder)
-
-
-def make_rooms(out, scenes=48, views=16, size=(96, 128), seed=0):
-    """Write `scenes` ray-cast rooms of `views` views at `size` (H, W) below `out`; the same seed gives the same bytes.
-
-    Rooms that exist are kept, so an interrupted call goes on where it was. `out/rooms.json` records the settings;
-    raises DataError when `out` holds rooms of other settings. Ten classes (`CLASSES`); textures do not depend on them.
-    """
-    out, wanted = Path(out), dict(scenes=scenes, views=views, size=list(size), seed=seed)
-    record = out / "rooms.json"
-    if scenes < 1 or views < 3 or min(size) < 1 or seed < 0:
-        raise DataError(f"{out}: cannot make rooms of {wanted}; at least 1 room, 3 views, 1 pixel, and seed 0")
-    existing = rooms_made(out)
-    if existing and any(existing[key] != wanted[key] for key in ("views", "size", "seed")):
-        raise DataError(f"{record}: rooms of other settings are here ({existing}); remove them or give another --scene_dir")
-    if not existing and not is_empty(out):
-        raise DataError(f"{out}: not empty and not made by this program; give another --scene_dir for the rooms")
-    if existing != wanted:
-        out.mkdir(parents=True, exist_ok=True)
-        aside = out / ".rooms.json"
-        aside.write_text(json.dumps(wanted))
-        os.replace(aside, record)
-    for leftover in out.glob(".room_*"):  # of a call that was interrupted
-        for file in sorted(leftover.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        leftover.rmdir()
-    todo = [i for i in range(scenes) if not (out / f"room_{i:03d}").exists()]
-    for i in tqdm(todo, desc=f"rooms -> {out}", unit="room", disable=not todo):
-        write_room(out / f"room_{i:03d}", i, views, tuple(size), seed)
-
-
-def is_empty(folder):  # nothing there, or hidden files alone
-    return not folder.exists() or (folder.is_dir() and all(child.name[0] == "." for child in folder.iterdir()))
-
-
-def rooms_made(folder):  # -> the settings `make_rooms` was called with, None where it was not
-    record = Path(folder) / "rooms.json"
-    if not record.exists():
-        return None
-    try:
-        return {key: json.loads(record.read_bytes())[key] for key in DEFAULT_ROOMS}
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{record}: not the settings of built-in rooms; remove the folder to have them made again") from None
-
-
-def open_scenes(scene_dir, skip_bad_frames=False):
-    """What every stage does first: read `scene_dir`, making built-in rooms where data/ or data_small/ is missing or unfinished."""
-    folder = Path(scene_dir)
-    settings = rooms_made(folder)
-    built_in = next((rooms for name, rooms in BUILT_IN.items() if folder.resolve() == Path(name).resolve()), None)
-    if not settings and built_in and is_empty(folder):
-        settings = built_in
-        print(f"no data yet: writing {settings['scenes']} built-in rooms of {settings['views']} views to {folder}/")
-    if settings:
-        make_rooms(folder, **settings)
-    return load_scenes(folder, skip_bad_frames)
+def scene_flags(parser, out, view_memory=2):
+    """The flags that all stages have. A stage that looks at each view once has no use for `view_memory`: it gives 0."""
+    add = parser.add_argument
+    add("--scene_dir", default="data", help="a scene or a folder of scenes; default: data/, made if it is missing")
+    add("--out", default=out, help=f"where everything is written; default: {out}/")
+    add("--skip_bad_frames", action="store_true", help="leave out frames that have a problem, and list them")
+    add("--near", type=float, help="nearest depth, in the scene's unit; default: from depth, sparse points or cameras")
+    add("--far", type=float, help="farthest depth; python 01_data.py shows the range that is taken")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
+    add("--seed", type=int, default=0, help="of everything that is drawn at random")
+    add("--view_memory", type=float, default=view_memory, metavar="GB", help="memory for views, so that each is decoded once")
 
 
 @contextmanager
 def explained(args, goes_on):
-    """Around what a command does with its --device and --out: bad input, a device that is not there, a disk that cannot be
-    written and Ctrl-C end it with one line. `goes_on` says how to continue."""
+    """Stands around the body of a command. Bad input, a disk that cannot be written, Ctrl-C and a --device that is not
+    there end it with one line; `goes_on` says how to continue. Any other error is a bug and keeps its traceback."""
     try:
         torch.zeros(1, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        sys.exit(f"--device {args.device}: {str(error).splitlines()[0]}")
+    VIEWS_IN_MEMORY["most"] = 1e9 * getattr(args, "view_memory", 0)
+    try:
         yield
     except (DataError, ValueError) as error:
         sys.exit(str(error))
     except OSError as error:
         sys.exit(f"{error.filename or args.out}: {error.strerror or error}; once that is mended, {goes_on}")
-    except (AssertionError, RuntimeError) as error:
-        if "CUDA" not in str(error) and "device" not in str(error):
-            raise
-        sys.exit(f"--device {args.device}: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
         sys.exit(f"stopped; {goes_on}")
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ---------------------------------------------------------------------------------------------- pictures
 
 
 def usual_range(depth: Tensor) -> Tensor:  # -> (2,): all but the nearest and the farthest 2 % of what is known
@@ -1133,9 +1467,23 @@ def colour_depth(depth: Tensor, like: Tensor | None = None) -> Tensor:
     """(H, W) -> (3, H, W): near is bright yellow, far is dark blue, unknown black; on the scale of `like`, if given."""
     known, (low, high) = depth > 0, usual_range(depth if like is None else like)
     level = (1 - (depth - low) / max(float(high - low), 1e-9)).clamp(0, 1).numpy()
-    stops = np.array([[0.19, 0.07, 0.23], [0.23, 0.32, 0.55], [0.13, 0.57, 0.55], [0.37, 0.79, 0.38], [0.99, 0.91, 0.14]])
+    stops = np.array([[0.19, 0.07, 0.23], [0.23, 0.32, 0.55], [0.13, 0.57, 0.55], [0.37, 0.79, 0.38],
+                      [0.99, 0.91, 0.14]])
     colours = np.stack([np.interp(level, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)])
     return torch.from_numpy(colours).float() * known
+
+
+def depth_legend(depth: Tensor, width: int) -> Tensor:
+    """(3, 26, width): which colour `colour_depth` gives to which depth of `depth`, and to what is not known."""
+    low, high = usual_range(depth).tolist()
+    ramp = colour_depth(torch.linspace(low, high, 200).clamp_min(1e-9).expand(12, 200), depth)
+    bar = Image.fromarray((255 * ramp).byte().permute(1, 2, 0).numpy())
+    picture = Image.new("RGB", (width, 26), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((6, 7), f"depth: near {low:.3g}", fill="black")
+    picture.paste(bar, (110, 7))
+    draw.text((320, 7), f"{high:.3g} far; black: not known", fill="black")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 def colour_ids(ids: Tensor) -> Tensor:  # (H, W) -> (3, H, W): one fixed colour an id, unlabelled black
@@ -1143,9 +1491,13 @@ def colour_ids(ids: Tensor) -> Tensor:  # (H, W) -> (3, H, W): one fixed colour 
     return (0.15 + 0.85 * hue) * (ids > 0)
 
 
+def colour_normals(normal: Tensor) -> Tensor:  # (H, W, 3) -> (3, H, W): red right, green up, blue towards the camera
+    return (normal * torch.tensor([1.0, -1, -1]) + 1).permute(2, 0, 1) / 2
+
+
 def picture_grid(path, headings, rows, scale=None, below=None):
-    """Save rows of (3, H, W) pictures (None: an empty panel) under one heading a column; `below` (width -> (3, h, width))
-    draws a strip under them all. Returns the path."""
+    """Save rows of (3, H, W) pictures (None: an empty panel) under one heading a column; `below` (width -> (3, h,
+    width)) draws a strip under them all. Returns the path."""
     height, width = next(p.shape[1:] for row in rows for p in row if p is not None)
     scale = scale or math.ceil(150 / width)  # small pictures are shown larger
     cell_h, cell_w, gap, top = height * scale, width * scale, 6, 24
@@ -1173,7 +1525,7 @@ def picture_grid(path, headings, rows, scale=None, below=None):
 
 
 def line_chart(title, curves, width=480, height=260) -> Tensor:
-    """Curves {name: [(x, y), ...]} as a picture (3, height, width): axes from the least to the largest value, points joined."""
+    """Curves {name: [(x, y), ...]} as a picture (3, height, width); the axes go from the least to the largest value."""
     picture = Image.new("RGB", (width, height), "white")
     colours = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)]
     draw = ImageDraw.Draw(picture)
@@ -1188,7 +1540,8 @@ def line_chart(title, curves, width=480, height=260) -> Tensor:
         draw.text((6, place(x0, value)[1] - 6), f"{value:.4g}", fill=(90, 90, 90))
         draw.line([(left, place(x0, value)[1]), (right, place(x0, value)[1])], fill=(230, 230, 230))
     for value in np.linspace(x0, x1, 5):
-        draw.text((place(value, y0)[0] - 12, bottom + 8), f"{value:.0f}" if x1 - x0 > 20 else f"{value:.3g}", fill=(90, 90, 90))
+        text = f"{value:.0f}" if x1 - x0 > 20 else f"{value:.3g}"
+        draw.text((place(value, y0)[0] - 12, bottom + 8), text, fill=(90, 90, 90))
     start = left
     for colour, (name, curve) in zip(colours, curves.items()):
         corners = [place(*p) for p in curve]
@@ -1235,65 +1588,71 @@ def fit_size(scene, pixels, multiple):
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
 
 
-def contact_sheet(scene, path, triplets):
-    """image | mask | depth | normals of views across the scene, and the cameras from above."""
-    size = fit_size(scene, 200 * 150, 2)
-    rows = []
-    for i in np.linspace(0, len(scene) - 1, min(5, len(scene))).astype(int):
-        v = scene.view(int(i), size)
-        rows.append([v.image, colour_ids(regions(v)), None if v.depth is None else colour_depth(v.depth),
-                     None if v.normal is None else (v.normal * torch.tensor([1.0, -1, -1]) + 1).permute(2, 0, 1) / 2])
-    mask_heading = "mask" if any(f.mask for f in scene.frames) else "superpixels (no masks)"
-    plan = lambda width: camera_plan(scene, triplets, min(width, 480), width)
-    return picture_grid(path, ["image", mask_heading, "depth", "normals"], rows, scale=1, below=plan)
+# ---------------------------------------------------------------------------------------------- report and command
 
 
 def describe(scene, triplets):  # -> lines that say what is in a scene
-    have = [f"{kind} {n}" for kind in ("mask", "depth", "normal", "label")
-            if (n := sum(getattr(f, kind) is not None for f in scene.frames))]
-    sizes = sorted({f.size for f in scene.frames})
+    have = [f"{kind} {n}" for kind in MAPS if (n := sum(getattr(frame, kind) is not None for frame in scene.frames))]
+    sizes = sorted({frame.size for frame in scene.frames})
     resolution = f"{sizes[0][1]}x{sizes[0][0]}" + (f" ... {sizes[-1][1]}x{sizes[-1][0]}" if len(sizes) > 1 else "")
-    centre = scene.c2w[:, :3, 3]
-    baselines = [float((centre[a] - centre[b]).norm()) for a, b, _ in triplets]
+    baselines = [float((scene.c2w[a, :3, 3] - scene.c2w[b, :3, 3]).norm()) for a, b, _ in triplets]
     near, far = scene.depth_range
-    yield f"{scene.name}: {len(scene)} views, {resolution}, with {', '.join(have) or 'images only (masks: superpixels)'}"
-    yield (f"  depth range {near:.3g} to {far:.3g}, context baselines {min(baselines):.3g} to {max(baselines):.3g} "
-           f"(median {np.median(baselines):.3g}), in the data set's unit")
-    for note in scene.notes[:5]:
-        yield f"  {note}"
-    if len(scene.notes) > 5:
-        yield f"  ... and {len(scene.notes) - 5} more notes"
+    maps = ", ".join(have) or "images only (masks: superpixels)"
+    yield f"{scene.name}: {len(scene)} views, {resolution}, with {maps}"
+    yield f"  depth range {near:.3g} to {far:.3g} from {scene.range_source}, in the data set's unit"
+    yield f"  context baselines {min(baselines):.3g} to {max(baselines):.3g} (median {np.median(baselines):.3g})"
+    yield f"  {describe_levels(scene)}"
+    yield from (f"  {note}" for note in scene.notes[:8])
+    if len(scene.notes) > 8:
+        yield f"  ... and {len(scene.notes) - 8} more notes"
+
+
+def describe_levels(scene, targets=None) -> str:
+    """A sentence: how many targets have contexts on which of LEVELS. Of many targets, fifty are looked at."""
+    targets = list(range(len(scene))) if targets is None else list(targets)
+    targets = targets[::math.ceil(len(targets) / 50)]
+    levels = [best_pairs(scene, target)[0] for target in targets]
+    parts = [f"{levels.count(n)} at overlap {least:g} and baseline {widest:g}"
+             for n, (least, widest) in enumerate(LEVELS) if levels.count(n)]
+    parts += [f"{levels.count(None)} have none"] if None in levels else []
+    poor = sum(level is None or level > 1 for level in levels) > len(levels) / 2
+    advice = "; warning: most views are far apart, and geometry from two of them is poor: add views in between" if poor else ""
+    return f"contexts of {len(targets)} targets: " + ", ".join(parts) + advice
+
+
+def report_scenes(scenes, args):
+    shown = scenes if len(scenes) <= 12 else scenes[:: math.ceil(len(scenes) / 8)]
+    for scene in shown:
+        generator = torch.Generator().manual_seed(args.seed)
+        triplets = [sample_triplet(scene, generator) for _ in range(4)]
+        print("\n".join(describe(scene, triplets)))
+        print(f"  ->  {show_triplets(scene, triplets, Path(args.out) / (scene.name.replace('/', '_') + '.png'))}")
+    held_out = f"{len(split(scenes, 'train'))} train, {len(split(scenes, 'val'))} val"
+    if len(scenes) == 1:
+        held_out = f"a single one: every eighth of its views is held out, {len(held_out_views(scenes[0]))}"
+    print(f"{len(scenes)} scene{'s' * (len(scenes) > 1)} ({held_out}), {sum(map(len, scenes))} views"
+          + (f"; {len(shown)} scenes of them shown" if len(shown) < len(scenes) else ""))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Look at posed scenes before training, or write the built-in rooms.")
-    parser.add_argument("--scene_dir", default="data", help="a scene, a folder of scenes, or where rooms go (default data/)")
-    parser.add_argument("--out", default="out/01_data", help="where the contact sheets go")
-    parser.add_argument("--skip_bad_frames", action="store_true", help="leave out frames that have a problem, and list them")
-    parser.add_argument("--rooms", type=int, help="write this many built-in rooms to --scene_dir")
-    parser.add_argument("--views", type=int, default=DEFAULT_ROOMS["views"], help="views a room")
-    parser.add_argument("--size", type=int, nargs=2, default=DEFAULT_ROOMS["size"], metavar=("H", "W"), help="room image size")
-    parser.add_argument("--seed", type=int, default=DEFAULT_ROOMS["seed"], help="seed of the rooms and of the triplets shown")
+    scene_flags(parser, "out/01_data")
+    parser.add_argument("--rooms", type=positive, help="write this many built-in rooms to --scene_dir")
+    parser.add_argument("--views", type=positive, default=DEFAULT_ROOMS["views"], help="views a room, at least 3")
+    parser.add_argument("--size", type=positive, nargs=2, default=DEFAULT_ROOMS["size"], metavar=("H", "W"),
+                        help="of the rooms' images")
     args = parser.parse_args(argv)
-    try:
+    with explained(args, "the same command starts again"):
         if args.rooms is not None:
-            make_rooms(args.scene_dir, args.rooms, args.views, args.size, args.seed)
-        scenes = open_scenes(args.scene_dir, args.skip_bad_frames)
-        root = Path(args.scene_dir)
-        for child in sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".") if not reader_of(root) else []:
+            make_rooms(args.scene_dir, scenes=args.rooms, views=args.views, size=args.size, seed=args.seed)
+        scenes, root = open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far), Path(args.scene_dir)
+        below = [] if reader_of(root) else sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
+        for child in below:
             if not any(scene.name.split("/")[0] == child.name for scene in scenes):
                 print(f"{child}: ignored, no poses in it that are read here")
-        shown = scenes if len(scenes) <= 12 else scenes[:: math.ceil(len(scenes) / 8)]
-        for scene in shown:
-            generator = torch.Generator().manual_seed(args.seed)
-            triplets = [sample_triplet(scene, generator) for _ in range(4)]
-            print("\n".join(describe(scene, triplets)))
-            print(f"  ->  {contact_sheet(scene, Path(args.out) / (scene.name.replace('/', '_') + '.png'), triplets)}")
-        print(f"{len(scenes)} scenes ({len(split(scenes, 'train'))} train, {len(split(scenes, 'val'))} val), "
-              f"{sum(map(len, scenes))} views" + (f"; {len(shown)} of them shown" if len(shown) < len(scenes) else ""))
-    except DataError as error:
-        sys.exit(str(error))
+        report_scenes(scenes, args)
 
 
 if __name__ == "__main__":
+    sys.modules["01_data"] = sys.modules[__name__]  # what tiny/rooms.py imports is this very module, no second copy
     main()

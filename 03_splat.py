@@ -978,13 +978,11 @@ def load_triplet(
 
 def reconstruct(geometry: str, triplet: Triplet, net=None):
     """Two views -> one Gaussian a pixel (SnD Eq. 1), and the colours (G, 3) of these pixels. `mvsplat` is learned, the
-    MVSplat `net`; `sweep` is stereo by hand, `depth` as measured."""
+    MVSplat `net`; `depth` is as measured."""
     _, lift = companions()
     images, K, c2w = triplet.images[:2], triplet.K[:2], triplet.c2w[:2]
     if geometry == "mvsplat":
         gaussians = lift.mvsplat_gaussians(net, images, K, c2w, 1.0, triplet.far)
-    elif geometry == "sweep":
-        gaussians = lift.sweep_gaussians(images, K, c2w, 1.0, triplet.far)
     else:
         gaussians = lift.depth_gaussians(triplet.depth[:2], K, c2w)
     return gaussians, images.permute(0, 2, 3, 1).reshape(-1, 3)
@@ -1075,7 +1073,7 @@ def fly(scenes, args) -> Path:
     indices = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed))
     t = load_triplet(scene, indices, data.fit_size(scene, args.pixels, 16), args.device)
     if args.geometry == "depth" and t.depth is None:
-        raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use mvsplat or sweep")
+        raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use mvsplat")
     with torch.no_grad():
         gaussians, colours = reconstruct(args.geometry, t, net)
     return film(Path(args.out) / "flight.webp", gaussians, colours, between(*t.c2w[:2], 48), t.K[2], *t.images.shape[-2:])
@@ -1094,7 +1092,7 @@ def novel_view(scene, indices, vit, net, args):
     tokens = vit(t.images[:2]).patches
     features = torch.cat([lift.mask_aware_upscale(x, mask, grid).flatten(0, 1) for x, mask in zip(tokens, t.masks)])
     images, covered = {}, {}
-    for name in ("mvsplat", "sweep", "depth")[: 3 if t.depth is not None else 2]:
+    for name in ("mvsplat", "depth")[: 2 if t.depth is not None else 1]:
         gaussians, colours = reconstruct(name, t, net)
         image, covered[name] = divide_by_alpha(render_target(gaussians, torch.cat([colours, features], 1), t))
         images[name], rendered = image[..., :3], image[..., 3:] if name == "mvsplat" else rendered
@@ -1106,7 +1104,7 @@ def novel_view(scene, indices, vit, net, args):
     scores["mean colour"] = psnr(truth[everywhere].mean(0), truth[everywhere])
     blended = semantic_blend(rendered, t.masks[2], valid=seen)
     basis = lift.pca_basis(rendered[seen])
-    colours = [images[name].permute(2, 0, 1) * covered[name] for name in images] + [None] * (3 - len(images))
+    colours = [images[name].permute(2, 0, 1) * covered[name] for name in images] + [None] * (2 - len(images))
     return [*t.images, *colours, *(lift.pca_colours(f, basis) * seen for f in (rendered, blended))], scores
 
 
@@ -1120,7 +1118,7 @@ def show(scenes, args) -> None:
         indices = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed + n))
         row, score = novel_view(scene, indices, vit, net, args)
         rows, scores = rows + [row], scores + [score]
-    headings = ["context", "context", "target view", "by mvsplat", "by sweep", "by measured depth", "features (PCA)", "blended"]
+    headings = ["context", "context", "target view", "by mvsplat", "by measured depth", "features (PCA)", "blended"]
     path = data.picture_grid(Path(args.out) / "novel_view.png", headings, rows)
     mean = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0] if all(name in s for s in scores)}
     baseline = mean.pop("mean colour")
@@ -1138,7 +1136,7 @@ def parse(argv):
     parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny', a published name, a file or folder")
     parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights: 'tiny', re10k.ckpt, or what 04 has fine-tuned")
     parser.add_argument("--flight", action="store_true", help="fly between two views of a held-out scene, as an animated picture")
-    parser.add_argument("--geometry", choices=("mvsplat", "sweep", "depth"), default="mvsplat", help="whose Gaussians fly")
+    parser.add_argument("--geometry", choices=("mvsplat", "depth"), default="mvsplat", help="whose Gaussians fly")
     parser.add_argument("--pixels", type=data.positive, default=96 * 128, help="pixels a view; lower it when memory runs out")
     return parser.parse_args(argv)
 

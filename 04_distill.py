@@ -2,20 +2,26 @@
 
 Paper   Splat and Distill (SnD) Sec. 3.1-3.5, Eq. 1-5, Table 5, Appendix A.3.
 In      posed views (01_data), a pretrained ViT and a geometry (02_lift). Masks are optional: superpixels stand in.
-Out     out/04_distill/: student/ (a Hugging Face DINOv2 folder, LoRA merged), log.jsonl, pictures, checkpoints, any adapters.
-Run     python 04_distill.py --preset tiny              built-in rooms, no downloads: minutes on a 2-core CPU
-        python 04_distill.py --scene_dir my_scene       your own posed images; on a CUDA machine with the paper's setting
-        python 04_distill.py --resume                   goes on after a kill, where the last checkpoint was
-        torchrun --nproc_per_node=4 04_distill.py --batch 4 ...        four GPUs, one triplet each
+Out     out/04_distill/: student/ (a Hugging Face DINOv2 folder with a model card), log.jsonl, pictures, checkpoints.
+Run     python 04_distill.py --preset tiny            built-in rooms, no downloads: about 4 minutes on a 2-core CPU
+        python 04_distill.py --scene_dir my_scene     your own posed images; on a CUDA machine in the paper's setting
+        python 04_distill.py --finetune_geometry 40000 --mvsplat re10k.ckpt     as the paper: MVSplat is adapted first
+        python 04_distill.py --resume                 goes on after a kill, from the last checkpoint
+        torchrun --nproc_per_node=4 04_distill.py --batch 4                     four GPUs, one triplet each
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py tiny/vit.safetensors tiny/mvsplat.safetensors
-Not     centering or temperature schedules (nor has the paper); no sharding of the head over GPUs.
-Words   f_s, f_t student and teacher; F_low tokens, F_high per-pixel features; K prototypes; lambda EMA momentum;
-        tau temperature; context views are splatted, the target view is what the student sees.
+Read    DINOHead, distill_loss, ema_update, add_lora, lift_weights, splat_features, image_features, objective,
+        learn, networks_of, distil
+Try     TRY
+Not     centering or temperature schedules (the paper has none either); the head is not sharded over GPUs.
+Words   context views: the two that the teacher sees and that are splatted; target view: what the student sees.
+        Tokens are a ViT's patch features (N, C), N = h w of the grid. Prototypes are the K directions of the head.
 
-The geometry and the masks of a triplet never change, so all of Sec. 3.2-3.4 is one sparse matrix on the teacher's tokens, the
-splat operator (03_splat). It is computed once per triplet and kept on disk; a step then costs two ViTs and a head. `--online`
-takes the plain path instead, which is `splat_features` below: the same loss to rounding, and the one to read.
+The geometry and the masks of a triplet never change. So all of Sec. 3.2-3.4 is one sparse matrix on the teacher's
+tokens, the splat operator (03_splat). It is computed once per triplet and kept on disk; a step then costs two passes
+through the ViT and the head. `--online` takes the plain path, `splat_features` below: the same loss to rounding.
 """
+from __future__ import annotations
+
 import argparse
 import atexit
 import contextlib
@@ -26,9 +32,11 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -39,29 +47,106 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat"))
 
 # `vits` and `vitb` are the paper's setting (A.3); `tiny` fits the same loop into minutes on a CPU.
-# Differs: temperatures are not in the paper and 1.0 in its code, where both distributions are nearly uniform (docs/study.md).
-# Differs: at 1.9 million parameters `tiny` trains the whole ViT, which reaches further than adapters do (docs/study.md).
-PAPER = dict(mvsplat="re10k.ckpt", pixels=574 * 868, triplets=10_000, max_steps=50_000, batch=1, full_finetune=False, lr=2e-5,
-             head_lr=2e-5, rank=8, hidden=2048, bottleneck=256, prototypes=65_536, momentum=0.999, ema_every=10, tau_student=1.0,
-             tau_teacher=1.0, bf16=True)
+# Differs: the paper does not give its temperatures, and its code has 1.0 for both, where both distributions are
+# nearly uniform; preset `tiny` has 0.1 and 0.05, chosen by a study (docs/study.md).
+# Differs: the paper trains adapters; preset `tiny`, whose ViT has 1.9 million parameters, trains the whole ViT, which
+# reaches further in 200 steps (docs/study.md).
+# Differs: the paper renders at 584x876 and the ViT sees 574x868, to which the images are resized; we load, splat and
+# look at 574x868, which is 41x62 patches, so that nothing is resampled twice.
+PAPER = dict(
+    mvsplat="re10k.ckpt", pixels=574 * 868, triplets=10_000, max_steps=50_000, batch=1, full_finetune=False, lr=2e-5,
+    head_lr=2e-5, rank=8, hidden=2048, bottleneck=256, prototypes=65_536, momentum=0.999, ema_every=10,
+    tau_student=1.0, tau_teacher=1.0, bf16=True)
 PRESETS = {
-    "tiny": dict(model="tiny", mvsplat="tiny", pixels=96 * 128, triplets=300, max_steps=200, batch=4, full_finetune=True, lr=3e-4,
-                 head_lr=1e-4, rank=8, hidden=512, bottleneck=128, prototypes=2048, momentum=0.99, ema_every=10, tau_student=0.1,
-                 tau_teacher=0.05, bf16=False),
+    "tiny": dict(
+        model="tiny", mvsplat="tiny", pixels=96 * 128, triplets=300, max_steps=200, batch=4, full_finetune=True,
+        lr=3e-4, head_lr=1e-4, rank=8, hidden=512, bottleneck=128, prototypes=2048, momentum=0.99, ema_every=10,
+        tau_student=0.1, tau_teacher=0.05, bf16=False),
     "vits": dict(PAPER, model="dinov2_vits14"),
     "vitb": dict(PAPER, model="dinov2_vitb14")}
 
-# ------------------------------------------------------------------------------------------------ LoRA, head, loss
+# ------- 1. What is compared: each token's distribution over prototypes
+
+
+class DINOHead(nn.Module):
+    """Three-layer MLP -> bottleneck of length 1 -> its cosine with each of K prototypes, times a learned gain."""
+
+    def __init__(self, in_dim, hidden=2048, bottleneck=256, prototypes=65536):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, bottleneck))
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        self.gain = nn.Parameter(torch.ones(prototypes))
+        layers = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
+        for weight in [layer.weight for layer in layers] + [self.prototypes]:
+            nn.init.trunc_normal_(weight, std=0.02)
+        for layer in layers:
+            nn.init.zeros_(layer.bias)
+
+    def embed(self, tokens):  # (N, C) -> (N, D), in float32: bfloat16 would move a sharp softmax by several per cent
+        return F.normalize(self.mlp(tokens).float(), dim=-1)
+
+    def directions(self):  # (K, D)
+        return self.gain[:, None] * F.normalize(self.prototypes, dim=-1)
+
+    def forward(self, tokens):  # (N, C) -> (N, K) logits
+        return self.embed(tokens) @ self.directions().T
+
+
+def distill_loss(
+    student_logits: Tensor,  # (N, K)
+    teacher_logits: Tensor,  # (N, K)
+    tau_student=0.1,
+    tau_teacher=0.1,
+) -> Tensor:
+    """Cross-entropy between the two distributions over prototypes, mean over tokens."""
+    target = (teacher_logits.detach() / tau_teacher).softmax(-1)  # detach is sg(.), the stop-gradient
+    return -(target * (student_logits / tau_student).log_softmax(-1)).sum(-1).mean()  # SnD Eq. 5
+
+
+def token_loss(name, seen: Tensor, goal: Tensor) -> Tensor:
+    """The losses of the ablations, on the tokens themselves instead of prototypes; (N, C) each."""
+    count = max(1, len(goal))
+    if name == "cosine":  # SnD Table 5 C
+        return (1 - F.cosine_similarity(seen, goal, dim=-1)).sum() / count
+    if name == "feature":  # SnD Table 5 G: the rendered features themselves, as in FiT3D
+        return (seen - goal).abs().mean(-1).sum() / count
+    # "correspondence", as in MEF (You et al. 2024): tokens of the same place attract, all others of the view repel.
+    similarity = F.normalize(seen, dim=-1) @ F.normalize(goal, dim=-1).T / 0.07
+    return F.cross_entropy(similarity, torch.arange(len(goal), device=goal.device), reduction="sum") / count
+
+
+# ------- 2. Who is taught, and by whom
+
+
+class Network(nn.Module):
+    """A ViT with its head (None where the loss is on tokens). The student is one, and the teacher is one."""
+
+    def __init__(self, vit, head):
+        super().__init__()
+        self.vit, self.head = vit, head
+
+    def forward(self, images):  # (B, 3, H, W) -> (B, N, C) patch tokens
+        return self.vit(images).patches
+
+
+@torch.no_grad()
+def ema_update(teacher, student, momentum):
+    """theta_t <- lambda theta_t + (1 - lambda) theta_s for each parameter that is trained, A and B apart (Sec. 3.5)."""
+    for theirs, ours in zip(teacher.parameters(), student.parameters()):
+        if ours.requires_grad:
+            theirs.lerp_(ours, 1 - momentum)
 
 
 class LoRALinear(nn.Module):
-    """W x + (alpha / r) B A x: W frozen, A and B trained; B starts at 0, so training starts at the pretrained network."""
+    """W x + (alpha / r) B A x with W frozen. B starts at 0, so that training starts at the pretrained network."""
 
     def __init__(self, base: nn.Linear, rank, alpha):
         super().__init__()
@@ -74,8 +159,9 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model, rank=8, alpha=8.0):
-    """Freeze `model` and put adapters on the attention's qkv and proj, in place; returns the model. (SnD A.3)"""
-    # Differs: the official code matches "proj" by name and so adapts the patch embedding too, and drops out 10 %.
+    """Freezes `model` and puts adapters on the attention's qkv and proj, in place; returns the model. (SnD A.3)"""
+    # Differs: the official code finds layers by the names "qkv" and "proj", so that it adapts the patch embedding's
+    # projection as well, and has a dropout of 10 %, in the teacher too. We adapt the attention alone, without dropout.
     model.requires_grad_(False)
     for block in model.blocks:
         for name in ("qkv", "proj"):
@@ -84,7 +170,7 @@ def add_lora(model, rank=8, alpha=8.0):
 
 
 def merge_lora(model):
-    """A copy of `model` whose adapters are folded into the weights: the plain network again, same outputs to rounding."""
+    """A copy of `model` with the adapters folded into the weights: a plain network again, same outputs to rounding."""
     model = copy.deepcopy(model)
     for block in model.blocks:
         for name in ("qkv", "proj"):
@@ -95,42 +181,180 @@ def merge_lora(model):
     return model
 
 
-class DINOHead(nn.Module):
-    """Three-layer MLP -> L2-normalised bottleneck -> cosine with each of K prototypes, times a learned gain a prototype."""
-
-    def __init__(self, in_dim, hidden=2048, bottleneck=256, prototypes=65536):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
-                                 nn.Linear(hidden, bottleneck))
-        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
-        self.gain = nn.Parameter(torch.ones(prototypes))
-        for weight in [m.weight for m in self.mlp if isinstance(m, nn.Linear)] + [self.prototypes]:
-            nn.init.trunc_normal_(weight, std=0.02)
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.zeros_(layer.bias)
-
-    def embed(self, tokens):  # (N, C) -> (N, D), of length 1, in fp32: bf16 would move a sharp softmax by several per cent
-        return F.normalize(self.mlp(tokens).float(), dim=-1)
-
-    def directions(self):  # (K, D)
-        return self.gain[:, None] * F.normalize(self.prototypes, dim=-1)
-
-    def forward(self, tokens):  # (N, C) -> (N, K) logits
-        return self.embed(tokens) @ self.directions().T
+def networks_of(args):
+    """-> the ViT to start from, student, teacher, and the student's optimiser."""
+    before = lift.load_vit(args.model).to(args.device)
+    torch.manual_seed(args.seed)  # here, so that the new weights depend on the seed and not on what loading has drawn
+    vit = copy.deepcopy(before) if args.full_finetune else add_lora(copy.deepcopy(before), args.rank, args.rank)
+    vit.mask_token.requires_grad_(False)  # takes no part
+    head = None
+    if args.loss == "distill":
+        head = DINOHead(before.dim, args.hidden, args.bottleneck, args.prototypes)
+    student = Network(vit, head).to(args.device)
+    teacher = copy.deepcopy(student).requires_grad_(False)  # starts as the student does, and only ever follows it
+    # Differs: Sec. 3.5 writes of a shared head. By default the teacher's head is an EMA like its ViT, as in the
+    # official code; `--shared_head` does what the paper writes.
+    teacher.head = student.head if args.shared_head else teacher.head
+    student.vit.checkpointing = args.grad_checkpoint
+    # Differs: the paper has one learning rate; preset `tiny` has a lower one for the head, which would otherwise learn
+    # the task in the ViT's place in so short a run.
+    groups = [(student.vit, args.lr)] + ([(student.head, args.head_lr)] if head else [])
+    optimiser = torch.optim.Adam([dict(params=list(trained(part).values()), lr=lr, peak=lr) for part, lr in groups])
+    return before, student, teacher, optimiser
 
 
-def distill_loss(student_logits: Tensor, teacher_logits: Tensor, tau_student=0.1, tau_teacher=0.1) -> Tensor:
-    """Cross-entropy between the two distributions over prototypes, mean over tokens; (N, K) logits each (SnD Eq. 5)."""
-    target = (teacher_logits.detach() / tau_teacher).softmax(-1)  # sg(.) of SnD Eq. 5
-    return -(target * (student_logits / tau_student).log_softmax(-1)).sum(-1).mean()
+# ------- 3. The 3D-aware teacher: what it saw in two views, carried into a third
+
+
+def lift_weights(t: splat.Triplet, grid, upscale="masks", drop_unmatched=False):
+    """SnD Eq. 2-3 for both context views: each Gaussian's feature is a weighted sum of four of their 2N tokens.
+
+    -> the tokens' indices (G, 4) and their weights (G, 4); there is one Gaussian a context pixel.
+    """
+    masks = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2])  # SnD Table 5 B: plain bilinear
+    (index_a, weight_a), (index_b, weight_b) = (lift.upscale_weights(mask, grid, drop_unmatched) for mask in masks)
+    N = grid[0] * grid[1]  # the second view's tokens come after those of the first
+    return torch.cat([index_a, index_b + N]), torch.cat([weight_a, weight_b])
+
+
+@torch.no_grad()
+def splat_features(
+    tokens: Tensor,  # (2, N, C) of the context views
+    gaussians: lift.Gaussians,  # G = 2 H W, one a context pixel
+    t: splat.Triplet,
+    grid,  # (h, w)
+    blend=0.5,  # alpha of SnD Eq. 4
+    upscale="masks",
+    drop_unmatched=False,
+    downscale="bilinear",
+):
+    """SnD Fig. 2 from left to right: the teacher's tokens of the target view (N, C), and which are valid (N,)."""
+    # Lift: each Gaussian gets a feature. Nothing is lifted where Eq. 3 is 0/0 and such pixels are dropped.
+    index, weight = lift_weights(t, grid, upscale, drop_unmatched)
+    features = sum(weight[:, k, None] * tokens.flatten(0, 1).float()[index[:, k]] for k in range(4))  # SnD Eq. 2
+    opacities = gaussians.opacities * (weight.sum(1) > 0)
+    # Splat them into the target view.
+    # Differs: the official code passes the variances on as scales, which squares them again, and draws reflected frames
+    # as spheres; we splat the covariances that the geometry gives.
+    render = splat.render_target(gaussians._replace(opacities=opacities), features, t)
+    rendered, valid = splat.divide_by_alpha(render)
+    # Blend: each pixel moves towards the mean of its object.
+    blended = splat.semantic_blend(rendered, t.masks[2], blend, valid)  # SnD Eq. 4
+    return splat.splat_to_tokens(blended, valid, grid, downscale)
+
+
+@torch.no_grad()
+def image_features(tokens: Tensor, t: splat.Triplet, grid, blend=0.5, upscale="masks", downscale="bilinear"):
+    """The control without 3D (--target image), shaped like `splat_features`: the teacher looks at the target itself.
+
+    Its tokens (N, C) are upscaled, blended by the target's masks and scaled down again; nothing is splatted.
+    """
+    mask = t.masks[2] if upscale == "masks" else torch.zeros_like(t.masks[2])
+    blended = splat.semantic_blend(lift.mask_aware_upscale(tokens.float(), mask, grid), t.masks[2], blend)
+    return splat.splat_to_tokens(blended, torch.ones_like(mask, dtype=torch.bool), grid, downscale)
+
+
+# ------- 4. A training step, and the loop
+
+
+class Sample(NamedTuple):
+    """What a step needs of one triplet."""
+
+    context: Tensor  # (2, 3, H, W) the views that the teacher sees
+    target: Tensor  # (1, 3, H, W) the view that the student sees
+    carry: Callable  # the teacher's tokens of the context (2, N, C) -> those of the target (N, C), valid (N,)
+
+
+def objective(student, teacher, seen: Tensor, goal: Tensor, args):
+    """-> loss of the student's tokens (N, C) against the teacher's splatted ones (N, C); the teacher's entropy."""
+    if args.loss != "distill":
+        return token_loss(args.loss, seen.float(), goal), goal.new_zeros(())
+    with torch.autocast(goal.device.type, torch.bfloat16, enabled=args.bf16):
+        x = student.head.embed(seen)
+        with torch.no_grad():
+            y = teacher.head.embed(goal)
+    with torch.no_grad():
+        prototypes = teacher.head.directions()
+    # `distill_loss` of the two heads' logits, without ever holding all of them.
+    return BlockedLoss.apply(x, student.head.directions(), y, prototypes, args.tau_student, args.tau_teacher)
+
+
+def learn(batch: list[Sample], student, teacher, args) -> list[float]:
+    """Sec. 3.2-3.5 for a step's triplets: leaves the gradient. -> loss, teacher's entropy, share of valid tokens."""
+    autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
+    measured = []
+    for sample in batch:
+        with torch.no_grad():
+            with autocast():
+                tokens = teacher(sample.context)
+            goal, valid = sample.carry(tokens)  # Sec. 3.2-3.4: lift, splat and blend
+        with autocast():
+            seen = student(sample.target)[0]  # Sec. 3.5: the student sees the target image alone
+        # Differs: the official code sets invalid tokens to 0 on both sides and keeps them in the mean; here they leave
+        # the loss.
+        at = valid.nonzero()[:, 0]
+        loss, entropy = objective(student, teacher, seen[at], goal[at], args)
+        (loss / len(batch)).backward()
+        measured.append(torch.stack([loss.detach(), entropy, valid.float().mean()]))
+    return torch.stack(measured).double().mean(0).tolist()
+
+
+def distil(args, rank=0, world=1):
+    """Sec. 3.1: the student learns from the teacher, and the teacher follows the student."""
+    scenes, heldout, source = first_alone(lambda: prepare(args), rank, world)
+    before, student, teacher, optimiser = networks_of(args)
+    run = Run(args, what_changes(student, teacher, args), optimiser, rank=rank, world=world)
+    if args.finetune_geometry:
+        finetune_geometry(source, scenes, heldout, run)  # A.3, before anything is distilled
+    # Differs: the paper draws a fresh triplet for each step; here --triplets of them are drawn and taken again and
+    # again, so that their operators are computed once.
+    count = min(args.triplets, args.max_steps * args.batch)
+    triplets = draw_triplets(scenes, count, args.seed, args.target == "context")
+    say_levels(triplets)
+    source.make_missing(triplets, run)
+    judged = judged_triplets(source, heldout) if run.first else []
+    start = agreement(before, judged, args.device) if run.first else None
+    # All that is random is a function of the seed and the step, so a run that goes on needs no generator's state.
+    order = schedule(len(triplets), args.max_steps * args.batch, args.seed)
+    draws = lambda step: range(step * args.batch, (step + 1) * args.batch)
+    batch_of = lambda step: [source.sample(*triplets[order[n]], args.seed + n) for n in draws(step)[rank::world]]
+
+    for step, batch in zip(run, ahead(batch_of, range(run.start, args.max_steps))):
+        set_rates(optimiser, step, args.max_steps)
+        optimiser.zero_grad(set_to_none=True)
+        loss, entropy, valid = averaged(learn(batch, student, teacher, args), world, args.device)
+        average_gradients(student, world)
+        names = [splat.name_of(*triplets[order[n]]) for n in draws(step)]
+        run.check(loss, ", ".join(names))
+        optimiser.step()
+        # Differs: the official code updates the teacher before the optimiser's step, here it is after it.
+        if not args.frozen_teacher and (step + 1) % args.ema_every == 0:
+            ema_update(teacher, student, args.momentum)
+        due = run.first and (step + 1) % args.eval_every == 0
+        scores = agreement(student.vit, judged, args.device)._asdict() if due else {}
+        run.log(triplets=names, valid=round(valid, 4), loss=round(loss, 6), kl=round(loss - entropy, 6),
+                lr=optimiser.param_groups[0]["lr"], **scores, show=("loss", "kl"))
+    if run.first:
+        finish(source, before, student.vit, teacher.vit, judged, start)
+
+
+def set_rates(optimiser, step, max_steps):  # cosine to 0, without warm-up (SnD A.3)
+    for group in optimiser.param_groups:
+        group["lr"] = 0.5 * group["peak"] * (1 + math.cos(math.pi * step / max_steps))
+
+
+# ---- Workshop: not needed to understand the method ----
+
+
+# -------------------------------------------------------------------------------- the loss, in blocks
 
 
 class BlockedLoss(torch.autograd.Function):
-    """`distill_loss` of the logits x W' and y V', a block of tokens at a time: no (N, K) tensor ever exists, which would take
-    0.7 GB each at the paper's size. Also the teacher's entropy, the part of the loss that nothing can learn.
+    """`distill_loss` of the logits x W' and y V', a block of tokens at a time, and the teacher's entropy.
 
-    The gradient is linear in the incoming one, so each block's is found while its logits are there, and not computed again.
+    No (N, K) tensor ever exists, which would take 0.7 GB each at the paper's size. The gradient is linear in the
+    incoming one, so that of each block is computed while its logits are there. The entropy is the part of the loss that
+    nothing can learn.
     """
 
     @staticmethod
@@ -145,7 +369,8 @@ class BlockedLoss(torch.autograd.Function):
         max_elements: int = 2**24,  # of a block of logits
     ):
         N, block = max(1, len(x)), max(1, max_elements // len(W))
-        loss, entropy, grad_x, grad_W = x.new_zeros(()), x.new_zeros(()), torch.zeros_like(x), torch.zeros_like(W)
+        loss, entropy = x.new_zeros(()), x.new_zeros(())
+        grad_x, grad_W = torch.zeros_like(x), torch.zeros_like(W)
         for i in range(0, len(x), block):
             part, weights = x[i:i + block].detach().requires_grad_(), W.detach().requires_grad_()
             goal, share = y[i:i + block] @ V.T, len(part) / N
@@ -165,115 +390,52 @@ class BlockedLoss(torch.autograd.Function):
         return grad * grad_x, grad * grad_W, None, None, None, None, None
 
 
-@torch.no_grad()
-def ema_update(teacher, student, momentum):
-    """theta_t <- lambda theta_t + (1 - lambda) theta_s, parameter by parameter, adapters A and B apart (SnD Sec. 3.5)."""
-    for theirs, ours in zip(teacher.parameters(), student.parameters()):
-        if ours.requires_grad:
-            theirs.lerp_(ours, 1 - momentum)
+# -------------------------------------------------------------------------------- triplets and operators
 
 
-class Network(nn.Module):
-    """A ViT with its DINO head (None where the loss is on the tokens themselves): student and teacher are one each."""
-
-    def __init__(self, vit, head):
-        super().__init__()
-        self.vit, self.head = vit, head
-
-    def forward(self, images):  # (B, 3, H, W) -> (B, N, C)
-        return self.vit(images).patches
-
-
-def objective(student, teacher, seen: Tensor, goal: Tensor, args):
-    """Loss of the student's tokens (N, C) against the teacher's splatted ones (N, C), and its part that cannot be learned."""
-    if args.loss == "cosine":  # SnD Table 5 C
-        return (1 - F.cosine_similarity(seen.float(), goal, dim=-1)).sum() / max(1, len(goal)), goal.new_zeros(())
-    if args.loss == "feature":  # SnD Table 5 G: the rendered features themselves, as FiT3D has it
-        return (seen.float() - goal).abs().mean(-1).sum() / max(1, len(goal)), goal.new_zeros(())
-    if args.loss == "correspondence":  # as MEF (You et al. 2024): what is the same place together, the others of the view apart
-        similarity = F.normalize(seen.float(), dim=-1) @ F.normalize(goal, dim=-1).T / 0.07
-        each = torch.arange(len(goal), device=goal.device)
-        return F.cross_entropy(similarity, each, reduction="sum") / max(1, len(goal)), goal.new_zeros(())
-    with torch.autocast(goal.device.type, torch.bfloat16, enabled=args.bf16):
-        x = student.head.embed(seen)
-        with torch.no_grad():
-            y = teacher.head.embed(goal)
-    with torch.no_grad():
-        V = teacher.head.directions()
-    return BlockedLoss.apply(x, student.head.directions(), y, V, args.tau_student, args.tau_teacher)  # SnD Eq. 5
+def prepare(args):
+    """-> training scenes, held-out triplets [(scene, indices)], and the Source of what a step needs of a triplet."""
+    if args.finetune_geometry and args.geometry != "mvsplat":
+        raise ValueError(f"--geometry {args.geometry} has nothing to fine-tune; leave out --finetune_geometry")
+    scenes = whole = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
+    if args.geometry == "depth":
+        measured = [[i for i, frame in enumerate(scene.frames) if frame.depth] for scene in scenes]
+        scenes = [scene.subset(views) for scene, views in zip(scenes, measured) if len(views) >= 3]
+        if not scenes:
+            raise data.DataError(f"{args.scene_dir}: no scene has measured depth for three views; "
+                                 "use --geometry mvsplat")
+    if args.masks == "files" and not any(frame.mask for scene in scenes for frame in scene.frames):
+        print("no instance masks: SLIC superpixels stand in (folder masks/ beside images/ is read when it is there)")
+    say_whose_cameras(args.scene_dir)
+    source = Source(scenes, args, lift.load_vit(args.model).patch)
+    train, measured = hold_out(scenes, args.heldout, args.seed, whole)
+    source.kind = kind_of(train, measured)
+    return train, measured, source
 
 
-# ------------------------------------------------------------------------------------------------ the 3D-aware teacher
+def say_whose_cameras(scene_dir):
+    """Repeats the verdict on cameras that 06_distill3r.py has estimated: it stands in the scene as `agreement`."""
+    file = Path(scene_dir) / "transforms.json"
+    agreement = json.loads(file.read_text()).get("agreement") if file.exists() else None
+    if agreement:
+        found, still = agreement  # of neighbouring photos through these cameras, and as if no camera had moved
+        trust = "do not trust them" if found < still + 0.02 else "they explain the photos"
+        print(f"{scene_dir}: its cameras were estimated from photos, {trust} (neighbouring photos agree to "
+              f"{100 * found:.0f} % through them, to {100 * still:.0f} % if no camera had moved)")
 
 
-def lift_weights(t: splat.Triplet, grid, upscale="masks", drop_unmatched=False):
-    """SnD Eq. 2-3 for both contexts: of which of their 2N tokens each Gaussian's feature is made (G, 4), in what parts (G, 4)."""
-    masks = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2])  # SnD Table 5 B: plain bilinear
-    pairs = [lift.upscale_weights(mask, grid, drop_unmatched) for mask in masks]
-    N = grid[0] * grid[1]
-    return torch.cat([index + v * N for v, (index, _) in enumerate(pairs)]), torch.cat([weight for _, weight in pairs])
-
-
-@torch.no_grad()
-def splat_features(
-    tokens,  # (2, N, C) of the context views
-    gaussians,  # G = 2 H W, one a context pixel
-    t: splat.Triplet,
-    grid,  # (h, w)
-    blend=0.5,  # alpha of SnD Eq. 4
-    upscale="masks",
-    drop_unmatched=False,
-    downscale="bilinear",
-):
-    """The 3D-aware teacher's tokens of the target view (N, C), and which of them are valid (N,): SnD Fig. 2, left to right."""
-    index, weight = lift_weights(t, grid, upscale, drop_unmatched)
-    features = sum(weight[:, k, None] * tokens.flatten(0, 1).float()[index[:, k]] for k in range(4))  # SnD Eq. 2: one a Gaussian
-    opacities = gaussians.opacities * (weight.sum(1) > 0)  # nothing is lifted where Eq. 3 is 0/0 and dropped
-    # Differs: the true covariances; the official render passes variances on as scales and draws reflected frames as spheres.
-    render = splat.render_target(gaussians._replace(opacities=opacities), features, t)
-    valid = render.alpha >= splat.COVERED
-    rendered = render.features / render.alpha.clamp_min(1e-6)[..., None]  # Differs: not divided by alpha in the official code
-    blended = splat.semantic_blend(rendered, t.masks[2], blend, valid)  # SnD Eq. 4
-    return splat.splat_to_tokens(blended, valid, grid, downscale)
-
-
-@torch.no_grad()
-def triplet_operator(
-    gaussians, t: splat.Triplet, grid, blend=0.5, upscale="masks", drop_unmatched=False, downscale="bilinear",
-) -> splat.SplatOperator:
-    """`splat_features` as a matrix on the 2N context tokens, equal to rounding."""
-    index, weight = lift_weights(t, grid, upscale, drop_unmatched)
-    opacities = gaussians.opacities * (weight.sum(1) > 0)
-    return splat.splat_operator(gaussians.means, gaussians.covariances, opacities, index, weight, 2 * grid[0] * grid[1],
-                                torch.linalg.inv(t.c2w[2]), t.K[2], *t.images.shape[-2:], grid, t.masks[2], blend, downscale)
-
-
-@torch.no_grad()
-def image_features(tokens: Tensor, t: splat.Triplet, grid, blend=0.5, upscale="masks", downscale="bilinear"):
-    """The control without 3D, same shapes as `splat_features`: the teacher's own tokens (N, C) of the target view, upscaled and
-    blended by its masks."""
-    mask = t.masks[2] if upscale == "masks" else torch.zeros_like(t.masks[2])
-    blended = splat.semantic_blend(lift.mask_aware_upscale(tokens.float(), mask, grid), t.masks[2], blend)
-    return splat.splat_to_tokens(blended, torch.ones_like(mask, dtype=torch.bool), grid, downscale)
-
-
-def jitter(images: Tensor, seed) -> Tensor:
-    """Brightness, contrast and saturation changed by up to 40 % each; images (B, 3, H, W)."""
-    brightness, contrast, saturation = (0.6 + 0.8 * torch.rand(3, generator=torch.Generator().manual_seed(seed))).tolist()
-    images = images * brightness
-    for centre, factor in ((images.mean((1, 2, 3), keepdim=True), contrast), (images.mean(1, keepdim=True), saturation)):
-        images = centre + factor * (images - centre)
-    return images.clamp(0, 1)
-
-
-# ------------------------------------------------------------------------------------------------ triplets and their operators
+def say_levels(triplets):
+    """How good the contexts are that `sample_triplet` has found: it asks for less where there are no better ones."""
+    levels = Counter(data.best_pairs(scene, target)[0] for scene, (*_, target) in triplets)
+    parts = [f"{levels[n]} with an overlap of {100 * least:.0f} % and a baseline below {widest:g} of the depth"
+             for n, (least, widest) in enumerate(data.LEVELS) if levels[n]]
+    print(f"{len(triplets)} triplets: {', '.join(parts)}")
 
 
 def draw_triplets(scenes, count, seed, to_context=False):
-    """[(scene, (context_a, context_b, target))]; `to_context` takes one of the contexts as the target (SnD Table 5 E)."""
+    """[(scene, (context_a, context_b, target))]; `to_context` makes one of the contexts the target (SnD Table 5 E)."""
     generator, found = torch.Generator().manual_seed(seed), []
     for n in range(count):
-        # Sec. 3.1: a scene, two contexts, a distinct target.
         scene = scenes[int(torch.randint(len(scenes), (1,), generator=generator))]
         a, b, target = data.sample_triplet(scene, generator)
         found.append((scene, (a, b, (a, b)[n % 2] if to_context else target)))
@@ -287,7 +449,179 @@ def schedule(count, draws, seed) -> list[int]:
     return torch.cat(rounds)[:draws].tolist()
 
 
-def weights_id(network) -> str | None:  # of what a network computes
+def has_triplet(scene, target=None) -> bool:
+    with contextlib.suppress(data.DataError):
+        return bool(data.sample_triplet(scene, torch.Generator(), None if target is None else [target]))
+    return False
+
+
+def hold_out(scenes, count, seed, whole=None):
+    """-> training scenes, and triplets [(scene, indices)] to measure on, whose targets are never trained on.
+
+    Held out are the scenes of the part `val`; of a single scene, every eighth view as a target. `whole` are the scenes
+    as they were read, where `scenes` lacks some of them or some views: what is held out does not depend on what can be
+    used, so that 05_probe.py holds out the same.
+    """
+    usable = [scene for scene in scenes if has_triplet(scene)]
+    for scene in scenes:
+        if scene not in usable:
+            print(f"{scene.name}: left out, no three views overlap with a usable baseline")
+    if not usable:
+        raise data.DataError(f"{scenes[0].name}: no three views overlap with a usable baseline; add views in between")
+    hidden = {scene.name for scene in data.split(whole or scenes, "val")}
+    train = [scene for scene in usable if scene.name not in hidden]
+    places = [(scene, None) for scene in usable if scene.name in hidden]
+    if len(usable) == 1 and not places:
+        train, places = hold_out_views(usable[0], next(s for s in whole or scenes if s.name == usable[0].name))
+    if not train or not places:
+        print(f"{usable[0].name}: too few views to hold any out; what is measured below are training views")
+        train, places = usable, [(scene, None) for scene in usable]
+    generator, found = torch.Generator().manual_seed(1000 + seed), []
+    for n in range(4 * count):  # distinct triplets, fewer than `count` where the scenes have no more
+        scene, targets = places[n % len(places)]
+        triplet = data.sample_triplet(scene, generator, targets)
+        if (scene, triplet) not in found and len(found) < count:
+            found.append((scene, triplet))
+    return train, found
+
+
+def kind_of(train, measured) -> str:  # what they are called in front of the user
+    seen = {(scene.name, frame.name) for scene in train for frame in scene.frames}
+    return "training" if any((scene.name, scene.frames[t[2]].name) in seen for scene, t in measured) else "held-out"
+
+
+def hold_out_views(scene, as_read):
+    """-> [the scene without every eighth view], [(scene, these views)], or nothing where either part has no triplet."""
+    hidden = {as_read.frames[i].name for i in data.held_out_views(as_read)}
+    targets = [i for i, frame in enumerate(scene.frames) if frame.name in hidden and has_triplet(scene, i)]
+    rest = [i for i, frame in enumerate(scene.frames) if frame.name not in hidden]
+    if len(rest) < 3 or not targets or not has_triplet(scene.subset(rest)):
+        return [], []
+    return [scene.subset(rest)], [(scene, targets)]
+
+
+@torch.no_grad()
+def triplet_operator(
+    gaussians, t: splat.Triplet, grid, blend=0.5, upscale="masks", drop_unmatched=False, downscale="bilinear",
+) -> splat.SplatOperator:
+    """`splat_features` as a matrix on the 2N context tokens; both agree to rounding."""
+    index, weight = lift_weights(t, grid, upscale, drop_unmatched)
+    opacities = gaussians.opacities * (weight.sum(1) > 0)
+    camera = torch.linalg.inv(t.c2w[2]), t.K[2], *t.images.shape[-2:]
+    return splat.splat_operator(gaussians.means, gaussians.covariances, opacities, index, weight, 2 * grid[0] * grid[1],
+                                *camera, grid, t.masks[2], blend, downscale)
+
+
+MAX_FEATURES = 2**27  # numbers, 0.5 GB: the features of all Gaussians that are splatted at a time
+
+
+def splat_in_blocks(tokens, gaussians, t, grid, *steps):
+    """`splat_features` of some channels at a time, so that memory does not grow with their number."""
+    channels = max(1, MAX_FEATURES // len(gaussians.means))
+    parts = [splat_features(part, gaussians, t, grid, *steps) for part in tokens.split(channels, -1)]
+    return torch.cat([goal for goal, _ in parts], -1), parts[0][1]
+
+
+def jitter(images: Tensor, seed) -> Tensor:
+    """Brightness, contrast and saturation changed by up to 40 % each; images (B, 3, H, W)."""
+    factors = 0.6 + 0.8 * torch.rand(3, generator=torch.Generator().manual_seed(seed))
+    brightness, contrast, saturation = factors.tolist()
+    images = images * brightness
+    grey, colourless = images.mean((1, 2, 3), keepdim=True), images.mean(1, keepdim=True)
+    for centre, factor in ((grey, contrast), (colourless, saturation)):
+        images = centre + factor * (images - centre)
+    return images.clamp(0, 1)
+
+
+class Source:
+    """Makes a step's samples: loads a triplet's views, reconstructs them, and keeps the splat operators on disk.
+
+    An operator's file is named after all that it depends on: cameras and files of the three views, the geometry and its
+    weights, masks, blending and sizes. So runs with other seeds, losses or backbones of one patch size share it, and a
+    stale one is never read.
+    """
+
+    def __init__(self, scenes, args, patch):
+        self.args, self.patch = args, patch
+        self.sizes = {scene.name: data.fit_size(scene, args.pixels, patch) for scene in scenes}
+        for name, size in self.sizes.items():
+            if min(size) < 2 * patch:
+                raise ValueError(f"--pixels {args.pixels} leaves {name} fewer than 2x2 patches of {patch} pixels")
+        self.steps = args.blend, args.upscale, args.drop_unmatched, args.downscale  # what `splat_features` is told
+        self.use(lift.load_mvsplat(args.mvsplat).to(args.device) if args.geometry == "mvsplat" else None)
+
+    def use(self, net):
+        """Takes `net` as the geometry from here on."""
+        self.net = net
+        how = self.args.geometry, weights_id(net), *self.steps, self.args.masks, self.patch
+        self.facts = [*how, splat.OPERATOR_FORMAT]
+
+    def grid(self, t: splat.Triplet):  # (h, w)
+        return tuple(side // self.patch for side in t.images.shape[-2:])
+
+    def load(self, scene, indices) -> splat.Triplet:
+        return splat.load_triplet(scene, indices, self.sizes[scene.name], self.args.device, self.args.masks)
+
+    @torch.no_grad()
+    def reconstruct(self, t: splat.Triplet, geometry=None) -> lift.Gaussians:
+        """The frozen 3D model: two context views -> one Gaussian a pixel (SnD Eq. 1)."""
+        geometry = geometry or self.args.geometry
+        if geometry == "depth" and t.depth is None:
+            raise data.DataError(f"{t.name}: no measured depth for --geometry depth; use --geometry mvsplat")
+        return splat.reconstruct(geometry, t, self.net)[0]
+
+    def path(self, scene, indices) -> Path:
+        facts = [self.facts, self.sizes[scene.name], scene.depth_range]
+        for frame in (scene.frames[i] for i in indices):
+            files = [Path(file).stat() for file in (frame.image, frame.mask, frame.depth) if file]
+            facts += [frame.name, frame.K.tolist(), frame.c2w.tolist(), repr(frame.distortion)]
+            facts += [(file.st_size, file.st_mtime_ns) for file in files]
+        name = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
+        return Path(self.args.operators) / name[:2] / f"{name}.safetensors"
+
+    def operator(self, scene, indices) -> splat.SplatOperator:
+        """From its file, which is written first where it is missing or damaged."""
+        path = self.path(scene, indices)
+        if path.exists():
+            with contextlib.suppress(ValueError):
+                return splat.SplatOperator.load(path).to(self.args.device)
+        t = self.load(scene, indices)
+        triplet_operator(self.reconstruct(t), t, self.grid(t), *self.steps).save(path)
+        return splat.SplatOperator.load(path).to(self.args.device)  # rounded as all are, or resuming were not exact
+
+    def make_missing(self, triplets, run):
+        """Computes the operators that are not on disk yet; each of torchrun's processes makes its share."""
+        if self.args.online or self.args.target == "image":
+            return
+        paths = {self.path(*place): place for place in triplets}
+        missing = [place for path, place in paths.items() if not path.exists()]
+        if run.world > 1:
+            dist.barrier()  # all have looked before one begins to write
+        missing = missing[run.rank::run.world]
+        for place in tqdm(missing, desc="splat operators", disable=not run.first or not missing):
+            self.operator(*place)
+        if run.world > 1:
+            dist.barrier()  # all are there before one begins to train
+        size = sum(path.stat().st_size for path in paths)
+        print(f"{len(paths)} splat operators, {size / 1e6:.1f} MB, in {self.args.operators}/")
+
+    def sample(self, scene, indices, seed) -> Sample:
+        """What a step needs of a triplet; `seed` is that of the control's jitter."""
+        if not self.args.online and self.args.target != "image":
+            views = [scene.view(i, self.sizes[scene.name], maps=False) for i in indices]
+            images = torch.stack([view.image for view in views]).to(self.args.device)
+            operator = self.operator(scene, indices)
+            return Sample(images[:2], images[2:], lambda tokens: (operator(tokens.flatten(0, 1)), operator.valid))
+        t = self.load(scene, indices)
+        grid, (blend, upscale, _, downscale) = self.grid(t), self.steps
+        if self.args.target == "image":
+            carry = lambda tokens: image_features(tokens[0], t, grid, blend, upscale, downscale)
+            return Sample(jitter(t.images[2:], seed), t.images[2:], carry)
+        carry = lambda tokens: splat_in_blocks(tokens, self.reconstruct(t), t, grid, *self.steps)
+        return Sample(t.images[:2], t.images[2:], carry)
+
+
+def weights_id(network) -> str | None:  # the same for two networks that compute the same
     if network is None:
         return None
     digest = hashlib.sha256()
@@ -296,88 +630,8 @@ def weights_id(network) -> str | None:  # of what a network computes
     return digest.hexdigest()
 
 
-class Source:
-    """Triplets of the scenes at their sizes, their frozen geometry, and the splat operators that both make.
-
-    An operator lies in a file named after all that it depends on (cameras and files of the three views, geometry and its
-    weights, masks, blending, sizes): runs with other seeds, losses or backbones of one patch size share it, and none is stale.
-    """
-
-    def __init__(self, scenes, args, patch):
-        self.args, self.patch = args, patch
-        self.sizes = {scene.name: data.fit_size(scene, args.pixels, patch) for scene in scenes}  # a subset keeps the name
-        for name, size in self.sizes.items():
-            if min(size) < 2 * patch:
-                raise ValueError(f"--pixels {args.pixels} leaves {name} fewer than 2x2 patches of {patch} pixels; raise it")
-        self.net = lift.load_mvsplat(args.mvsplat).to(args.device) if args.geometry == "mvsplat" else None
-        names = ("geometry", "near", "far", "blend", "masks", "upscale", "drop_unmatched", "downscale")
-        self.how = {name: getattr(args, name) for name in names}
-        self.how.update(version=splat.OPERATOR_FORMAT, weights=weights_id(self.net), patch=patch)
-        self.steps = args.blend, args.upscale, args.drop_unmatched, args.downscale  # what lifting and splatting are told
-
-    def grid(self, t: splat.Triplet):  # (h, w)
-        return tuple(side // self.patch for side in t.images.shape[-2:])
-
-    def load(self, scene, indices) -> splat.Triplet:
-        args = self.args
-        return splat.load_triplet(scene, indices, self.sizes[scene.name], args.device, args.masks, args.near, args.far)
-
-    def images(self, scene, indices) -> Tensor:  # (3, 3, H, W), all that a step needs beside the operator
-        return torch.stack([scene.view(i, self.sizes[scene.name], maps=False).image for i in indices]).to(self.args.device)
-
-    @torch.no_grad()
-    def reconstruct(self, t: splat.Triplet, geometry=None):
-        """The frozen 3D model Phi_geom: two context views -> one Gaussian a pixel (SnD Eq. 1)."""
-        geometry = geometry or self.args.geometry
-        if geometry == "depth" and t.depth is None:
-            raise data.DataError(f"{t.name}: no measured depth for --geometry depth; use mvsplat or sweep")
-        return splat.reconstruct(geometry, t, self.net)[0]
-
-    def path(self, scene, indices) -> Path:
-        frames, facts = [scene.frames[i] for i in indices], [self.how, self.sizes[scene.name], scene.depth_range]
-        for frame in frames:
-            facts += [frame.name, frame.K.tolist(), frame.c2w.tolist(), repr(frame.distortion)]
-            files = [Path(file).stat() for file in (frame.image, frame.mask, frame.depth) if file]
-            facts += [(file.st_size, file.st_mtime_ns) for file in files]
-        name = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
-        return Path(self.args.operators) / name[:2] / f"{name}.safetensors"
-
-    def operator(self, scene, indices) -> splat.SplatOperator:
-        """From its file, which is written where it is missing or damaged."""
-        path, args = self.path(scene, indices), self.args
-        if path.exists():
-            with contextlib.suppress(ValueError):
-                return splat.SplatOperator.load(path).to(args.device)
-        t = self.load(scene, indices)
-        made = triplet_operator(self.reconstruct(t), t, self.grid(t), *self.steps)
-        made.save(path)
-        return splat.SplatOperator.load(path).to(args.device)  # rounded like those that are read, or resuming were not exact
-
-    def prepare(self, triplets, rank, world):
-        """Computes the operators that are missing, every `world`-th of them in this process."""
-        paths = {self.path(*place): place for place in triplets}
-        missing = [place for path, place in paths.items() if not path.exists()][rank::world]
-        for place in tqdm(missing, desc="splat operators", disable=rank > 0 or not missing):
-            self.operator(*place)
-        size = sum(path.stat().st_size for path in paths if path.exists())
-        print(f"{len(paths)} splat operators, {size / 1e6:.1f} MB, in {self.args.operators}/")
-
-    def teach(self, teacher, scene, indices, seed):
-        """-> images (3, 3, H, W) and the function that makes the goal of the target view (N, C) and where it is valid (N,)."""
-        args = self.args
-        if not args.online and args.target != "image":
-            images, operator = self.images(scene, indices), self.operator(scene, indices)
-            return images, lambda: (operator(teacher(images[:2]).flatten(0, 1)), operator.valid)
-        t = self.load(scene, indices)
-        grid = self.grid(t)
-        if args.target == "image":
-            how = args.blend, args.upscale, args.downscale
-            return t.images, lambda: image_features(teacher(jitter(t.images[2:], seed))[0], t, grid, *how)
-        return t.images, lambda: splat_features(teacher(t.images[:2]), self.reconstruct(t), t, grid, *self.steps)
-
-
 def ahead(function, items, count=4):
-    """function(item) of each item in turn, found by threads while the ones before are used."""
+    """function(item) of each item in turn, computed by threads while the ones before are used."""
     with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
         items = iter(items)
         waiting = deque(pool.submit(function, item) for item in itertools.islice(items, count))
@@ -390,7 +644,364 @@ def ahead(function, items, count=4):
                 future.cancel()
 
 
-# ------------------------------------------------------------------------------------------------ measuring agreement
+# -------------------------------------------------------------------------------- fine-tuning MVSplat (SnD A.3)
+
+
+def covisible_pixels(depth: Tensor, K: Tensor, c2w: Tensor, target=2) -> Tensor:
+    """(H, W) bool: the pixels of view `target` that view 0 or 1 sees too, from depth (V, H, W) and the cameras."""
+    w2c = torch.linalg.inv(c2w)
+    checks = [lift.cross_check(depth[target], depth[v], K[target], K[v], w2c[v] @ c2w[target])
+              for v in (0, 1) if v != target]
+    return (torch.stack(checks).amax(0) > 0.5) & (depth[target] > 0)
+
+
+def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
+    """1 - SSIM over windows of 7x7 pixels (Wang et al. 2004): two pictures (3, H, W) -> (3, H, W)."""
+    mean = lambda x: F.avg_pool2d(x, 7, 1, 3, count_include_pad=False)
+    mean_a, mean_b = mean(a), mean(b)
+    variance_a, variance_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
+    covariance = mean(a * b) - mean_a * mean_b
+    return 1 - ((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
+                / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))
+
+
+def photometric(image: Tensor, truth: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared error and 1 - SSIM of (3, H, W) pictures over the pixels `where` (H, W) bool."""
+    return (image - truth).square().mean(0)[where].mean(), dissimilarity(image, truth).mean(0)[where].mean()
+
+
+def log_depth_error(gaussians, depth: Tensor, c2w: Tensor) -> Tensor:
+    """Mean |log z - log depth| of one-a-pixel Gaussians in their own views, where depth (V, H, W) is known."""
+    z = lift.view_depth(gaussians, c2w, *depth.shape[1:])
+    return (z.clamp_min(1e-3).log() - depth.clamp_min(1e-3).log()).abs()[depth > 0].mean()
+
+
+def judged_pixels(t: splat.Triplet) -> Tensor:
+    """(H, W) bool, where a novel view is compared with the truth: what a context sees too, as far as depth can tell.
+
+    Without depth it is the whole view on black: to leave out what no Gaussian covers would reward holes.
+    """
+    everywhere = torch.ones_like(t.images[2, 0], dtype=torch.bool)
+    seen = everywhere if t.depth is None else covisible_pixels(t.depth, t.K, t.c2w)
+    return seen if seen.any() else everywhere
+
+
+def geometry_loss(net, t: splat.Triplet, depth_weight: float, bf16=False) -> Tensor:
+    """MVSplat's loss: the target view, splatted with the colours of the context pixels, against the picture."""
+    with torch.autocast(t.images.device.type, torch.bfloat16, enabled=bf16):
+        gaussians, colours = splat.reconstruct("mvsplat", t, net)
+    # Not divided by alpha: a network that hides what it cannot explain must not gain by it.
+    image = splat.render_target(gaussians, colours, t).features.permute(2, 0, 1)
+    mse, structure = photometric(image, t.images[2], judged_pixels(t))
+    # Differs: MVSplat adds 0.05 LPIPS to the squared error, which needs a downloaded network; we add 0.05 (1 - SSIM).
+    loss = mse + 0.05 * structure
+    if depth_weight and t.depth is not None and (t.depth[:2] > 0).any():
+        # Differs: MVSplat is never shown depth; --depth_weight adds the log depth error where depth is measured.
+        loss = loss + depth_weight * log_depth_error(gaussians, t.depth[:2], t.c2w[:2])
+    return loss
+
+
+@torch.no_grad()
+def judge(gaussians, colours, t: splat.Triplet) -> dict:
+    """PSNR, SSIM and the share covered of the splatted target view; AbsRel of the contexts' depth where measured."""
+    render = splat.render_target(gaussians, colours, t)
+    image, covered = splat.divide_by_alpha(render)
+    image, where = image.permute(2, 0, 1) * covered, judged_pixels(t)
+    mse, structure = photometric(image, t.images[2], where)
+    scores = {"PSNR": -10 * mse.clamp(min=1e-10).log10().item(), "SSIM": 1 - structure.item(),
+              "covered": covered[where].float().mean().item()}
+    if t.depth is not None and (known := t.depth[:2] > 0).any():
+        z = lift.view_depth(gaussians, t.c2w[:2], *covered.shape)
+        scores["AbsRel"] = ((z - t.depth[:2]).abs() / t.depth[:2])[known].mean().item()
+    return scores
+
+
+def finetune_geometry(source, scenes, heldout, run):
+    """Adapts MVSplat to the scenes, in the folder geometry/ of the run, and lets `source` use it from here on."""
+    folder = run.out / "geometry"
+    made = folder / "mvsplat.safetensors"
+    if made.exists() and not run.args.resume and not run.path.exists():
+        raise ValueError(f"{made}: is of a run that was not finished; --resume goes on, another --out starts afresh, "
+                         "or remove the file")
+    if run.first:
+        train_geometry(source, scenes, heldout, folder)
+    if run.world > 1:
+        dist.barrier()
+    source.use(lift.load_mvsplat(made).to(run.args.device))
+
+
+def train_geometry(source, scenes, heldout, folder):
+    """Learns to splat the third view of a triplet from the other two; no depth is needed (SnD A.3)."""
+    args, net = source.args, source.net
+    if args.depth_weight and not any(frame.depth for scene in scenes for frame in scene.frames):
+        raise data.DataError(f"{args.scene_dir}: no measured depth for --depth_weight; leave it at 0")
+    names = "scene_dir near far mvsplat pixels geometry_lr depth_weight bf16 seed device resume save_minutes".split()
+    same = {name: getattr(args, name) for name in names}
+    own = argparse.Namespace(**same, out=str(folder), max_steps=args.finetune_geometry)
+    optimiser = torch.optim.Adam(net.parameters(), args.geometry_lr)
+    run = Run(own, {"mvsplat": (net, dict(net.named_parameters()))}, optimiser, name="fine-tune MVSplat")
+    if run.start == own.max_steps and (folder / "result.json").exists():
+        return
+    load = lambda place: splat.load_triplet(*place, source.sizes[place[0].name], args.device)
+    draw = lambda step: load(draw_triplets(scenes, 1, args.seed + step)[0])
+    for step, t in zip(run, ahead(draw, range(run.start, own.max_steps))):
+        # Differs: of the optimiser SnD says the number of steps alone; ours is Adam with a short warm-up, cosine decay
+        # and gradients cut to length 0.5.
+        decay = 0.5 * (1 + math.cos(math.pi * step / own.max_steps))
+        optimiser.param_groups[0]["lr"] = args.geometry_lr * min(decay, 20 * (step + 1) / own.max_steps)
+        optimiser.zero_grad(set_to_none=True)
+        loss = geometry_loss(net, t, args.depth_weight, args.bf16)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 0.5).item()
+        run.check(norm, t.name, "gradient")
+        optimiser.step()
+        run.log(triplet=t.name, loss=loss.item(), lr=optimiser.param_groups[0]["lr"])
+    before = lift.load_mvsplat(args.mvsplat).to(args.device)
+    report_geometry(before, net.eval(), [load(place) for place in heldout], source.kind, folder)
+
+
+@torch.no_grad()
+def report_geometry(before, net, heldout, kind, folder):
+    """Saves the network; prints its scores beside those of the start and of measured depth."""
+    lift.save_tensors(folder / "mvsplat.safetensors", net.state_dict())
+    judged = {name: [judge(*splat.reconstruct("mvsplat", t, network), t) for t in heldout]
+              for name, network in (("start", before), ("fine-tuned", net))}
+    judged["depth"] = [judge(*splat.reconstruct("depth", t), t) for t in heldout if t.depth is not None]
+    table = {name: mean_scores(scores) for name, scores in judged.items() if scores}
+    data.write_whole(folder / "result.json", json.dumps(table, indent=1).encode())
+    print(f"MVSplat on {len(heldout)} {kind} triplets  ->  {folder / 'mvsplat.safetensors'}")
+    for name, scores in table.items():
+        shown = (f"{key} {value:.{2 if key == 'PSNR' else 3}f}" for key, value in scores.items())
+        print(f"  {name:<10} {', '.join(shown)}")
+
+
+def mean_scores(scores: list[dict]) -> dict:  # of each name over those that have it
+    columns = {name: [s[name] for s in scores if name in s] for name in ("PSNR", "SSIM", "covered", "AbsRel")}
+    return {name: sum(values) / len(values) for name, values in columns.items() if values}
+
+
+# -------------------------------------------------------------------------------- a run that cannot be lost
+
+
+class Run:
+    """`for step in run`: the steps of a training run that can be stopped or killed at any moment, and goes on.
+
+    In the folder args.out lie log.jsonl, settings.json and the last two checkpoints. With args.resume it goes on from
+    the newer one that is whole. On a CPU it then comes to the same bits as a run that was never stopped. On CUDA it
+    comes to the same curve to rounding: sparse products and the backward passes of indexing, interpolation and
+    attention add up in an order that changes from run to run. args.max_steps are the steps in all, and
+    args.save_minutes pass between checkpoints.
+    """
+
+    # What may change when a run goes on; all other settings must stay the same.
+    FREE = "out device resume save_minutes heldout eval_every operators grad_checkpoint because no_blend".split()
+
+    def __init__(self, args, networks, optimiser, generator=None, rank=0, world=1, name="distil"):
+        """networks: {name: (module, the names of its parameters that change)}; generator: one to keep, if any."""
+        self.args, self.networks, self.optimiser, self.generator = args, networks, optimiser, generator
+        self.out, self.rank, self.world, self.name = Path(args.out), rank, world, name
+        self.first = rank == 0  # it alone writes
+        self.path, self.previous = checkpoint_paths(args.out)
+        self.settings = {key: value for key, value in vars(args).items() if key not in self.FREE}
+        found = [self.find() if self.first else None]
+        if world > 1:
+            dist.broadcast_object_list(found)  # rank 0's, whatever the other machines have on disk
+        self.start, stored = found[0]
+        if stored:
+            self.restore(stored)
+            print(f"resumed at step {self.start} of {args.max_steps}")
+
+    def __iter__(self):
+        self.asked, self.clock = False, time.monotonic()
+        if self.first:
+            self.open_log()
+        self.bar = tqdm(range(self.start, self.args.max_steps), self.name, self.args.max_steps, initial=self.start,
+                        unit="step", disable=not self.first)
+        before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        saved = time.monotonic()
+        try:
+            for self.step in self.bar:
+                yield self.step
+                done = self.step + 1 == self.args.max_steps
+                asked = max(averaged([float(self.asked)], self.world, self.args.device)) > 0  # any of the processes
+                if self.first and (asked or done or time.monotonic() - saved >= 60 * self.args.save_minutes):
+                    self.save(self.step + 1)
+                    saved = time.monotonic()
+                if asked and not done:
+                    raise KeyboardInterrupt
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def check(self, value, what, kind="loss"):
+        """Stops the run where the loss of `what`, e.g. the triplets of the step, is not a finite number."""
+        if not math.isfinite(value):
+            raise ValueError(f"step {self.step}: the {kind} is {float(value)} for {what}; start again with a lower "
+                             "learning rate and another --out")
+
+    def log(self, show=("loss",), **values):
+        """Adds a line to log.jsonl; the numbers named in `show` stand beside the bar as well."""
+        if self.first:
+            self.bar.set_postfix({name: f"{values[name]:.4f}" for name in show})
+            line = dict(step=self.step, **values, seconds=round(time.monotonic() - self.clock, 2))
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def ask_to_stop(self, number, frame):
+        if self.asked and number == signal.SIGINT:  # a second Ctrl-C does not wait for the end of the step
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def save(self, step):
+        """Writes a checkpoint; the one before is kept until the next."""
+        tensors = {f"{who}.{name}": p for who, (network, names) in self.networks.items()
+                   for name, p in network.named_parameters() if name in names}
+        for i, state in self.optimiser.state_dict()["state"].items():
+            tensors.update({f"optimiser.{i}.{key}": value for key, value in state.items()})
+        if self.generator:
+            tensors["generator"] = self.generator.get_state()
+        aside = self.out / "checkpoint.new.safetensors"
+        lift.save_tensors(aside, tensors, {"step": str(step), "settings": json.dumps(self.settings)})
+        if self.path.exists():
+            os.replace(self.path, self.previous)
+        os.replace(aside, self.path)  # killed before this line, the run goes on from the previous one
+
+    @torch.no_grad()
+    def restore(self, tensors):
+        for who, (network, names) in self.networks.items():
+            for name, p in network.named_parameters():
+                if name in names:
+                    p.copy_(tensors[f"{who}.{name}"])
+        state = {}
+        for key, value in tensors.items():
+            if key.startswith("optimiser."):
+                _, i, name = key.split(".")
+                state.setdefault(int(i), {})[name] = value
+        self.optimiser.load_state_dict({"state": state, "param_groups": self.optimiser.state_dict()["param_groups"]})
+        if self.generator:
+            self.generator.set_state(tensors["generator"])
+
+    def find(self):
+        """-> (step, tensors) to go on from, or (0, None). Refuses to lose a run that is not finished."""
+        found = [path for path in (self.path, self.previous) if path.exists()]
+        if not found:
+            return 0, None
+        try:
+            (step, old, tensors), path = read_run(found[0]), found[0]
+        except ValueError as error:
+            if len(found) == 1 or not self.args.resume:
+                raise
+            (step, old, tensors), path = read_run(found[1]), found[1]
+            print(f"{error}; going on from {path}")
+        if not self.args.resume and step < old["max_steps"]:
+            raise ValueError(f"{path}: a run stopped here at step {step} of {old['max_steps']}; --resume goes on, "
+                             "another --out starts afresh, or remove the file")
+        changed = [f"{key} {old.get(key)} -> {new}" for key, new in self.settings.items() if old.get(key) != new]
+        if self.args.resume and changed:
+            raise ValueError(f"{path}: was made with other settings ({', '.join(changed)}); use the old ones or "
+                             "another --out")
+        return (step, tensors) if self.args.resume else (0, None)
+
+    def open_log(self):
+        """Keeps the lines of log.jsonl before the step to go on from; removes what is left of other runs."""
+        lines, path = [], self.out / "log.jsonl"
+        for line in path.read_text().splitlines() if self.start and path.exists() else []:
+            with contextlib.suppress(ValueError):  # the line that was being written when the power went
+                lines += [line] if json.loads(line)["step"] < self.start else []
+        finished = [] if self.start else [self.path, self.previous]
+        half_written = self.out.glob(".*.[0-9]*.[0-9]*")  # by a run that was killed
+        for file in (*finished, *half_written):
+            file.unlink(missing_ok=True)
+        data.write_whole(path, "".join(line + "\n" for line in lines).encode())
+        data.write_whole(self.out / "settings.json", json.dumps(vars(self.args), indent=1).encode())
+
+
+def checkpoint_paths(folder):  # -> the newest one and the one before
+    return Path(folder) / "checkpoint.safetensors", Path(folder) / "checkpoint.previous.safetensors"
+
+
+def read_run(path):  # -> step, settings, tensors
+    try:
+        with safe_open(path, "pt") as file:
+            meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        return int(meta["step"]), json.loads(meta["settings"]), tensors
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a whole checkpoint of this stage; remove it to start again") from None
+
+
+# -------------------------------------------------------------------------------- more than one process
+
+
+def processes(args, batch):
+    """-> (rank, world): (0, 1) alone, else as torchrun has started us; a step's `batch` is shared by all."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if batch % world:
+        raise ValueError(f"--batch {batch} cannot be shared by {world} processes; make it a multiple of {world}")
+    if world == 1:
+        return 0, 1
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    # A long timeout: rank 0 may prepare, fine-tune and measure for long while the others wait.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
+    atexit.register(dist.destroy_process_group)
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    return dist.get_rank(), world
+
+
+def first_alone(make, rank, world):
+    """make() in rank 0, and only then in the others: what has to be downloaded or written is then there for them."""
+    made = make() if rank == 0 else None
+    if world > 1:
+        dist.barrier()
+    return made if rank == 0 else make()
+
+
+def averaged(values: list[float], world, device) -> list[float]:  # over the processes
+    if world == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return (values / world).tolist()
+
+
+def average_gradients(model, world):
+    for p in model.parameters() if world > 1 else ():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= world
+
+
+def native_precision(args):
+    """Turns --bf16 off on cards older than Ampere, which have bfloat16 by emulation alone, slower than float32.
+
+    float16 is not taken in its place: it needs a loss scale that a run would have to keep and restore, and the largest
+    activations of large ViTs exceed its range.
+    """
+    if args.bf16 and args.device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        print(f"--bf16: {torch.cuda.get_device_name(args.device)} has no bfloat16; everything is computed in float32")
+        args.bf16 = False
+
+
+def few_threads(args):
+    """One thread for preset tiny: its tensors are so small that a second one costs time (40 steps: 23 s, not 19 s)."""
+    if args.preset == "tiny" and args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def trained(module):  # the parameters that training changes, by name
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def what_changes(student, teacher, args):  # of both networks, by name: what a checkpoint holds
+    names = set(trained(student))
+    followed = {name for name in names if not (args.shared_head and name.startswith("head."))}
+    return {"student": (student, names), "teacher": (teacher, followed)}
+
+
+# -------------------------------------------------------------------------------- measuring agreement
 
 
 class Agreement(NamedTuple):
@@ -402,61 +1013,192 @@ class Agreement(NamedTuple):
         return f"matching {100 * self.matching:.1f} %, cosine {self.cosine:.3f}, effective rank {self.rank:.1f}"
 
 
-def effective_rank(tokens: Tensor) -> float:
-    """(M, C) -> in how many directions they vary: exp(entropy of the normalised singular values) (Roy and Vetterli 2007)."""
-    share = F.normalize(torch.linalg.svdvals((tokens - tokens.mean(0)).double()), p=1, dim=0)
-    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum()).item()
+class Judged(NamedTuple):
+    """A held-out triplet that agreement is measured on. It waits on the CPU, as there are many."""
+
+    place: tuple  # (scene, indices)
+    images: Tensor  # (3, 3, H, W)
+    operator: splat.SplatOperator  # what `plain_operator` makes of it
+
+
+def judged_triplets(source, heldout) -> list[Judged]:
+    found = []
+    for place in tqdm(heldout, desc=f"{source.kind} triplets", leave=False):
+        t = source.load(*place)
+        found.append(Judged(place, t.images.cpu(), plain_operator(source, t).to("cpu")))
+    return found
 
 
 def plain_operator(source, t: splat.Triplet) -> splat.SplatOperator:
-    """What agreement is measured with: by measured depth where it exists, without masks or blending, so that neither a poor
-    reconstruction nor masks help."""
+    """What agreement is measured with: measured depth where there is any, and neither masks nor blending.
+
+    So neither a poor reconstruction nor good masks make a difference.
+    """
     gaussians = source.reconstruct(t, None if t.depth is None else "depth")
     return triplet_operator(gaussians, t, source.grid(t), blend=1.0, upscale="bilinear")
 
 
-@torch.no_grad()
-def agreement(vit, triplets, operators) -> Agreement:
-    """How well `vit` agrees with itself across views: its tokens of the target against its splatted tokens of the contexts.
+def effective_rank(tokens: Tensor) -> float:
+    """(M, C) -> in how many directions they vary: exp of the singular values' entropy (Roy and Vetterli 2007)."""
+    centred = (tokens - tokens.mean(0)).double()
+    squared = torch.linalg.eigvalsh(centred.T @ centred)  # the squares of the singular values, from C x C numbers
+    share = F.normalize(squared.clamp_min(0).sqrt(), p=1, dim=0)
+    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum()).item()
 
-    Measured so that only what is in the picture counts. Tokens are taken relative to the mean token of their place in the
-    grid, over all views measured: features that know their place alone would match in 2 of 3 cases, as views move
-    little, and a part that all tokens share would make any cosine good. Collapsed features then match by chance.
-    """
-    tokens, of_shape = [vit(t.images).patches for t in triplets], {}  # (3, N, C) each; scenes may differ in aspect and grid
+
+def nearest_token(x: Tensor, splatted: Tensor, valid: Tensor):
+    """-> the valid places (M,), where the splatted token nearest to x's is (M,), the cosines at the same place (M,)."""
+    at = valid.nonzero()[:, 0]
+    similarity = F.normalize(x[at], dim=1) @ F.normalize(splatted[at], dim=1).T
+    return at, at[similarity.argmax(1)], similarity.diagonal()
+
+
+def places_off(at: Tensor, found: Tensor, columns) -> Tensor:  # in patches, the larger of across and down
+    return torch.maximum((found // columns - at // columns).abs(), (found % columns - at % columns).abs())
+
+
+@torch.no_grad()
+def relative_tokens(vit, triplets, device="cpu"):
+    """The tokens (3, N, C) of each triplet's views, relative to the mean token of their place in the grid."""
+    tokens, of_shape = [vit(t.images.to(device)).patches.cpu() for t in triplets], {}  # scenes may differ in grid
     for t, x in zip(triplets, tokens):
         of_shape.setdefault(t.images.shape, []).append(x)
-    place = {shape: torch.cat(views).mean(0) for shape, views in of_shape.items()}  # (N, C)
-    tokens = [x - place[t.images.shape] for t, x in zip(triplets, tokens)]
-    right = cosines = total = 0
-    for t, x, operator in zip(triplets, tokens, operators):
-        columns, at = t.images.shape[-1] // vit.patch, operator.valid.nonzero()[:, 0]
-        if len(at):
-            splatted = operator(x[:2].flatten(0, 1))
-            similarity = F.normalize(x[2][at], dim=1) @ F.normalize(splatted[at], dim=1).T
-            nearest = at[similarity.argmax(1)]
-            off = torch.maximum((nearest // columns - at // columns).abs(), (nearest % columns - at % columns).abs())
-            right, total = right + (off <= 1).sum().item(), total + len(at)
-            cosines += similarity.diagonal().sum().item()
+    mean = {shape: torch.cat(views).mean(0) for shape, views in of_shape.items()}  # (N, C)
+    return [x - mean[t.images.shape] for t, x in zip(triplets, tokens)]
+
+
+@torch.no_grad()
+def agreement(vit, triplets: list[Judged], device="cpu") -> Agreement:
+    """How well `vit` agrees with itself across views: its tokens of the target against those splatted into it.
+
+    Only what is in the picture counts, as tokens are taken relative to the mean token of their place. Features that
+    know their place alone would match in 2 of 3 cases, as views move little, and a part that all tokens share would
+    make any cosine good. Collapsed features match by chance.
+    """
+    tokens, right, cosines, total = relative_tokens(vit, triplets, device), 0, 0.0, 0
+    for t, x in zip(triplets, tokens):
+        at, found, cosine = nearest_token(x[2], t.operator(x[:2].flatten(0, 1)), t.operator.valid)
+        right += (places_off(at, found, t.images.shape[-1] // vit.patch) <= 1).sum().item()
+        cosines, total = cosines + cosine.sum().item(), total + len(at)
     if not total:
-        raise data.DataError(f"{triplets[0].name}: the splatted contexts cover no token of the target; give --near and --far "
-                             "in the scene's unit (python 01_data.py shows the range that was taken)")
+        raise data.DataError(f"{triplets[0].place[0].name}: the splatted contexts cover no token of the target; give "
+                             "--near and --far in the scene's unit (python 01_data.py shows the range that was taken)")
     return Agreement(right / total, cosines / total, effective_rank(torch.cat([x[2] for x in tokens])))
 
 
+# -------------------------------------------------------------------------------- what a run ends with
+
+
+def finish(source, before, adapted, teacher, judged, start: Agreement):
+    """Saves the student with its model card; prints the answer beside its baseline, and where everything is."""
+    args, out, after = source.args, Path(source.args.out), merge_lora(adapted).eval()
+    lift.save_vit(after, out / "student")
+    if not args.full_finetune:
+        lift.save_tensors(out / "adapters.safetensors", trained(adapted))
+    end = agreement(after, judged, args.device)
+    card = model_card(args, after, f"{len(judged)} {source.kind} triplets", start, end)
+    data.write_whole(out / "student" / "README.md", card.encode())
+    pictures = [heldout_picture(out / "heldout.png", before, teacher, after, judged, source),
+                curve_picture(out / "curve.png", out / "log.jsonl", start, args)]
+    names = [splat.name_of(*t.place) for t in judged]
+    result = dict(before=start._asdict(), after=end._asdict(), heldout=names)
+    data.write_whole(out / "result.json", json.dumps(result, indent=1).encode())
+    print(f"{len(names)} {source.kind} triplets\n  before: {start}\n  after:  {end}")
+    print("  -> ", ", ".join(map(str, [*pictures, out / "student"])))
+
+
+CARD = """---
+license: {licence}
+pipeline_tag: image-feature-extraction
+---
+# {model}, made 3D-aware by Splat and Distill
+
+A student of Splat and Distill (Shavin and Benaim, ICLR 2026) that started from `{model}` and was distilled for {max_steps}
+steps of {batch} triplets on `{scenes}`, by 04_distill.py. {release}
+
+| on {measured} | matching across views | cosine | effective rank |
+|---|---|---|---|
+| before | {before} |
+| after | {after} |
+
+Settings: {settings}.
+
+Licence: {rights}
+
+```python
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained("path/to/this/folder").eval()
+images = torch.rand(1, 3, {height}, {width})  # in [0, 1]; sides are multiples of {patch}
+mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+tokens = model(pixel_values=(images - mean) / std).last_hidden_state[:, {skip}:]  # (1, patches, {dim})
+```
+"""
+
+
+def model_card(args, vit, measured, start: Agreement, end: Agreement) -> str:
+    """What others need to know of the student: where it comes from, what it is for, how good it is, how to load it."""
+    row = lambda a: f"{100 * a.matching:.1f} % | {a.cosine:.3f} | {a.rank:.1f}"
+    release = "It is an ablation, and corresponds to neither of the paper's two releases."
+    if (args.target, args.loss, args.upscale, args.frozen_teacher) == ("novel", "distill", "masks", False):
+        use = "without blending, for correspondence" if args.blend == 1 else \
+            "with blending, for depth, normals and segmentation"
+        release = f"It corresponds to the paper's release {use}."
+    licence, rights = "other", f"that of the weights it started from, {args.model}."
+    if args.model.startswith("dinov2"):
+        licence, rights = "apache-2.0", "it started from DINOv2's weights, which are under the Apache License 2.0."
+    if args.model == "tiny":
+        licence, rights = "mit", "the project's own, as its start was trained on built-in rooms."
+    names = """geometry finetune_geometry masks blend upscale loss target frozen_teacher full_finetune rank lr head_lr
+        prototypes momentum ema_every tau_student tau_teacher seed""".split()
+    registers = 0 if vit.register_tokens is None else vit.register_tokens.shape[1]
+    return CARD.format(
+        **vars(args), licence=licence, rights=rights, release=release, measured=measured, before=row(start),
+        after=row(end), scenes=Path(args.scene_dir).name, settings=", ".join(f"{n} {getattr(args, n)}" for n in names),
+        height=20 * vit.patch, width=30 * vit.patch, patch=vit.patch, skip=1 + registers, dim=vit.dim)
+
+
 @torch.no_grad()
-def heldout_picture(path, before, teacher, after, triplets, source):
-    """Rows are fixed held-out targets: target | student before | teacher target | student after; one PCA basis a row."""
-    rows, of_target = [], {tuple(t.c2w[2].flatten().tolist()): t for t in reversed(triplets)}
-    for t in list(of_target.values())[:-7:-1]:
-        grid = source.grid(t)
-        goal, valid = splat_features(teacher(t.images[:2]).patches, source.reconstruct(t), t, grid, *source.steps)
+def heldout_picture(path, before, teacher, after, judged: list[Judged], source):
+    """Rows are held-out targets, as the student before, the teacher's goal and the student after have them.
+
+    Each map is drawn relative to its own mean, all three in one PCA basis. Then the matches, before and after: they are
+    what `agreement` counts.
+    """
+    rows, of_target, device = [], {}, source.args.device
+    for n in reversed(range(len(judged))):
+        scene, indices = judged[n].place
+        of_target[scene.name, indices[2]] = n
+    tokens = [relative_tokens(vit, judged, device) for vit in (before, after)]
+    for n in list(of_target.values())[:-7:-1]:
+        t = source.load(*judged[n].place)
+        grid, size = source.grid(t), t.images.shape[-2:]
+        operator = triplet_operator(source.reconstruct(t), t, grid, *source.steps)
+        goal, valid = operator(teacher(t.images[:2]).patches.flatten(0, 1)), operator.valid
         maps = [before(t.images[2:]).patches[0], goal, after(t.images[2:]).patches[0]]
-        basis = lift.pca_basis(torch.cat([maps[0], goal[valid], maps[2]]))
-        colours = [lift.pca_colours(m.view(*grid, -1), basis) for m in maps]
+        maps = [x - x[valid].mean(0) for x in maps]
+        basis = lift.pca_basis(torch.cat([x[valid] for x in maps]))
+        colours = [lift.pca_colours(x.view(*grid, -1), basis) for x in maps]
         colours[1] = colours[1] * valid.view(grid)  # black: not seen by the contexts
-        rows.append([t.images[2], *(F.interpolate(c[None], t.images.shape[-2:])[0] for c in colours)])
-    return data.picture_grid(path, ["target view", "student before (PCA)", "teacher target", "student after"], rows)
+        shown = [F.interpolate(c[None], size)[0].cpu() for c in colours]
+        matches = [match_picture(judged[n], x[n], source.patch) for x in tokens]
+        rows.append([t.images[2].cpu(), *shown, *matches])
+    headings = ["target view", "student before (PCA)", "teacher's goal", "student after"]
+    headings += ["matches before", "matches after"]
+    return data.picture_grid(path, headings, rows)
+
+
+def match_picture(t: Judged, x: Tensor, patch) -> Tensor:
+    """The target view, each patch replaced by the one that its token is matched with; where that is right, the view
+    stays as it is. Wrong patches are red, and those that the contexts do not see are black."""
+    at, found, _ = nearest_token(x[2], t.operator(x[:2].flatten(0, 1)), t.operator.valid)
+    patches = F.unfold(t.images[2:], patch, stride=patch)[0]  # (3 patch^2, N)
+    shown = torch.zeros_like(patches)
+    shown[:, at] = patches[:, found]
+    wrong = at[places_off(at, found, t.images.shape[-1] // patch) > 1]
+    red = torch.tensor([0.7, 0.0, 0.0]).repeat_interleave(patch * patch)[:, None]
+    shown[:, wrong] = 0.4 * shown[:, wrong] + 0.6 * red
+    return F.fold(shown[None], t.images.shape[-2:], patch, stride=patch)[0]
 
 
 def curve_picture(path, log, before: Agreement, args):
@@ -466,262 +1208,113 @@ def curve_picture(path, log, before: Agreement, args):
     losses = [line[key] for line in lines]
     parts = {lines[i]["step"] + 1: losses[i:i + window] for i in range(0, len(lines), window)}
     smooth = [(step, sum(part) / len(part)) for step, part in parts.items()]
-    measured = [(line["step"] + 1, 100 * line["matching"]) for line in lines if "matching" in line]
-    charts = [data.line_chart(f"{title} over steps", {name: curve}) for title, name, curve in (
-        ("loss above the teacher's entropy" if key == "kl" else "loss", f"{args.loss} loss", smooth),
-        ("agreement of held-out views", "matching, %", [(0, 100 * before.matching), *measured]))]
+    matching = [(line["step"] + 1, 100 * line["matching"]) for line in lines if "matching" in line]
+    title = "loss above the teacher's entropy" if key == "kl" else "loss"
+    charts = [data.line_chart(f"{title} over steps", {f"{args.loss} loss": smooth}),
+              data.line_chart("agreement of held-out views over steps",
+                              {"matching, %": [(0, 100 * before.matching), *matching]})]
     return data.picture_grid(path, [""] * len(charts), [charts], scale=1)
 
 
-# ------------------------------------------------------------------------------------------------ main
+# -------------------------------------------------------------------------------- command line
+
+HELP = {  # of the flags that a preset sets
+    "model": "ViT to start from: 'tiny', a published name such as dinov2_vits14, a file or folder",
+    "mvsplat": "MVSplat weights: 'tiny', re10k.ckpt, or a file that --finetune_geometry has made",
+    "pixels": "pixels a view, its aspect kept; lower it when memory runs out",
+    "triplets": "triplets drawn, each with an operator on disk; fewer are prepared sooner",
+    "max_steps": "training steps",
+    "batch": "triplets a step, over all processes",
+    "full_finetune": "train the whole ViT instead of adapters, at the same --lr",
+    "lr": "learning rate of what is trained of the ViT, cosine to 0; halve it when the loss jumps",
+    "head_lr": "the head's; if large, the head learns the task in the ViT's place",
+    "rank": "rank of the LoRA adapters",
+    "hidden": "width of the head's MLP",
+    "bottleneck": "width of the head's bottleneck",
+    "prototypes": "number of prototypes; lower it when memory runs out",
+    "momentum": "EMA momentum of the teacher",
+    "ema_every": "steps between teacher updates",
+    "tau_student": "temperature of the student's softmax",
+    "tau_teacher": "temperature of the teacher's; lower is sharper, and may collapse",
+    "bf16": "the ViTs and the head's MLP in bfloat16"}
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Distil 3D-aware features: student and EMA teacher, splatted targets (SnD). "
-                                     "[p] marks what --preset sets.")
-    add, flag = parser.add_argument, lambda name, help: parser.add_argument(name, action="store_true", help=help)
-    add("--scene_dir", default="data", help="a scene or a folder of scenes; built-in rooms if data/ is missing")
-    add("--out", default="out/04_distill")
+    parser = argparse.ArgumentParser(description="Distil 3D-aware features: student, EMA teacher, splatted targets.")
+    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
+    data.scene_flags(parser, "out/04_distill")
     add("--preset", choices=list(PRESETS), help="vits and vitb are the paper's setting, tiny takes minutes on a CPU; "
         "default: vits on a CUDA machine, tiny elsewhere")
-    add("--model", help="ViT to start from: 'tiny', a published name such as dinov2_vits14, a file or folder [p]")
-    add("--geometry", choices=("mvsplat", "sweep", "depth"), default="mvsplat", help="learned, stereo by hand, or measured depth")
-    add("--mvsplat", help="MVSplat weights: 'tiny', re10k.ckpt, or what 03_splat.py has fine-tuned [p]")
-    add("--pixels", type=splat.positive, help="pixels a view, its aspect kept; lower it when memory runs out [p]")
-    add("--near", type=float, help="nearest depth in the scene's unit; default: from depth maps, sparse points or cameras")
-    add("--far", type=float, help="farthest depth")
-    add("--max_steps", type=splat.positive, help="training steps [p]")
-    add("--batch", type=splat.positive, help="triplets a step, over all processes [p]")
-    add("--triplets", type=splat.positive, help="triplets drawn, each with an operator on disk; fewer are prepared sooner [p]")
+    for name, value in PRESETS["tiny"].items():
+        kind = dict(type=data.positive if isinstance(value, int) else type(value))
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(value, bool) else kind
+        values = ", ".join(f"{preset}: {settings[name]}" for preset, settings in PRESETS.items())
+        add(f"--{name}", help=f"{HELP[name]} ({values})", **kind)
+    add("--geometry", choices=("mvsplat", "depth"), default="mvsplat", help="learned, or measured depth")
+    add("--finetune_geometry", type=int, default=0, metavar="STEPS",
+        help="first adapt MVSplat to the scenes, for so many steps; 40000 in the paper")
+    add("--geometry_lr", type=float, default=2e-4, help="its peak learning rate; halve it when its loss jumps")
+    add("--depth_weight", type=float, default=0.0,
+        help="weight of the log depth error in its loss, where depth is measured; try 0.05")
     add("--operators", default="out/operators", help="folder of splat operators; runs with the same scenes share it")
-    flag("--online", "no operators: lift, splat and blend all channels in each step")
-    add("--lr", type=float, help="learning rate of what is trained of the ViT, cosine to 0; halve it when the loss jumps [p]")
-    add("--head_lr", type=float, help="the head's; if large, the head learns the task in the ViT's place [p]")
-    add("--rank", type=splat.positive, help="rank of the LoRA adapters [p]")
-    add("--full_finetune", action=argparse.BooleanOptionalAction, help="train the whole ViT instead of adapters, "
-        "with a tenth of the --lr [p]")
-    add("--hidden", type=splat.positive, help="width of the head's MLP [p]")
-    add("--bottleneck", type=splat.positive, help="width of the head's bottleneck [p]")
-    add("--prototypes", type=splat.positive, help="number of prototypes; lower it when memory runs out [p]")
-    add("--momentum", type=float, help="EMA momentum of the teacher [p]")
-    add("--ema_every", type=splat.positive, help="steps between teacher updates [p]")
-    add("--tau_student", type=float, help="temperature of the student's softmax [p]")
-    add("--tau_teacher", type=float, help="of the teacher's; lower is sharper, and may collapse [p]")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="the ViTs and the head's MLP in bfloat16 [p]")
-    flag("--grad_checkpoint", "compute activations twice instead of keeping them, when memory runs out")
-    flag("--shared_head", "the teacher uses the student's head, not an EMA of it")
-    flag("--frozen_teacher", "the teacher stays as it starts (Table 5 D)")
-    add("--loss", choices=("distill", "cosine", "feature", "correspondence"), default="distill",
-        help="cross-entropy over prototypes, or on the tokens themselves: cosine (Table 5 C), L1 (G, with --frozen_teacher), or "
-             "contrast of places (as MEF, with --no_blend --upscale bilinear)")
-    add("--target", choices=("novel", "context", "image"), default="novel",
-        help="what is splatted into: a third view, one of the contexts (Table 5 E), or nothing, the teacher looks at the target itself "
-             "under photometric jitter (the control without 3D)")
-    add("--blend", type=float, default=0.5, help="alpha of SnD Eq. 4")
-    flag("--no_blend", "as --blend 1 (Table 5 A)")
-    add("--upscale", choices=("masks", "bilinear"), default="masks", help="mask-aware or plain upscaling (Table 5 B)")
-    flag("--drop_unmatched", "do not lift pixels where Eq. 3 is 0/0")
-    add("--downscale", choices=tuple(splat.TAPS), default="bilinear", help="from pixels to tokens: at a patch's centre, or its mean")
-    add("--masks", choices=("files", "superpixels"), default="files", help="superpixels also stand in for missing files (Table 5 F)")
-    add("--heldout", type=splat.positive, default=24, help="held-out triplets that are measured before, during and after")
-    add("--eval_every", type=splat.positive, help="steps between these measurements; default: six a run")
+    flag("--online", help="no operators: lift, splat and blend all channels in each step")
+    flag("--grad_checkpoint", help="compute activations twice instead of keeping them, when memory runs out")
+    add_ablations(parser)
+    add("--heldout", type=data.positive, default=24, help="held-out triplets, measured before, during and after")
+    add("--eval_every", type=data.positive, help="steps between these measurements; default: six a run")
     add("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")
-    flag("--resume", "go on from the checkpoint in --out")
-    flag("--skip_bad_frames", "leave out frames without an image or a valid pose")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torchrun gives each process its own")
-    add("--seed", type=int, default=0)
+    flag("--resume", help="go on from the checkpoint in --out")
     return settle(parser.parse_args(argv))
 
 
-def settle(args):  # fills in what the preset sets, and says in args.because why it was taken
+def add_ablations(parser):
+    """The flags of the paper's Table 5, and of what the paper leaves open."""
+    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
+    flag("--no_blend", help="as --blend 1 (Table 5 A). The paper trains its student for correspondence like this "
+         "(Sec. 4.1), that for depth, normals and segmentation with blending; its model card has a release of each")
+    add("--upscale", choices=("masks", "bilinear"), default="masks", help="mask-aware or plain upscaling (Table 5 B)")
+    add("--loss", choices=("distill", "cosine", "feature", "correspondence"), default="distill",
+        help="cross-entropy over prototypes, or on the tokens themselves: cosine (Table 5 C), L1 (G, with "
+             "--frozen_teacher), or contrast of places (as MEF, with --no_blend --upscale bilinear)")
+    flag("--frozen_teacher", help="the teacher stays as it starts (Table 5 D; H with --no_blend --upscale bilinear)")
+    add("--target", choices=("novel", "context", "image"), default="novel",
+        help="the view that both contexts are splatted into and that the student sees: a third one, or one of the two "
+             "(Table 5 E). `image` splats nothing: the teacher sees the target itself, jittered (control without 3D)")
+    add("--masks", choices=("files", "superpixels"), default="files",
+        help="superpixels also stand in for missing files (Table 5 F)")
+    add("--blend", type=float, default=0.5, help="alpha of SnD Eq. 4")
+    flag("--drop_unmatched", help="do not lift pixels where Eq. 3 is 0/0")
+    add("--downscale", choices=tuple(splat.TAPS), default="bilinear",
+        help="from pixels to tokens: at a patch's centre, or the patch's mean")
+    flag("--shared_head", help="the teacher uses the student's head, not an EMA of it")
+
+
+def settle(args):
+    """Fills in what the preset sets; args.because says why it was taken."""
     cuda = torch.cuda.is_available()
-    args.because = "asked for" if args.preset else "a CUDA machine" if cuda else "no CUDA device; vits is the paper's setting"
+    taken = "a CUDA machine" if cuda else "no CUDA device; vits is the paper's setting"
+    args.because = "asked for" if args.preset else taken
     args.preset = args.preset or ("vits" if cuda else "tiny")
-    preset = dict(PRESETS[args.preset])
-    if not args.mvsplat and not Path(preset["mvsplat"]).exists():
-        preset["mvsplat"] = "tiny"
-    for name, value in preset.items():
+    for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.mvsplat == "re10k.ckpt" and not Path("re10k.ckpt").exists():
+        args.mvsplat = "tiny"
     args.blend = 1.0 if args.no_blend else args.blend
     args.eval_every = args.eval_every or max(1, args.max_steps // 6)
     return args
 
 
-def processes(args, batch):
-    """-> (rank, world): (0, 1) alone, else as torchrun has started us; a step's `batch` is shared by all."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if batch % world:
-        raise ValueError(f"--batch {batch} cannot be shared by {world} processes; make it a multiple of {world}")
-    if world > 1:
-        cuda = args.device.startswith("cuda")
-        if cuda:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        # Rank 0 may prepare and measure for long while the others wait.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
-        atexit.register(dist.destroy_process_group)
-    return (dist.get_rank(), world) if world > 1 else (0, 1)
-
-
-def few_threads(args):
-    """The tensors of preset tiny are so small that a second thread costs more than it brings: 23 s for 40 steps, 19 s without."""
-    if args.preset == "tiny" and args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
-def prepare(args):  # -> training triplets, held-out triplets, where they come from
-    scenes = whole = data.open_scenes(args.scene_dir, args.skip_bad_frames)
-    if args.geometry == "depth":
-        scenes = [scene.subset([i for i, frame in enumerate(scene.frames) if frame.depth]) for scene in scenes]
-        scenes = [scene for scene in scenes if len(scene) >= 3]
-        if not scenes:
-            raise data.DataError(f"{args.scene_dir}: no scene has measured depth for three views; "
-                                 "use --geometry mvsplat or sweep")
-    if args.masks == "files" and not any(frame.mask for scene in scenes for frame in scene.frames):
-        print("no instance masks: SLIC superpixels stand in (folder masks/ beside images/ is read when it is there)")
-    source = Source(scenes, args, lift.load_vit(args.model).patch)
-    scenes, heldout = splat.hold_out(scenes, args.heldout, args.seed, whole)
-    # Differs: a fresh triplet a step in the paper; here --triplets of them, again and again, so that operators are reused.
-    count = min(args.triplets, args.max_steps * args.batch)
-    return draw_triplets(scenes, count, args.seed, args.target == "context"), heldout, source
-
-
-def trained(module):  # the parameters that training changes, by name
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def networks_of(args):  # -> the ViT to start from, student, teacher, the student's optimiser
-    torch.manual_seed(args.seed)
-    before = lift.load_vit(args.model).to(args.device)
-    vit = copy.deepcopy(before) if args.full_finetune else add_lora(copy.deepcopy(before), args.rank, args.rank)
-    vit.mask_token.requires_grad_(False)  # takes no part
-    head = DINOHead(before.dim, args.hidden, args.bottleneck, args.prototypes) if args.loss == "distill" else None
-    student = Network(vit, head).to(args.device)
-    teacher = copy.deepcopy(student).requires_grad_(False)  # starts alike; it is never trained, it follows
-    # Differs: Sec. 3.5 writes of a shared head; by default, as in the official code, the teacher's head is an EMA like its ViT.
-    teacher.head = student.head if args.shared_head else teacher.head
-    student.vit.checkpointing = args.grad_checkpoint
-    # Differs: one learning rate in the paper. In a short run the head would then learn the task and the ViT would not (README).
-    groups = [(trained(student.vit), args.lr)] + ([(trained(head), args.head_lr)] if head else [])
-    optimiser = torch.optim.Adam([{"params": list(group.values()), "lr": lr, "peak": lr} for group, lr in groups])
-    return before, student, teacher, optimiser
-
-
-def averaged(values: list[float], world, device) -> list[float]:  # over the processes
-    if world == 1:
-        return values
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return (values / world).tolist()
-
-
-def learn(batch, model, student, teacher, args, world):
-    """Sec. 3.2-3.5 for a step's triplets: leaves gradients; -> mean loss, teacher's entropy, share of valid tokens."""
-    autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
-    sums = [0.0, 0.0, 0.0]
-    for n, (images, teach) in enumerate(batch):
-        # Sec. 3.2-3.4: the teacher's context features, lifted, splatted and blended in the target view.
-        with torch.no_grad(), autocast():
-            goal, valid = teach()
-        # Sec. 3.5: the student sees the target image alone. Differs: invalid tokens leave the loss, they are not zeroed.
-        with contextlib.nullcontext() if world == 1 or n + 1 == len(batch) else model.no_sync():
-            with autocast():
-                seen = model(images[2:])[0]
-            loss, entropy = objective(student, teacher, seen[valid], goal[valid], args)
-            (loss / len(batch)).backward()
-        parts = loss.item(), entropy.item(), valid.float().mean().item()
-        sums = [total + part / len(batch) for total, part in zip(sums, parts)]
-    return sums
-
-
-def run(args):
-    out, (rank, world) = Path(args.out), processes(args, args.batch)
-    first = rank == 0
-    few_threads(args)
-    if not first:
-        sys.stdout = open(os.devnull, "w")  # one voice
-        dist.barrier()  # until rank 0 has made or fetched what is missing
-    print(f"preset {args.preset} ({args.because}): {args.model} ViT at about {args.pixels} pixels, {args.max_steps} steps, "
-          f"{args.geometry} geometry{f' ({args.mvsplat} weights)' if args.geometry == 'mvsplat' else ''}, on {args.device}")
-    found = [splat.find_checkpoint(args) if first else None]
-    triplets, heldout, source = prepare(args)
-    before, student, teacher, optimiser = networks_of(args)
-    if world > 1:
-        if first:
-            dist.barrier()
-        dist.broadcast_object_list(found)
-    (start, stored), names = found[0], set(trained(student))
-    followed = {name for name in names if not (args.shared_head and name.startswith("head."))}
-    networks = {"student": (student, names), "teacher": (teacher, followed)}
-    if stored:
-        splat.restore(stored, networks, optimiser)
-        print(f"resumed at step {start} of {args.max_steps}")
-    if not args.online and args.target != "image":
-        source.prepare(triplets, rank, world)
-    if first:
-        heldout = [source.load(*place) for place in tqdm(heldout, desc="held-out triplets", leave=False)]
-        operators = [plain_operator(source, t) for t in heldout]
-        agreed = agreement(before, heldout, operators)
-    # All that is random is a function of the seed and the step, so a run that goes on needs no generator's state.
-    places = schedule(len(triplets), args.max_steps * args.batch, args.seed)
-    draws = lambda step: range(step * args.batch, (step + 1) * args.batch)
-    load = lambda step: [source.teach(teacher, *triplets[places[n]], seed=args.seed + n) for n in draws(step)[rank::world]]
-    model = nn.parallel.DistributedDataParallel(student) if world > 1 else student  # averages gradients over processes
-    bar = tqdm(range(start, args.max_steps), initial=start, total=args.max_steps, desc="distil", unit="step", disable=not first)
-    clock = saved = time.monotonic()
-    with (splat.open_log(out, args, start) if first else contextlib.nullcontext() as log, splat.Stop() as stop,
-          contextlib.closing(ahead(load, range(start, args.max_steps))) as batches):
-        for step, batch in zip(bar, batches):
-            for group in optimiser.param_groups:
-                group["lr"] = 0.5 * group["peak"] * (1 + math.cos(math.pi * step / args.max_steps))
-            optimiser.zero_grad(set_to_none=True)
-            sums = learn(batch, model, student, teacher, args, world)
-            loss, entropy, valid, asked = averaged([*sums, float(stop.asked)], world, args.device)
-            used = [splat.name_of(*triplets[places[n]]) for n in draws(step)]
-            if not math.isfinite(loss):
-                raise ValueError(f"step {step}: the loss is {loss} for {', '.join(used)}; "
-                                 "start again with a lower --lr and another --out")
-            optimiser.step()
-            if not args.frozen_teacher and (step + 1) % args.ema_every == 0:
-                ema_update(teacher, student, args.momentum)  # Differs: after the optimiser's step, in the official code before
-            done = step + 1 == args.max_steps
-            if first:
-                bar.set_postfix(loss=f"{loss:.4f}", kl=f"{loss - entropy:.4f}")
-                line = dict(step=step, triplets=used, valid=round(valid, 4), loss=round(loss, 6), kl=round(loss - entropy, 6),
-                            lr=optimiser.param_groups[0]["lr"], seconds=round(time.monotonic() - clock, 2))
-                if (step + 1) % args.eval_every == 0:
-                    line.update(agreement(student.vit, heldout, operators)._asdict())
-                log.write(json.dumps(line) + "\n")
-                if asked or done or time.monotonic() - saved >= 60 * args.save_minutes:
-                    log.flush()
-                    splat.save_checkpoint(out, step + 1, splat.run_settings(args), networks, optimiser)
-                    saved = time.monotonic()
-            if asked and not done:
-                raise KeyboardInterrupt
-    if first:
-        report(out, before, student.vit, teacher.vit, agreed, heldout, operators, source)
-
-
-def report(out, before, adapted, teacher, agreed, heldout, operators, source):
-    """Save the student; print the answer beside its baseline, and where everything is."""
-    after = merge_lora(adapted).eval()
-    lift.save_vit(after, out / "student")
-    if not source.args.full_finetune:
-        lift.save_tensors(out / "adapters.safetensors", trained(adapted))
-    final = agreement(after, heldout, operators)
-    pictures = [heldout_picture(out / "heldout.png", before, teacher, after, heldout, source),
-                curve_picture(out / "curve.png", out / "log.jsonl", agreed, source.args)]
-    result = dict(before=agreed._asdict(), after=final._asdict(), heldout=[t.name for t in heldout])
-    lift.write_whole(out / "result.json", json.dumps(result, indent=1).encode())
-    print(f"{len(heldout)} held-out triplets\n  before: {agreed}\n  after:  {final}\n  ->  ", end="")
-    print(*pictures, out / "student", sep=", ")
-
-
 def main(argv=None):
     args = parse(argv)
     with data.explained(args, f"`--resume --out {args.out}` goes on from the last checkpoint"):
-        run(args)
+        rank, world = processes(args, args.batch)
+        few_threads(args)
+        native_precision(args)
+        weights = f" ({args.mvsplat} weights)" if args.geometry == "mvsplat" else ""
+        print(f"preset {args.preset} ({args.because}): {args.model} ViT at about {args.pixels} pixels, "
+              f"{args.max_steps} steps, {args.geometry} geometry{weights}, on {args.device}")
+        distil(args, rank, world)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
-"""What did it gain? Four probes of frozen features, any models side by side: depth, normals, segmentation, correspondence.
+"""Probes: what do frozen features know? Depth, normals and segmentation by linear heads, correspondence by matching.
 
-Paper   Splat and Distill (SnD) Sec. 4.1, Appendix A.4, Fig. 3-7 and 13-14; normals as Bae et al. 2021; correspondence as
-        Probe3D (El Banani et al. 2024).
-In      ViTs (02_lift), and views (01_data) with depth, normals or labels. Also a plain folder of images with such maps, or
-        a list of pairs in SuperGlue's format: --help says how NYUv2, KITTI, ADE20K and Pascal VOC are laid out.
-Out     a table; out/05_probe/: results.json, report.html (one file, opens offline), its pictures, features/ (a cache).
-Run     python 05_probe.py        the built-in ViT, and out/04_distill/student if it is there: a minute a model on two CPU cores
+Paper   Splat and Distill (SnD) Sec. 4.1 and Appendix A.4, Fig. 3-7 and 13-14. Normals follow Bae et al. 2021,
+        correspondence follows Probe3D (El Banani et al. 2024).
+In      ViTs (02_lift), and scenes (01_data) with depth, normals or labels. Also a plain folder of images with such maps
+        (NYUv2, KITTI, ADE20K, Pascal VOC: --help shows the layouts), or a list of pairs in SuperGlue's format.
+Out     a table, one row a model. In out/05_probe/: results.json, report.html (opens offline), features/, views/.
+Run     python 05_probe.py      the built-in ViT and out/04_distill/student if it exists: ~1 minute a model, 2-core CPU
         python 05_probe.py --models start=tiny snd=out/04_distill/student both=tiny+out/04_distill/student
         python 05_probe.py --scene_dir nyuv2/ --models dinov2_vits14 --preset paper --max_depth 10
 Copy    01_data.py 02_lift.py 05_probe.py tiny/vit.safetensors
-Not     heads that are not linear, several layers of a ViT at once, images of several shapes (all are cropped to the first's).
-Words   head: one linear layer on frozen tokens; truth: the measured map, 0 (labels 255) where unknown; I images, K bins or
-        classes, M matches; px are pixels of the views, px of the grid are points where features are matched, 4 a patch.
+Read    depth_metrics normal_metrics segmentation_metrics reprojection_error Whitening LinearHead fit expected_depth
+        depth_probe normal_probe segmentation_probe sample_points match correspondence place_share probe table
+Try     --no_cls: depth RMSE 0.526 -> 0.561 m on the built-in rooms; CLS knows something of the size of a room.
+        --layer norm: mIoU 26.6 -> 25.3 %; the last LayerNorm removes a little of what heads can read.
+Not     heads that are not linear, several layers of a ViT at once, images of several shapes in one run (all views are
+        cropped to the shape of the first).
+Words   head: one linear layer on frozen tokens. truth: the measured map, 0 (labels: 255) where it is unknown. Letters:
+        I images, K bins or classes, M matches. "px" are pixels of the image, "grid" counts points where features are
+        matched (4 a patch's side).
 """
+from __future__ import annotations
+
 import argparse
 import base64
 import hashlib
@@ -20,8 +28,10 @@ import html
 import importlib
 import json
 import math
+import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -36,476 +46,260 @@ from tqdm import tqdm
 
 data, lift = (importlib.import_module(name) for name in ("01_data", "02_lift"))
 
-DEPTH_BINS, MATCHES, THRESHOLDS = 256, 1000, (5, 10, 20)  # A.4; matches a pair; pixels
-MAX_CLASS = 9_999  # colours read as ids are larger by far
+DEPTH_BINS, MATCHES = 256, 1000  # A.4 and Probe3D: depth candidates a pixel, matches a pair of images
+THRESHOLDS = (5, 10, 20)  # pixels; the paper reports 10
 VIEWPOINTS = {"0-15": (0, 15), "15-30": (15, 30), "30-60": (30, 60), "60-180": (60, 181)}  # degrees (SnD Fig. 7)
 
-
-class Recipe(NamedTuple):
-    """All that a head needs to be trained the same way again."""
-    steps: int
-    lr: float
-    batch: int
-    seed: int = 0
-    device: str = "cpu"
-    log: object = None  # an open file, gets one JSON line every 50 steps
+# ------------------------------------------------------------------------------------------------ 1. What is measured
 
 
-# `paper` is A.4; its ten epochs of normals are those of NYUv2's 795 images, its pairs SuperGlue's 1,500. `tiny` fits the same
-# heads into minutes: recipes chosen by score and time on rooms held out of the *training* rooms (of 400, four views each).
-PRESETS = {
-    "tiny": dict(pixels=96 * 128, views=16, pairs=20, depth=Recipe(1000, 3e-3, 2), normals=Recipe(500, 3e-3, 8),
-                 segmentation=Recipe(500, 1e-2, 8)),
-    "paper": dict(pixels=480 * 640, views=100_000, pairs=1500, depth=Recipe(307_200, 1e-4, 2), normals=Recipe(1000, 5e-4, 8),
-                  segmentation=Recipe(320_000, 1e-3, 2))}
-
-# ------------------------------------------------------------------------------------------------ views with maps
+def mean_of(rows, names) -> dict:  # rows of scores, one an image or a pair -> {name: mean}
+    return dict(zip(names, torch.tensor(rows).mean(0).tolist()))
 
 
-class Views(NamedTuple):
-    """All views of a split at one size."""
-    where: list  # (scene, index of the view in it)
-    images: Tensor  # (I, 3, H, W) uint8
-    K: Tensor  # (I, 3, 3) pixels
-    c2w: Tensor  # (I, 4, 4), NaN where poses are not known
-    depth: Tensor  # (I, H, W) z-depth, 0 = unknown
-    normal: Tensor  # (I, H, W, 3) float16, 0 = unknown
-    label: Tensor  # (I, H, W) int16, 255 = unknown
+def depth_metrics(depth, truth) -> dict:
+    """AbsRel = mean |z - z*| / z*; RMSE = sqrt(mean (z - z*)^2), in the data's unit; delta1 = % with
+    max(z / z*, z* / z) < 1.25.
 
-
-def load_views(scenes, size, args) -> Views:
-    """At most --views of each scene, evenly spread; truth outside --crop, beyond --max_depth or --ignore_label is unknown."""
-    # Differs: truth is compared at the size of the views (--pixels), at the nearest stored pixel; in the paper as it is stored.
-    top, bottom, left, right = (round(share * side) for share, side in zip(args.crop, (size[0], size[0], size[1], size[1])))
-    outside = torch.ones(size, dtype=torch.bool)
-    outside[top:bottom, left:right] = False
-    where = [(s, int(i)) for s in scenes for i in np.unique(np.linspace(0, len(s) - 1, min(args.views, len(s))).round())]
-    unknown = torch.zeros(size), torch.zeros(*size, 3).half(), torch.full(size, 255).short()
+    Both are (I, H, W), or yield one view after the other. Each image is scored where its truth z* is known; then comes
+    the mean over images.
+    """
     rows = []
-    for scene, i in tqdm(where, desc="views", unit="view", leave=False):
-        v = scene.view(i, size)
-        depth, normal, label = unknown
-        if v.depth is not None:
-            depth = v.depth.masked_fill(outside | (v.depth > (args.max_depth or math.inf)), 0)
-        if v.normal is not None:
-            normal = v.normal.masked_fill(outside[..., None], 0).half()
-        if v.label is not None:
-            label = v.label.masked_fill(outside | (v.label == args.ignore_label) | (v.label == 65535) | (v.label < 0), 255)
-            if label.max() > MAX_CLASS:
-                raise data.DataError(f"{scene.frames[i].label}: class {label.max()}; labels are ids from 0 to {MAX_CLASS}, 255 = "
-                                     "ignore, in a grey or palette picture")
-            label = label.short()
-        rows.append(((255 * v.image).round().byte(), v.K, v.c2w, depth, normal, label))
-    images, K, c2w, *maps = zip(*rows)
-    stack = lambda column, empty: torch.stack(column) if any(x is not empty for x in column) else empty.expand(len(rows), *empty.shape)
-    return Views(where, torch.stack(images), torch.stack(K), torch.stack(c2w), *map(stack, maps, unknown))
+    for z, true in zip(depth, truth):
+        if (known := true > 0).any():
+            z, true = z[known].double(), true[known].double()
+            error, ratio = (z - true).abs(), torch.maximum(z / true, true / z.clamp_min(1e-9))
+            rows.append(((error / true).mean(), error.square().mean().sqrt(), 100 * (ratio < 1.25).double().mean()))
+    return mean_of(rows, ("AbsRel", "RMSE", "delta1"))
 
 
-def plain_folder(folder, args):
-    """Images without poses, `images/` and beside it `depth/ normals/ labels/`: a Scene to train on and one held out, from the
-    folders `train/` and `val/`; where there are none every eighth image is held out."""
-    parts = []
-    for root in [folder / "train", folder / "val"] if (folder / "train").is_dir() else [folder]:
-        files = sorted((f for f in (root / "images").rglob("*") if f.suffix in data.IMAGE_TYPES), key=data.natural)
-        K = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # a stand-in that no probe of single images looks at
-        parts.append([data.Frame(f.stem, f, K, np.eye(4), None, **data.maps_beside(f, root)) for f in files])
-        if len(files) < 2:
-            raise data.DataError(f"{root}: {len(files)} images in images/; give at least two")
-        for frame in parts[-1]:
-            if problem := data.problem_of(frame):
-                raise data.DataError(f"{problem}; mend or remove the file")
-            frame.c2w = np.full((4, 4), np.nan)  # unknown: such views make no pairs
-    if len(parts) == 1:
-        first = min(7, len(parts[0]) - 1)
-        parts = [[f for i, f in enumerate(parts[0]) if i < first or (i - first) % 8], parts[0][first::8]]
-    return [[data.Scene(name, frames, args.depth_scale)] for name, frames in zip(("train", "val"), parts)]
+def normal_metrics(normal, truth) -> dict:
+    """RMSE of the angle to the true normal in degrees, and % of pixels within 11.25, 22.5 and 30 degrees.
+
+    Both are (I, H, W, 3). Each image is scored where its truth is known; then the mean over images.
+    """
+    rows = []
+    for n, true in zip(normal, truth):
+        if (known := (true != 0).any(-1)).any():
+            n, true = n[known].double(), true[known].double()
+            sine, cosine = torch.linalg.cross(n, true).norm(dim=-1), (n * true).sum(-1)
+            angle = torch.atan2(sine, cosine).rad2deg()  # acos(cosine) would be inexact near 0 degrees
+            within = [100 * (angle < limit).double().mean() for limit in (11.25, 22.5, 30)]
+            rows.append([angle.square().mean().sqrt(), *within])
+    return mean_of(rows, ("RMSE", "11.25", "22.5", "30"))
 
 
-class ListedPair(data.Scene):
-    """Two views that a list of pairs names."""
+def segmentation_metrics(label, truth, classes) -> dict:
+    """aAcc = % of pixels that are right; per class, IoU = |said and true| / |said or true|; acc = |right| / |true|.
+
+    label, truth (I, H, W) hold ids below `classes`; truth 255 is unknown. Pixels of all images are counted together.
+    mIoU is the mean over classes that truth or prediction has, mAcc over those that truth has. Other IoUs are None.
+    """
+    right, true, said = torch.zeros(3, classes, dtype=torch.double)  # pixels of each class
+    for guess, t in zip(label, truth):
+        guess, t = guess[t != 255].long(), t[t != 255].long()
+        for total, ids in ((right, t[t == guess]), (true, t), (said, guess)):
+            total += ids.bincount(minlength=classes)
+    iou = 100 * right / (true + said - right)  # NaN where neither has the class
+    scores = dict(aAcc=100 * right.sum() / true.sum(), mIoU=iou.nanmean(), mAcc=(100 * right / true).nanmean())
+    return {name: x.item() for name, x in scores.items()} | {"IoU": [None if x.isnan() else x.item() for x in iou]}
 
 
-def read_pairs(file, args):
-    """SuperGlue's list, a line nameA nameB rotA rotB K_A(9) K_B(9) T_AB(16), X_B = T_AB X_A: a ListedPair a line."""
-    root, scenes = file.parent / "images" if (file.parent / "images").is_dir() else file.parent, []
-    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        names, numbers = line.split()[:2], line.split()[2:]
-        try:
-            values = np.array(numbers, float)
-            assert len(values) == 36 and not values[:2].any()
-            poses = np.eye(4), np.linalg.inv(values[20:].reshape(4, 4))
-        except (AssertionError, ValueError, np.linalg.LinAlgError):
-            raise data.DataError(f"{file}: line {number} is not two names, two zeros and 34 numbers, as SuperGlue writes pairs "
-                                 "(what it turns must be upright already)") from None
-        frames = []
-        for name, K, c2w in zip(names, values[2:20].reshape(2, 3, 3), poses):
-            image = data.inside(root / name, root, str(file))
-            frames.append(data.Frame(name, image, K, c2w, None, **data.maps_beside(image, file.parent)))
-            if problem := data.problem_of(frames[-1]):
-                raise data.DataError(f"{file}: line {number}: {problem}")
-        scenes.append(ListedPair(f"pair {number}", frames, args.depth_scale))
-    if not scenes:
-        raise data.DataError(f"{file}: no pairs in it; a line is nameA nameB rotA rotB K_A K_B T_AB")
-    return scenes
+def reprojection_error(
+    a: Tensor,  # (M, 2) pixels of view a
+    b: Tensor,  # (M, 2) pixels of view b that they were matched to
+    depth: Tensor,  # (M,) z-depth at a
+    K_a: Tensor,  # (3, 3)
+    K_b: Tensor,  # (3, 3)
+    a_to_b: Tensor,  # (4, 4) camera to camera
+) -> Tensor:
+    """|project(a) - b|, (M,): how many pixels of view b a match is from the true place; infinite behind camera b.
+
+    The recall of correspondence is the share of matches whose error is below a threshold.
+    """
+    points = F.pad(a, (0, 1), value=1.0) @ torch.linalg.inv(K_a).T * depth[:, None]  # (M, 3) camera a
+    x, y, z = ((points @ a_to_b[:3, :3].T + a_to_b[:3, 3]) @ K_b.T).unbind(1)
+    return torch.where(z > 1e-6, (torch.stack([x, y], 1) / z[:, None] - b).norm(dim=1), torch.inf)
 
 
-def open_split(args):
-    """-> scenes to train on, held-out scenes, whatever --scene_dir is. Of a single scene every eighth view is held out."""
-    path = Path(args.scene_dir)
-    if path.is_file():
-        return [], read_pairs(path, args)
-    if ((path / "images").is_dir() or (path / "train" / "images").is_dir()) and not data.find_scenes(path):
-        return plain_folder(path, args)
-    scenes = data.open_scenes(path, args.skip_bad_frames)
-    if len(scenes) > 1:
-        return data.split(scenes, "train"), data.split(scenes, "val")
-    hidden = data.held_out_views(scenes[0])
-    return [scenes[0].subset([i for i in range(len(scenes[0])) if i not in hidden])], [scenes[0].subset(hidden)]
-
-
-# ------------------------------------------------------------------------------------------------ frozen features
+# ------------------------------------------------------------------------------------------------ 2. A linear head
 
 
 class Features(NamedTuple):
-    cls: Tensor  # (I, C) float16
-    patches: Tensor  # (I, h, w, C) float16
+    """Frozen tokens of all views of a split. Indexing by views gives tensors; the arrays themselves may lie on disk."""
+    cls: Tensor | Rows  # (I, C) float16
+    patches: Tensor | Rows  # (I, h, w, C) float16
 
 
-def parts_of(path):  # of `a+b`: the models whose channels stand side by side; a path that exists may have a + in it
-    pieces, parts = path.split("+"), []
-    while pieces:
-        count = next((n for n in range(len(pieces), 1, -1) if Path("+".join(pieces[:n])).exists()), 1)
-        parts.append("+".join(pieces[:count]))
-        pieces = pieces[count:]
-    return parts
+class Whitening(nn.Module):
+    """Centre, standardise and decorrelate tokens by the statistics of training tokens (M, C).
 
-
-def content_key(vit, layer, images: Tensor) -> str:
-    """A name for the features of these images by these weights: any change of either gives another."""
-    digest = hashlib.sha256(f"{layer} {vit.patch} {vit.heads} {vit.positions} {tuple(images.shape)}".encode())
-    for x in [*vit.state_dict().values(), images]:
-        digest.update(x.contiguous().numpy())
-    return digest.hexdigest()[:24]
-
-
-@torch.no_grad()
-def extract(path, images: Tensor, layer, cache, device) -> Features:
-    """Tokens of `images` (I, 3, H, W) uint8 by the weights at `path`, or of the folder `cache` if they are there already.
-
-    layer "block": what the last block puts out; "norm": after the final LayerNorm. Sides that are no multiples of the patch are
-    rescaled to the nearest one. A path `a+b` is two models, side by side, as FiT3D is scored.
+    Along a principal direction of variance v (1 on average), tokens are scaled by 1 / sqrt(v + floor). A small floor
+    gives all directions a variance near 1, except those that hardly vary: scaling them up would amplify noise.
     """
-    # Differs: pictures are normalised by ImageNet's mean and deviation (inside the ViT); the official correspondence takes 0.5.
-    if len(parts_of(path)) > 1:
-        parts = [extract(part, images, layer, cache, device) for part in parts_of(path)]
-        return Features(*(torch.cat(column, -1) for column in zip(*parts)))
-    vit = lift.load_vit(path)
-    file = Path(cache) / f"{content_key(vit, layer, images)}.safetensors"
-    try:
-        return Features(**lift.read_checkpoint(file))
-    except (TypeError, ValueError):
-        pass  # not there, or damaged
-    if layer == "block":
-        vit.norm = nn.Identity()
-    vit, batches = vit.to(device), []
-    h, w = (max(1, round(side / vit.patch)) for side in images.shape[2:])
-    for batch in tqdm(images.split(max(1, 2**14 // (h * w))), desc=f"features of {path}", leave=False):
-        batch = batch.to(device).float() / 255
-        if batch.shape[2:] != (h * vit.patch, w * vit.patch):
-            batch = F.interpolate(batch, (h * vit.patch, w * vit.patch), mode="bilinear", antialias=True)
-        cls, _, patches = vit(batch)
-        batches.append((cls.half().cpu(), patches.half().cpu().unflatten(1, (h, w))))
-    features = Features(*(torch.cat(column) for column in zip(*batches)))
-    if not all(x.isfinite().all() for x in features):
-        raise ValueError(f"{path}: its tokens are not finite in 16 bits; are the weights whole?")
-    lift.save_tensors(file, features._asdict())
-    return features
 
+    def __init__(self, x: Tensor, floor):
+        super().__init__()
+        mean, deviation = x.mean(0), x.std(0, correction=0)
+        varies = deviation > max(1e-3 * deviation.max(), 1e-6)
+        deviation = torch.where(varies, deviation, 1.0)  # a constant channel (CLS of a single image) is only centred
+        x = (x - mean) / deviation
+        variance, directions = torch.linalg.eigh(x.T @ x / len(x))
+        self.register_buffer("mean", mean)
+        self.register_buffer("map", directions / (variance.clamp_min(0) + floor).sqrt() / deviation[:, None])  # (C, C)
 
-# ------------------------------------------------------------------------------------------------ linear heads
-
-
-def whitening(x: Tensor, floor):
-    """(M, C) -> mean (C,) and a map (C, C). A direction of the standardised channels whose variance is v, 1 on average, has
-    v / (v + floor) in (x - mean) @ map: a small floor makes all directions alike but those that hardly vary."""
-    mean, deviation = x.mean(0), x.std(0, correction=0)
-    varies = deviation > max(1e-3 * deviation.max(), 1e-6)
-    deviation = torch.where(varies, deviation, 1.0)  # a channel that never varies, as CLS of a single image, is only centred
-    x = (x - mean) / deviation
-    variance, directions = torch.linalg.eigh(x.T @ x / len(x))
-    return mean, directions / (variance.clamp_min(0) + floor).sqrt() / deviation[:, None]
+    def forward(self, x):  # (..., C) -> (..., C)
+        return (x - self.mean) @ self.map
 
 
 class LinearHead(nn.Module):
-    """Whitened tokens, with CLS beside each or not -> one linear layer -> (B, channels, h, w)."""
+    """One linear layer on whitened tokens -> (B, channels, h, w); `with_cls` concatenates CLS to each patch (A.4)."""
 
     def __init__(self, tokens: Features, channels, with_cls, seed):
         super().__init__()
-        # Differs: tokens are whitened by the training views, CLS in part. A linear layer can read just the same off them.
-        # Where channels are much alike, steps of gradient would not bring it there. CLS varies too little: there is one an image.
-        patches = tokens.patches.flatten(0, 2)
-        some = patches[torch.linspace(0, len(patches) - 1, min(len(patches), 2**16), dtype=torch.float64).long()]
-        for name, x, floor in (("patch", some, 0.01), ("cls", tokens.cls, 1.0)):
-            mean, whiten = whitening(x.float(), floor)
-            self.register_buffer(f"{name}_mean", mean)
-            self.register_buffer(f"{name}_whiten", whiten)
-        self.with_cls, self.linear = with_cls, nn.Linear(len(self.patch_mean) * (1 + with_cls), channels)
+        # Differs: A.4 feeds raw tokens to the head; here they are first whitened by the training views (CLS only in
+        # part, as an image has just one). A linear layer can read the same from both, but it learns it sooner.
+        self.patch = Whitening(spread_tokens(tokens.patches), floor=0.01)
+        self.cls = Whitening(spread_tokens(tokens.cls), floor=1.0)
+        self.with_cls = with_cls
+        self.linear = nn.Linear(tokens.patches.shape[-1] * (1 + with_cls), channels)
         nn.init.normal_(self.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, cls, patches):  # (B, C), (B, h, w, C)
-        x = (patches - self.patch_mean) @ self.patch_whiten
+        x = self.patch(patches)
         if self.with_cls:
-            x = torch.cat([x, ((cls - self.cls_mean) @ self.cls_whiten)[:, None, None].expand(x.shape)], -1)
+            x = torch.cat([x, self.cls(cls)[:, None, None].expand(x.shape)], -1)
         return self.linear(x).permute(0, 3, 1, 2)
 
 
-def resize(maps: Tensor, size) -> Tensor:  # (B, C, h, w) -> (B, C, *size), patches by their centres
+def resize(maps: Tensor, size) -> Tensor:  # (B, C, h, w) -> (B, C, *size); a patch's value sits at its centre
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 def four_times(maps: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, C, 4h, 4w). A.4 upscales the tokens; a linear layer commutes with that and puts out less."""
+    """(B, C, h, w) -> (B, C, 4h, 4w). A.4 upscales tokens before the linear layer: the same result at a higher cost."""
     return resize(maps, [4 * side for side in maps.shape[2:]])
 
 
-def fit(name, head: LinearHead, tokens: Features, truth: Tensor, known: Tensor, decode, loss, r: Recipe):
-    """Train `head` on views of which something is known (I, H, W); `decode` brings what it puts out to the size of the truth
-    (I, H, W, ...). -> a function from tokens and a last step, `finish`, to the prediction of all their views."""
-    size, usable = truth.shape[1:3], known.flatten(1).any(1).nonzero()[:, 0]
-    generator, head = torch.Generator().manual_seed(r.seed), head.to(r.device)
-    run = lambda some: decode(head(*(x.to(r.device).float() for x in some)), size)
-    optimiser = torch.optim.AdamW(head.parameters(), r.lr, weight_decay=0.01)
-    for step in (bar := tqdm(range(r.steps), desc=name, unit="step", leave=False)):
-        pick = usable[torch.randint(len(usable), (r.batch,), generator=generator)]
-        value = loss(run(x[pick] for x in tokens), truth[pick].to(r.device))
+def fit(name, head: LinearHead, decode, loss, tokens: Features, truth, recipe: Recipe, unknown=0):
+    """Train `head` to a small loss(decode(output), truth); `decode` brings its output to the size of the truth.
+
+    -> predict(tokens), which yields what the trained head says of each view, one by one: a split may exceed memory.
+    """
+    head, device = head.to(recipe.device), recipe.device
+    generator = torch.Generator().manual_seed(recipe.seed)
+    usable = views_with_truth(truth, unknown)
+    read = lambda views, tokens: decode(head(*(x[views].to(device).float() for x in tokens)))
+    optimiser = torch.optim.AdamW(head.parameters(), recipe.lr, weight_decay=0.01)
+    for step in (bar := tqdm(range(recipe.steps), desc=name, unit="step", leave=False)):
+        views = usable[torch.randint(len(usable), (recipe.batch,), generator=generator)]
+        value = loss(read(views, tokens), truth[views].to(device))
         if not value.isfinite():
             raise ValueError(f"{name}: the loss is {value.item()} at step {step}; are the {name} of these views sound?")
-        # Differs: a warm-up and cosine decay for all heads; A.4 says so of normals alone.
-        optimiser.param_groups[0]["lr"] = r.lr * min(20 * (step + 1) / r.steps, 0.5 + 0.5 * math.cos(math.pi * step / r.steps))
+        # Differs: A.4 gives a schedule (linear warm-up, cosine decay) for normals alone; here all three heads have it.
+        warm_up, cosine = 20 * (step + 1) / recipe.steps, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
+        optimiser.param_groups[0]["lr"] = recipe.lr * min(warm_up, cosine)
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         optimiser.step()
-        if r.log and (step % 50 == 0 or step + 1 == r.steps):
+        if recipe.log and (step % 50 == 0 or step + 1 == recipe.steps):
             bar.set_postfix(loss=f"{value.item():.4f}")
-            r.log.write(json.dumps(dict(head=name, step=step, loss=round(value.item(), 6))) + "\n")
+            recipe.log.write(json.dumps(dict(head=name, step=step, loss=round(value.item(), 6))) + "\n")
 
     @torch.no_grad()
-    def predict(tokens: Features, finish=lambda maps: maps):
-        views = max(1, 2**18 // math.prod(size))  # at once: the scores of 150 classes are large
-        return torch.cat([finish(run(some)).cpu() for some in zip(*(x.split(views) for x in tokens))])
+    def predict(tokens):
+        at_once = max(1, 2**18 // math.prod(truth.shape[1:3]))  # the scores of 150 classes at full size are large
+        for views in torch.arange(len(tokens.patches)).split(at_once):
+            yield from read(views, tokens).cpu()
     return predict
 
 
-# ------------------------------------------------------------------------------------------------ depth, normals, segmentation
+# ------------------------------------------------------------------------------------------------ 3. Depth
 
 
-def mean_of(rows, names) -> dict:  # rows of scores -> {name: mean}
-    return dict(zip(names, torch.tensor(rows).mean(0).tolist()))
-
-
-def expected_depth(logits: Tensor, bins: Tensor) -> Tensor:  # (B, K, h, w), (K,) -> (B, h, w) (A.4, as AdaBins)
-    share = logits.relu().permute(0, 2, 3, 1)  # each + 0.1; the sums of that are added to sums
+def expected_depth(logits: Tensor, bins: Tensor) -> Tensor:
+    """(B, K, h, w), (K,) -> (B, h, w): the sum of p_k bin_k, where p_k is relu(logit_k) + 0.1, normalised (A.4)."""
+    share = logits.relu().permute(0, 2, 3, 1)  # 0.1 is added to the two sums instead of to each share
     depth, total = (share @ torch.stack([bins, torch.ones_like(bins)], 1)).unbind(-1)
     return (depth + 0.1 * bins.sum()) / (total + 0.1 * len(bins))
 
 
 def sig_loss(depth: Tensor, truth: Tensor) -> Tensor:
-    """Scale-invariant error of log depth where truth is known (Eigen et al. 2014); any shape."""
-    # Differs: A.4 writes "classification loss"; this is the official code's, whose other loss is 0 at its batch size.
+    """Scale-invariant error of log depth where truth is known (Eigen et al. 2014): sqrt(mean g^2 - 0.85 (mean g)^2)."""
+    # Differs: A.4 writes "classification loss"; the official code trains with this one (and one of gradients that is
+    # exactly 0 at its batch size of two), and so do we.
     g = (depth[truth > 0] + 1e-3).log() - (truth[truth > 0] + 1e-3).log()
     return (g.square().mean() - 0.85 * g.mean().square()).clamp_min(1e-12).sqrt()
 
 
-def depth_metrics(depth: Tensor, truth: Tensor) -> dict:
-    """AbsRel, RMSE in the data's unit, delta1 in %, (I, H, W) both; where truth is known, then the mean over images."""
-    rows = []
-    for z, true in zip(depth, truth):
-        if (known := true > 0).any():
-            z, true = z[known].double(), true[known].double()
-            near = torch.maximum(z / true, true / z.clamp_min(1e-9)) < 1.25
-            rows.append((((z - true).abs() / true).mean(), (z - true).square().mean().sqrt(), 100 * near.double().mean()))
-    return mean_of(rows, ("AbsRel", "RMSE", "delta1"))
+def depth_probe(tokens: Features, truth, val_tokens: Features, val_truth, recipe: Recipe, with_cls=True):
+    """Depth that a linear layer reads -> (depth_metrics of the held-out views, predict). truth (I, H, W)."""
+    deepest = max(view.max().item() for view in truth)
+    bins = torch.linspace(1e-3, deepest, DEPTH_BINS, device=recipe.device)
+    head = LinearHead(tokens, DEPTH_BINS, with_cls, recipe.seed)
+    decode = lambda logits: resize(expected_depth(four_times(logits), bins)[:, None], truth.shape[1:3])[:, 0]
+    predict = fit("depth", head, decode, sig_loss, tokens, truth, recipe)
+    return depth_metrics(predict(val_tokens), val_truth), predict
 
 
-def depth_probe(tokens: Features, truth: Tensor, val_tokens: Features, val_truth: Tensor, r: Recipe, with_cls=True):
-    """What a linear layer reads of z-depth off frozen tokens -> (depth_metrics, depth) of the val views; truth (I, H, W)."""
-    bins = torch.linspace(1e-3, truth.max().item(), DEPTH_BINS, device=r.device)
-    decode = lambda logits, size: resize(expected_depth(four_times(logits), bins)[:, None], size)[:, 0]
-    head = LinearHead(tokens, DEPTH_BINS, with_cls, r.seed)
-    depth = fit("depth", head, tokens, truth, truth > 0, decode, sig_loss, r)(val_tokens)
-    return depth_metrics(depth, val_truth), depth
+# ------------------------------------------------------------------------------------------------ 4. Normals
 
 
 def angular_loss(maps: Tensor, truth: Tensor) -> Tensor:
-    """Minus the log-likelihood of the true normals (B, H, W, 3), 0 = unknown (Bae et al. 2021, Eq. 3). maps (B, 4, H, W): a
-    direction, of any length, and how sure of it the head is, kappa before its ELU."""
+    """Minus the log-likelihood of the true normals (Bae et al. 2021, Eq. 3).
+
+    maps (B, 4, H, W): a direction of any length, and the head's certainty kappa before its ELU.
+    truth (B, H, W, 3), 0 = unknown.
+    """
     known = (truth != 0).any(-1)
     maps, truth = maps.permute(0, 2, 3, 1)[known], truth[known].to(maps)
-    angle = F.cosine_similarity(maps[:, :3], truth, dim=-1).clamp(-1 + 1e-4, 1 - 1e-4).acos()  # whose slope at 1 is infinite
+    cosine = F.cosine_similarity(maps[:, :3], truth, dim=-1)
+    angle = cosine.clamp(-1 + 1e-4, 1 - 1e-4).acos()  # the slope of acos is infinite at 1
     kappa = F.elu(maps[:, 3]) + 1 + 0.01
     return (kappa * angle + (-math.pi * kappa).exp().log1p() - (kappa.square() + 1).log()).mean()
 
 
-def normal_metrics(normal: Tensor, truth: Tensor) -> dict:
-    """RMSE of the angle in degrees, % within 11.25, 22.5, 30; (I, H, W, 3) both; where truth is known, mean over images."""
-    rows = []
-    for n, true in zip(normal, truth):
-        if (known := (true != 0).any(-1)).any():
-            n, true = n[known].double(), true[known].double()
-            angle = torch.atan2(torch.linalg.cross(n, true).norm(dim=-1), (n * true).sum(-1)).rad2deg()  # acos is blunt near 0
-            rows.append([angle.square().mean().sqrt()] + [100 * (angle < limit).double().mean() for limit in (11.25, 22.5, 30)])
-    return mean_of(rows, ("RMSE", "11.25", "22.5", "30"))
+def normal_probe(tokens: Features, truth, val_tokens: Features, val_truth, recipe: Recipe):
+    """Surface normals that a linear layer reads -> (normal_metrics, predict). truth (I, H, W, 3), camera frame."""
+    head = LinearHead(tokens, 4, False, recipe.seed)
+    decode = lambda maps: resize(four_times(maps), truth.shape[1:3])
+    fitted = fit("normals", head, decode, angular_loss, tokens, truth, recipe)
+
+    def predict(tokens):
+        return (F.normalize(maps[:3], dim=0).permute(1, 2, 0) for maps in fitted(tokens))
+    return normal_metrics(predict(val_tokens), val_truth), predict
 
 
-def normal_probe(tokens: Features, truth: Tensor, val_tokens: Features, val_truth: Tensor, r: Recipe):
-    """What a linear layer reads of surface normals -> (normal_metrics, normals) of the val views. truth (I, H, W, 3), in any
-    frame that all views keep to."""
-    decode = lambda maps, size: resize(four_times(maps), size)
-    predict = fit("normals", LinearHead(tokens, 4, False, r.seed), tokens, truth, (truth != 0).any(-1), decode, angular_loss, r)
-    normal = predict(val_tokens, lambda maps: F.normalize(maps[:, :3], dim=1).permute(0, 2, 3, 1))
-    return normal_metrics(normal, val_truth), normal
+# ------------------------------------------------------------------------------------------------ 5. Segmentation
 
 
-def segmentation_metrics(label: Tensor, truth: Tensor, classes) -> dict:
-    """aAcc, mIoU, mAcc in % from one confusion matrix of all pixels of known truth (I, H, W), and the IoU of each class.
+def segmentation_probe(tokens: Features, truth, val_tokens: Features, val_truth, recipe: Recipe):
+    """Classes that a linear layer tells apart -> (segmentation_metrics, predict). truth (I, H, W) int, 255 = unknown.
 
-    mIoU is over classes that truth or prediction has, mAcc over those that truth has; the IoU of the others is None.
+    The head has one output for each class of the training views, so a class that is ignored can never be predicted.
     """
-    confusion = torch.zeros(classes, classes, dtype=torch.double)
-    for true, said in zip(truth, label):
-        pairs = true[true != 255].long() * classes + said[true != 255].long()
-        confusion += pairs.bincount(minlength=classes**2).view(classes, classes)
-    hit, true, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    iou = 100 * hit / (true + said - hit)  # NaN where neither has the class
-    scores = dict(aAcc=100 * hit.sum() / true.sum(), mIoU=iou.nanmean(), mAcc=(100 * hit / true).nanmean())
-    return {name: x.item() for name, x in scores.items()} | {"IoU": [None if x.isnan() else x.item() for x in iou]}
+    classes = pixels_of_classes(truth).nonzero()[:, 0]  # (K,) ids
+    output_of = torch.full((NO_CLASS + 1,), -1, device=recipe.device)  # class id -> output of the head
+    output_of[classes] = torch.arange(len(classes), device=recipe.device)
+    loss = lambda scores, truth: F.cross_entropy(scores, output_of[truth.long()], ignore_index=-1)
+    head = LinearHead(tokens, len(classes), False, recipe.seed)
+    decode = lambda scores: resize(scores, truth.shape[1:3])
+    fitted = fit("segmentation", head, decode, loss, tokens, truth, recipe, unknown=255)
+
+    def predict(tokens):
+        return (classes[scores.argmax(0)].short() for scores in fitted(tokens))
+    return segmentation_metrics(predict(val_tokens), val_truth, class_count(truth, val_truth)), predict
 
 
-def class_count(*labels):
-    return 1 + max(int(torch.where(view == 255, 0, view).max()) for x in labels for view in x)
-
-
-def segmentation_probe(tokens: Features, truth: Tensor, val_tokens: Features, val_truth: Tensor, r: Recipe):
-    """How well a linear layer tells classes -> (segmentation_metrics, classes) of the val views. truth (I, H, W) int."""
-    classes = class_count(truth, val_truth)
-    loss = lambda scores, truth: F.cross_entropy(scores, truth.long(), ignore_index=255)
-    predict = fit("segmentation", LinearHead(tokens, classes, False, r.seed), tokens, truth, truth != 255, resize, loss, r)
-    label = predict(val_tokens, lambda scores: scores.argmax(1).short())
-    return segmentation_metrics(label, val_truth, classes), label
-
-
-# ------------------------------------------------------------------------------------------------ correspondence
+# ------------------------------------------------------------------------------------------------ 6. Correspondence
 
 
 class Pair(NamedTuple):
     a: int  # index into Views
     b: int
     angle: float  # degrees that the camera turns between them
-    measured: bool  # both have depth, so errors are those of points; else of epipolar lines
-
-
-def measured(views: Views, *indices) -> bool:  # enough depth in all of them to match points by
-    return all((views.depth[i] > 0).float().mean() > 0.01 for i in indices)
-
-
-def covisible(views: Views, a, b) -> float:
-    """The share of view a that view b sees, or of b that a sees: the smaller. By depth if both have it, else by frustums."""
-    if not measured(views, a, b):
-        return data.overlap(views.where[a][0], views.where[a][1], views.where[b][1])
-    shares = []
-    for u, v in ((a, b), (b, a)):
-        u_to_v = torch.linalg.inv(views.c2w[v]) @ views.c2w[u]
-        seen = lift.cross_check(views.depth[u], views.depth[v], views.K[u], views.K[v], u_to_v) > 0.5
-        shares.append(seen[views.depth[u] > 0].float().mean().item())
-    return min(shares)
-
-
-def choose_pairs(views: Views, per_bin, seed) -> list[Pair]:
-    """Up to `per_bin` pairs of views of one scene in each range of viewpoint change, those with depth if there are any."""
-    # Differs: pairs share a fifth of what they see, and each range has as many; in the paper SuperGlue's list of ScanNet pairs.
-    generator, of_scene = torch.Generator().manual_seed(seed), {}
-    for i, (scene, _) in enumerate(views.where):
-        if views.c2w[i].isfinite().all():
-            of_scene.setdefault(scene, []).append(i)
-    a, b = torch.cat([torch.empty(0, 2).long(), *(torch.combinations(torch.tensor(members)) for members in of_scene.values())]).T
-    R = views.c2w[:, :3, :3].double()
-    angle = (((R[a] * R[b]).sum((1, 2)) - 1) / 2).clamp(-1, 1).acos().rad2deg()  # that sum is the trace of R_a' R_b
-    deep = torch.tensor([measured(views, i) for i in range(len(views.images))])[torch.stack([a, b])].all(0)
-    for is_measured, candidates in ((True, deep), (False, ~deep)):
-        found = []
-        for low, high in VIEWPOINTS.values():
-            inside, good = (candidates & (low <= angle) & (angle < high)).nonzero()[:, 0], []
-            for n in inside[torch.randperm(len(inside), generator=generator)[:40 * per_bin]].tolist():
-                i, j = a[n].item(), b[n].item()
-                listed = isinstance(views.where[i][0], ListedPair)
-                if len(good) < per_bin and (listed or covisible(views, i, j) >= 0.2):
-                    good.append(Pair(i, j, angle[n].item(), is_measured))
-            found += good
-        if found:
-            return found
-    return []
-
-
-def sample_points(tokens: Tensor, depth: Tensor):
-    """Four points a patch's side, where depth is known: pixel centres (M, 2) x y, features (M, C) there, depth (M,).
-
-    tokens (h, w, C), depth (H, W), 0 = unknown. A feature is interpolated at the very pixel whose depth is taken.
-    """
-    # Differs: the official code samples 120x160 points whatever the patch, and calls their spacing, 4 pixels, a pixel.
-    rows, cols = (((torch.arange(4 * n) + 0.5) * side / (4 * n)).long() for n, side in zip(tokens.shape, depth.shape))
-    z = depth[rows[:, None], cols]
-    points = torch.stack(torch.meshgrid(cols, rows, indexing="xy"), -1)[z > 0] + 0.5
-    grid = (2 * points / torch.tensor(depth.shape[::-1]) - 1).to(tokens)
-    features = F.grid_sample(tokens.permute(2, 0, 1)[None], grid[None, None], padding_mode="border", align_corners=False)
-    return points, features[0, :, 0].T, z[z > 0]
-
-
-def nearest_with_ratio(a: Tensor, b: Tensor):
-    """For each unit row of a (M, C) the nearest of b by cosine, and 1 - the ratio of the two nearest distances: 1 is sure."""
-    index, sure = [], []
-    for rows in a.split(max(1, 2**26 // len(b))):
-        similarity, nearest = (rows @ b.T).topk(2, dim=1)
-        near, second = (1 - similarity).clamp_min(1e-9).unbind(1)
-        index, sure = index + [nearest[:, 0]], sure + [1 - near / second]
-    return torch.cat(index).cpu(), torch.cat(sure).cpu()
-
-
-def match(a: Tensor, b: Tensor, count=MATCHES):
-    """Features (M, C), (L, C) -> indices into both of the `count` surest matches, half of them found from each side."""
-    # Differs: Probe3D can match both ways, as here, but its published script matches one way.
-    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-    (to_b, sure_a), (to_a, sure_b) = nearest_with_ratio(a, b), nearest_with_ratio(b, a)
-    best_a, best_b = (sure.topk(min(count // 2, len(sure))).indices for sure in (sure_a, sure_b))
-    return torch.cat([best_a, to_a[best_b]]), torch.cat([to_b[best_a], best_b])
-
-
-def reprojection_error(
-    a: Tensor,  # (M, 2) pixels of view a
-    b: Tensor,  # (M, 2) pixels of view b
-    depth: Tensor,  # (M,) z-depth at a
-    K_a: Tensor,  # (3, 3)
-    K_b: Tensor,  # (3, 3)
-    a_to_b: Tensor,  # (4, 4) camera to camera
-) -> Tensor:
-    """How many pixels of view b each match is from where its point of view a truly is, (M,); infinite behind the camera."""
-    points = F.pad(a, (0, 1), value=1.0) @ torch.linalg.inv(K_a).T * depth[:, None]
-    x, y, z = ((points @ a_to_b[:3, :3].T + a_to_b[:3, 3]) @ K_b.T).unbind(1)
-    return torch.where(z > 1e-6, (torch.stack([x, y], 1) / z[:, None] - b).norm(dim=1), torch.inf)
-
-
-def epipolar_error(a: Tensor, b: Tensor, K_a: Tensor, K_b: Tensor, a_to_b: Tensor) -> Tensor:
-    """Where depth is unknown: how many pixels of view b each match is from the epipolar line of its point of view a, (M,). The
-    true point lies on that line, so no match is farther from the line than it is wrong, and recall is an upper bound."""
-    x, y, z = a_to_b[:3, 3].tolist()
-    if x == y == z == 0:  # the camera only turned: where the point is does not depend on its depth
-        return reprojection_error(a, b, torch.ones_like(a[:, 0]), K_a, K_b, a_to_b)
-    essential = a_to_b.new_tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ a_to_b[:3, :3]
-    fundamental = torch.linalg.inv(K_b).T @ essential @ torch.linalg.inv(K_a)
-    lines = F.pad(a, (0, 1), value=1.0) @ fundamental.T
-    return (F.pad(b, (0, 1), value=1.0) * lines).sum(1).abs() / lines[:, :2].norm(dim=1)
+    measured: bool  # both have depth, so errors are exact; else they are distances from epipolar lines
 
 
 class Matches(NamedTuple):
@@ -515,31 +309,74 @@ class Matches(NamedTuple):
     by_chance: Tensor  # (M,) the same when the matched points are paired at random
 
 
+def sample_points(tokens: Tensor, depth: Tensor):
+    """Points where features are matched, four a patch's side: pixel centres (M, 2) x y, features (M, C), depth (M,).
+
+    tokens (h, w, C); depth (H, W): points where it is 0 are left out. A feature is interpolated between patch centres,
+    at the very pixel whose depth is taken.
+    """
+    # Differs: the official code samples 120x160 points whatever the patch size, and its "10 px" are spacings of these
+    # points, 40 pixels of a 480x640 image. Here a patch's side has four points, and recall is given in both units.
+    rows, cols = (((torch.arange(4 * n) + 0.5) * side / (4 * n)).long() for n, side in zip(tokens.shape, depth.shape))
+    z = depth[rows[:, None], cols]
+    points = torch.stack(torch.meshgrid(cols, rows, indexing="xy"), -1)[z > 0] + 0.5
+    grid = (2 * points / torch.tensor(depth.shape[::-1]) - 1).to(tokens)
+    maps = tokens.permute(2, 0, 1)[None]
+    features = F.grid_sample(maps, grid[None, None], padding_mode="border", align_corners=False)
+    return points, features[0, :, 0].T, z[z > 0]
+
+
+def nearest_with_ratio(a: Tensor, b: Tensor):
+    """For each unit row of a (M, C): its nearest row of b by cosine, and how sure: 1 - first / second distance."""
+    index, sure = [], []
+    for rows in a.split(max(1, 2**26 // len(b))):  # in blocks that bound memory
+        similarity, nearest = (rows @ b.T).topk(2, dim=1)
+        first, second = (1 - similarity).clamp_min(1e-9).unbind(1)
+        index, sure = index + [nearest[:, 0]], sure + [1 - first / second]
+    return torch.cat(index).cpu(), torch.cat(sure).cpu()
+
+
+def match(a: Tensor, b: Tensor, count=MATCHES):
+    """Features (M, C), (L, C) -> indices into both of the `count` surest matches, half of them found from each side."""
+    # Differs: Probe3D describes matching both ways, as here, but its published script matches from one image only.
+    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    (to_b, sure_a), (to_a, sure_b) = nearest_with_ratio(a, b), nearest_with_ratio(b, a)
+    best_a, best_b = (sure.topk(min(count // 2, len(sure))).indices for sure in (sure_a, sure_b))
+    return torch.cat([best_a, to_a[best_b]]), torch.cat([to_b[best_a], best_b])
+
+
 def match_pair(tokens: Features, views: Views, pair: Pair, device) -> Matches:
-    depths = [views.depth[i] if pair.measured else torch.ones_like(views.depth[i]) for i in (pair.a, pair.b)]
+    depths = [views.depth[i] if pair.measured else torch.ones(views.images.shape[2:]) for i in pair[:2]]
     (points_a, features_a, depth), (points_b, features_b, _) = (
-        sample_points(tokens.patches[i].to(device).float(), z) for i, z in zip((pair.a, pair.b), depths))
+        sample_points(tokens.patches[i].to(device).float(), z) for i, z in zip(pair[:2], depths))
     if min(len(points_a), len(points_b)) < 2:
-        (scene, i), (_, j) = views.where[pair.a], views.where[pair.b]
-        raise ValueError(f"{scene.name}: {scene.frames[i].name} or {scene.frames[j].name} has depth at less than two of the points "
-                         "that are matched; change --pixels, or remove their depth to score by epipolar lines")
+        (scene, i), (_, j) = (views.where[n] for n in pair[:2])
+        raise ValueError(f"{scene.name}: {scene.frames[i].name} or {scene.frames[j].name} has depth at less than two "
+                         "of the matched points; change --pixels, or remove their depth to score by epipolar lines")
     index_a, index_b = match(features_a, features_b)
-    cameras = views.K[pair.a], views.K[pair.b], torch.linalg.inv(views.c2w[pair.b]) @ views.c2w[pair.a]
-    a, b = points_a[index_a], points_b[index_b]
+    a, b, depth = points_a[index_a], points_b[index_b], depth[index_a]
+    K_a, K_b, c2w_a, c2w_b = (x[i] for x in (views.K, views.c2w) for i in pair[:2])
+    a_to_b = torch.linalg.inv(c2w_b) @ c2w_a
+    if pair.measured or only_turned(c2w_a, c2w_b):  # if the camera only turned, any depth gives the same place
+        error = lambda b: reprojection_error(a, b, depth, K_a, K_b, a_to_b)
+    else:
+        error = lambda b: epipolar_error(a, b, K_a, K_b, a_to_b)
     shuffle = torch.randperm(len(b), generator=torch.Generator().manual_seed(0))
-    error = lambda b: reprojection_error(a, b, depth[index_a], *cameras) if pair.measured else epipolar_error(a, b, *cameras)
     return Matches(a, b, error(b), error(b[shuffle]))
 
 
 def correspondence(tokens: Features, views: Views, pairs: list[Pair], device="cpu"):
-    """How many matches between views are right, without training -> (scores, those of random matches, Matches of each pair).
+    """How many matches are right, without any training -> (scores, scores of random matches, Matches of each pair).
 
-    Scores are the % of matches within 5, 10, 20 pixels of the image ("10 px") or of the grid of matched points ("10 grid"), and
-    1.5 patches, mean over pairs; then over those of each range of viewpoint change ("10 px 0-15", if there are any).
+    Scores are % of matches within 5, 10, 20 pixels ("10 px") or spacings of the points ("10 grid"), and 1.5 patches:
+    the mean over pairs, and over the pairs of each range of viewpoint change that has any ("10 px 0-15").
     """
-    spacing = math.sqrt(views.images[0, 0].numel() / (16 * tokens.patches[0, ..., 0].numel()))  # pixels between matched points
-    limits = {f"{t} px": t for t in THRESHOLDS} | {f"{t} grid": t * spacing for t in THRESHOLDS} | {"1.5 patches": 6 * spacing}
-    matches = [match_pair(tokens, views, pair, device) for pair in tqdm(pairs, desc="correspondence", unit="pair", leave=False)]
+    pixels, points = math.prod(views.images.shape[2:]), 16 * math.prod(tokens.patches.shape[1:3])
+    spacing = math.sqrt(pixels / points)  # pixels between matched points
+    limits = {f"{t} px": t for t in THRESHOLDS} | {f"{t} grid": t * spacing for t in THRESHOLDS}
+    limits["1.5 patches"] = 6 * spacing
+    bar = tqdm(pairs, desc="correspondence", unit="pair", leave=False)
+    matches = [match_pair(tokens, views, pair, device) for pair in bar]
 
     def recall(errors):
         rows, scores = [[100 * (e < limit).double().mean() for limit in limits.values()] for e in errors], {}
@@ -550,113 +387,666 @@ def correspondence(tokens: Features, views: Views, pairs: list[Pair], device="cp
     return recall([m.error for m in matches]), recall([m.by_chance for m in matches]), matches
 
 
-# ------------------------------------------------------------------------------------------------ all probes of all models
+# ------------------------------------------------------------------------------------------------ 7. Place share
+
+
+def place_share(patches, norm=nn.Identity()) -> dict:
+    """% of the variance of tokens (I, h, w, C) over views that their place in the grid explains: all, its rough part.
+
+    Perspective makes the means of places differ smoothly, as floors are below. The rough part is what a cubic
+    polynomial in row and column leaves of these means: artifacts that are tied to the place in the picture. Both are
+    corrected for the finite number of views, so that tokens of which neither is true have 0. `norm` is applied first.
+    """
+    views, (h, w), squares, total = len(patches), patches.shape[1:3], 0.0, 0.0
+    for tokens in patches:
+        x = norm(tokens.float()).detach().double()
+        total, squares = total + x, squares + x.square().mean().item()
+    place = (total / views).flatten(0, 1)  # (N, C)
+    around = squares / views - place.square().mean()  # variance of tokens around the mean of their place
+    place = place - place.mean(0)
+    chance = around / (views - 1)  # what a mean over so few views varies by itself
+    y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
+    cubic = torch.stack([(x**a * y**b).flatten() for a in range(4) for b in range(4 - a)], 1).double()  # (N, 10)
+    rough = place - cubic @ torch.linalg.lstsq(cubic, place, driver="gelsd").solution
+    everything = around + place.square().mean()
+    share = lambda x: (100 * (x.square().mean() - chance) / everything).item()
+    return {"all": share(place), "rough": share(rough)}
+
+
+# ------------------------------------------------------------------------------------------------ 8. The table
+
+PROBES = {"depth": depth_probe, "normals": normal_probe, "segmentation": segmentation_probe}
+TRUTH = {"depth": ("depth", 0), "normals": ("normal", 0), "segmentation": ("label", 255)}  # field of Views, "unknown"
+
+
+def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> dict:
+    """{name: Probed} of models {name: path}, after a row "no features". Heads train on `train` and are scored on `val`.
+
+    A probe without truth in both splits is left out. With one args.seed the numbers are the same again, on one machine.
+    """
+    maps, out = truths(train, val), Path(args.out)
+    results = {"no features": Probed(baseline(maps), {}, [], None)}
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.jsonl", "w") as log:
+        for name, path in tqdm(models.items(), desc="models", unit="model"):
+            frozen = lambda views: extract(path, views.images, args.layer, out / "features", args.device)
+            tokens, val_tokens = train and frozen(train), frozen(val)
+            scores, shown, matches = {}, {}, []
+            for kind, (truth, val_truth) in maps.items():
+                log.write(json.dumps(dict(model=name, head=kind)) + "\n")
+                recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log)
+                more = [not args.no_cls] if kind == "depth" else []
+                scores[kind], predict = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
+                views = shown_views(val_truth, TRUTH[kind][1])
+                shown[kind] = torch.stack(list(predict(Features(*(x[views] for x in val_tokens)))))
+            if pairs:
+                scores["correspondence"], chance, matches = correspondence(val_tokens, val, pairs, args.device)
+                results["no features"].scores.setdefault("correspondence", chance)  # of the first model's points
+            if len(parts_of(path)) == 1 < len(val_tokens.patches):
+                norm = nn.Identity() if args.layer == "norm" else lift.load_vit(path).norm
+                scores["place share"] = place_share(val_tokens.patches, norm)
+            drawn = val_tokens.patches[views_of_features(val, pairs)].float()
+            results[name] = Probed(scores, shown, [matches[n] for n in shown_pairs(pairs)], drawn)
+    return results
+
+
+def table(scores: dict, columns):
+    """-> headings, rows of texts, a row a model. The best model is **bold**; a column without a number is left out."""
+    value = lambda model, column: scores[model].get(column[0], {}).get(column[1])
+    columns = [c for c in columns if any(value(m, c) is not None for m in scores)]
+    rows = {m: [m] for m in scores}
+    for c in columns:
+        texts = {m: "" if value(m, c) is None else f"{value(m, c):.{c[3]}f}" for m in scores}
+        judged = [float(text) for text in list(texts.values())[1:] if text]  # the baseline, first, is not judged
+        best = (min if "↓" in c[2] else max)(judged) if len(judged) > 1 else None
+        for n, (m, text) in enumerate(texts.items()):
+            rows[m].append(f"**{text}**" if n and text and float(text) == best else text)
+    return ["", *(c[2] for c in columns)], list(rows.values())
+
+
+# ---- Workshop: not needed to understand the method ----
+
+# ------------------------------------------------------------------------------------------------ arrays on disk
+
+
+class Rows:
+    """An array (I, ...) in a file, one row a view. rows[views] reads those rows; nothing else of it stays in memory."""
+
+    def __init__(self, path, shape, dtype):
+        self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
+        self.bytes = math.prod(self.shape[1:]) * self.dtype.itemsize  # of a row
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, which) -> Tensor:
+        # Mapped anew each time, because pages of a mapping that stays open count as memory of the process.
+        mapped = np.memmap(self.path, self.dtype, "r", shape=self.shape)
+        return torch.from_numpy(np.array(mapped[which]))
+
+    def whole_rows(self):
+        return self.path.stat().st_size // self.bytes if self.path.exists() else 0
+
+    def write(self, first, rows: Tensor):
+        content = np.ascontiguousarray(rows.numpy(), self.dtype).tobytes()
+        with open(self.path, "r+b" if self.path.exists() else "wb") as file:
+            file.seek(first * self.bytes)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class SideBySide(Rows):
+    """Arrays of the same views whose channels stand side by side."""
+
+    def __init__(self, parts):
+        self.parts, self.shape = parts, (*parts[0].shape[:-1], sum(x.shape[-1] for x in parts))
+
+    def __getitem__(self, which):
+        return torch.cat([x[which] for x in self.parts], -1)
+
+
+def on_disk(stem, columns, count, make, what) -> dict:
+    """{name: Rows} in the files `stem`.name, of columns {name: (shape of a row, dtype)}.
+
+    make(first, last) -> {name: rows of these views}. What is there already is kept, so that a run that was killed goes
+    on where it stopped.
+    """
+    stem = Path(stem)
+    rows = {name: Rows(f"{stem}.{name}", (count, *shape), dtype) for name, (shape, dtype) in columns.items()}
+    progress = Path(f"{stem}.done")  # how many rows are whole, written after they are
+    done = min([int(progress.read_text()) if progress.exists() else 0] + [x.whole_rows() for x in rows.values()])
+    missing = (count - done) * sum(x.bytes for x in rows.values())
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if missing > 1e8:
+        print(f"{what}: {count - done} of {count} views, {missing / 1e9:.1f} GB, go to {stem.parent}")
+    if missing > (free := shutil.disk_usage(stem.parent).free):
+        raise data.DataError(f"{stem.parent}: {what} need {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB free; give "
+                             "another --out, or fewer --views")
+    with tqdm(total=count, initial=done, desc=what, unit="view", leave=False) as bar:
+        while done < count:
+            for name, part in make(done, done + AT_ONCE).items():
+                rows[name].write(done, part)
+            bar.update(len(part))
+            done += len(part)
+            data.write_whole(progress, str(done).encode())
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ views and their truth
+
+AT_ONCE = 32  # views that are in memory while views and features are written
+NO_CLASS = 10_000  # class ids are below; larger values are instance ids or colours
+
+
+class Recipe(NamedTuple):
+    """All that is needed to train a head the same way again."""
+    steps: int
+    lr: float
+    batch: int
+    seed: int = 0
+    device: str = "cpu"
+    log: object = None  # an open file that gets one JSON line every 50 steps
+
+
+# `paper` is A.4. Its ten epochs of normals are over NYUv2's 795 images, its pairs are SuperGlue's 1,500. `tiny` trains
+# the same heads in minutes; its numbers were chosen by score and time on rooms held out of the *training* rooms.
+PRESETS = {
+    "tiny": dict(pixels=96 * 128, views=16, pairs=20, depth=Recipe(1000, 3e-3, 2), normals=Recipe(500, 3e-3, 8),
+                 segmentation=Recipe(500, 1e-2, 8)),
+    "paper": dict(pixels=480 * 640, views=100_000, pairs=1500, depth=Recipe(307_200, 1e-4, 2),
+                  normals=Recipe(1000, 5e-4, 8), segmentation=Recipe(320_000, 1e-3, 2))}
+
+
+class Views(NamedTuple):
+    """All views of a split at one size. Arrays may lie on disk (`Rows`)."""
+    where: list  # (scene, index of the view in it)
+    images: Tensor | Rows  # (I, 3, H, W) uint8
+    K: Tensor  # (I, 3, 3) pixels
+    c2w: Tensor  # (I, 4, 4), NaN where poses are not known
+    depth: Tensor | Rows  # (I, H, W) z-depth, 0 = unknown
+    normal: Tensor | Rows  # (I, H, W, 3) float16, 0 = unknown
+    label: Tensor | Rows  # (I, H, W) int16, 255 = unknown
+
+
+def chosen_views(scenes, args, part) -> list:
+    """[(scene, view)]: --views of each scene, evenly spread. What is left out is said."""
+    where = []
+    for scene in scenes:
+        limit = args.views or (len(scene) if isinstance(scene, Pictures) else PRESETS[args.preset]["views"])
+        chosen = np.linspace(0, len(scene) - 1, min(limit, len(scene))).round()
+        where += [(scene, int(i)) for i in np.unique(chosen)]
+    if len(where) < (total := sum(map(len, scenes))):
+        print(f"{part}: {len(where)} of {total} views are used; --views takes more of each scene")
+    return where
+
+
+def load_views(scenes, size, args, part="val") -> Views:
+    """The chosen views of `scenes`, scaled to `size` and kept on disk. --crop counts for the held-out part alone."""
+    # Differs: the paper compares truth as it is stored; here it is compared at the size of the views (--pixels), at the
+    # nearest stored pixel.
+    where = chosen_views(scenes, args, part)
+    columns = {"images": ((3, *size), np.uint8), "K": ((3, 3), np.float32)}
+    unknown = dict(depth=torch.zeros(size), normal=torch.zeros(*size, 3).half(), label=torch.full(size, 255).short())
+    for kind, map in unknown.items():
+        if any(getattr(scene.frames[i], kind) for scene, i in where):
+            columns[kind] = map.shape, map.numpy().dtype
+
+    def make(first, last):
+        rows = [view_row(*place, size, args, part) for place in where[first:last]]
+        return {name: torch.stack([row[name] for row in rows]) for name in columns}
+    stem = Path(args.out) / "views" / views_key(where, size, args, part)
+    rows = on_disk(stem, columns, len(where), make, f"{part} views")
+    maps = [rows[kind] if kind in rows else map.expand(len(where), *map.shape) for kind, map in unknown.items()]
+    return Views(where, rows["images"], rows["K"][:], torch.stack([scene.c2w[i] for scene, i in where]), *maps)
+
+
+def views_key(where, size, args, part) -> str:
+    """A name for these views. Another file, camera, size or way to read them gives another."""
+    told = [size, args.max_depth, args.ignore_label, args.crop if part == "val" else None]
+    told.append(Path(data.__file__).read_text())
+    for scene, i in where:
+        frame = scene.frames[i]
+        files = [f.resolve() for f in (frame.image, frame.depth, frame.normal, frame.label) if f]
+        told += [frame, scene.depth_scale, [(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+
+
+def view_row(scene, i, size, args, part) -> dict:
+    """A row of `Views`. --max_depth, --ignore_label and --crop make the truth that is not to be used unknown."""
+    v = scene.view(i, size)
+    row = dict(images=(255 * v.image).round().byte(), K=v.K, depth=torch.zeros(size),
+               normal=torch.zeros(*size, 3).half(), label=torch.full(size, 255).short())
+    unused = outside_crop(size, args.crop) if part == "val" else torch.zeros(size, dtype=torch.bool)
+    if v.depth is not None:
+        row["depth"] = v.depth.masked_fill(unused | (v.depth > (args.max_depth or math.inf)), 0)
+    if v.normal is not None:
+        row["normal"] = v.normal.masked_fill(unused[..., None], 0).half()
+    if v.label is not None:
+        ignored = (v.label == args.ignore_label) | (v.label == 65535) | (v.label < 0)
+        label = v.label.masked_fill(unused | ignored, 255)
+        if label.max() >= NO_CLASS:
+            file = scene.frames[i].label
+            raise data.DataError(f"{file}: class {label.max()}; labels are ids from 0 to {NO_CLASS - 1}, 255 "
+                                 "= ignore, in a grey or palette picture")
+        row["label"] = label.short()
+    return row
+
+
+def outside_crop(size, crop) -> Tensor:  # crop: top, bottom, left, right in shares of the sides
+    top, bottom, left, right = (round(share * side) for share, side in zip(crop, (size[0], size[0], size[1], size[1])))
+    outside = torch.ones(size, dtype=torch.bool)
+    outside[top:bottom, left:right] = False
+    return outside
+
+
+class Pictures(data.Scene):
+    """Images without poses. All of them count, where of a posed scene --views do."""
+
+
+def plain_folder(folder, args):
+    """Images without poses, `images/` and beside it `depth/ normals/ labels/` -> those to train on, and the held-out.
+
+    They are in the folders `train/` and `val/`. Where these do not exist, every eighth image is held out.
+    """
+    parts = []
+    for root in [folder / "train", folder / "val"] if (folder / "train").is_dir() else [folder]:
+        files = sorted((f for f in (root / "images").rglob("*") if f.suffix in data.IMAGE_TYPES), key=data.natural)
+        K = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # a stand-in: only correspondence uses K
+        frames = [data.Frame(f.stem, f, K, np.eye(4), None, **data.maps_beside(f, root)) for f in files]
+        if len(files) < 2:
+            raise data.DataError(f"{root}: {len(files)} images in images/; give at least two")
+        for frame in frames:
+            if problem := data.problem_of(frame):
+                raise data.DataError(f"{problem}; mend or remove the file")
+            frame.c2w = np.full((4, 4), np.nan)  # unknown: such views make no pairs
+        parts.append(frames)
+    if len(parts) == 1:
+        frames, first = parts[0], min(7, len(parts[0]) - 1)
+        held_out = range(first, len(frames), 8)
+        parts = [[f for i, f in enumerate(frames) if i not in held_out], [frames[i] for i in held_out]]
+    return [[Pictures(name, frames, depth_scale=args.depth_scale)] for name, frames in zip(("train", "val"), parts)]
+
+
+class ListedPair(data.Scene):
+    """Two views that a list of pairs names."""
+
+
+def read_pairs(file, args):
+    """SuperGlue's list, a line nameA nameB rotA rotB K_A(9) K_B(9) T_AB(16), with X_B = T_AB X_A -> ListedPairs."""
+    root, scenes = file.parent / "images" if (file.parent / "images").is_dir() else file.parent, []
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        names, numbers = line.split()[:2], line.split()[2:]
+        try:
+            values = np.array(numbers, float)
+            assert len(values) == 36 and not values[:2].any()
+            poses = np.eye(4), np.linalg.inv(values[20:].reshape(4, 4))
+        except (AssertionError, ValueError, np.linalg.LinAlgError):
+            raise data.DataError(f"{file}: line {number} is not two names, two zeros and 34 numbers, as SuperGlue's "
+                                 "(images that it would rotate must be upright already)") from None
+        frames = []
+        for name, K, c2w in zip(names, values[2:20].reshape(2, 3, 3), poses):
+            image = data.inside(root / name, root, str(file))
+            frames.append(data.Frame(name, image, K, c2w, None, **data.maps_beside(image, file.parent)))
+            if problem := data.problem_of(frames[-1]):
+                raise data.DataError(f"{file}: line {number}: {problem}")
+        scenes.append(ListedPair(f"pair {number}", frames, depth_scale=args.depth_scale))
+    if not scenes:
+        raise data.DataError(f"{file}: no pairs in it; a line is nameA nameB rotA rotB K_A K_B T_AB")
+    return scenes
+
+
+def open_split(args):
+    """-> scenes to train on and held-out scenes. Of a single scene every eighth view is held out."""
+    path = Path(args.scene_dir)
+    if path.is_file():
+        return [], read_pairs(path, args)
+    if ((path / "images").is_dir() or (path / "train" / "images").is_dir()) and not data.find_scenes(path):
+        return plain_folder(path, args)
+    scenes = data.open_scenes(path, args.skip_bad_frames, args.near, args.far)
+    if len(scenes) > 1:
+        return data.split(scenes, "train"), data.split(scenes, "val")
+    hidden = data.held_out_views(scenes[0])
+    return [scenes[0].subset([i for i in range(len(scenes[0])) if i not in hidden])], [scenes[0].subset(hidden)]
+
+
+def views_with_truth(truth, unknown) -> Tensor:
+    """Indices of the views of which something is known. Arrays on disk are searched once."""
+    known = getattr(truth, "known", None)
+    if known is None:
+        known = torch.tensor([i for i, view in enumerate(truth) if (view != unknown).any()], dtype=torch.long)
+    if isinstance(truth, Rows):
+        truth.known = known
+    return known
+
+
+def truths(train: Views | None, val: Views) -> dict:  # {probe: its maps of both splits}, where both know something
+    found = {name: (getattr(train, key), getattr(val, key)) for name, (key, _) in TRUTH.items()} if train else {}
+    return {name: both for name, both in found.items() if all(len(views_with_truth(x, TRUTH[name][1])) for x in both)}
+
+
+# ------------------------------------------------------------------------------------------------ pairs of views
+
+
+def has_depth(views: Views, i) -> bool:  # enough of it to match points by
+    return (views.depth[i] > 0).float().mean().item() > 0.01
+
+
+def shared_share(views: Views, a, b) -> float:
+    """The share of view a that b sees, or of b that a sees: the smaller. By depth if both have it, else by frustums."""
+    if not (has_depth(views, a) and has_depth(views, b)):
+        return data.overlap(views.where[a][0], views.where[a][1], views.where[b][1])
+    shares = []
+    for u, v in ((a, b), (b, a)):
+        u_to_v = torch.linalg.inv(views.c2w[v]) @ views.c2w[u]
+        seen = lift.cross_check(views.depth[u], views.depth[v], views.K[u], views.K[v], u_to_v) > 0.5
+        shares.append(seen[views.depth[u] > 0].float().mean().item())
+    return min(shares)
+
+
+def candidate_pairs(views: Views):
+    """All pairs of posed views of one scene -> (N,) each: indices a, b, the angle between them, do both have depth?"""
+    of_scene, a, b = {}, [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
+    for i in views.c2w.isfinite().all((1, 2)).nonzero()[:, 0].tolist():
+        of_scene.setdefault(views.where[i][0], []).append(i)
+    for members in of_scene.values():
+        some = torch.tensor(members[::1 + len(members) // 500])  # of a long video an even selection will do
+        pairs = torch.combinations(some)
+        a, b = a + [pairs[:, 0]], b + [pairs[:, 1]]
+    a, b = torch.cat(a), torch.cat(b)
+    R = views.c2w[:, :3, :3].double()
+    trace = torch.cat([(R[i] * R[j]).sum((1, 2)) for i, j in zip(a.split(2**16), b.split(2**16))])  # of R_a' R_b
+    deep = torch.tensor([has_depth(views, i) for i in range(len(views.where))])
+    return a, b, ((trace - 1) / 2).clamp(-1, 1).acos().rad2deg(), deep[a] & deep[b]
+
+
+def choose_pairs(views: Views, per_range, seed) -> list[Pair]:
+    """Up to `per_range` pairs in each range of viewpoint change. If any pair has depth, those without are not used."""
+    # Differs: the paper evaluates SuperGlue's list of ScanNet pairs. In posed scenes we draw pairs that share a fifth
+    # of what they see, as many in each range of viewpoint change. A list in SuperGlue's format is used as it is.
+    generator, (a, b, angle, deep) = torch.Generator().manual_seed(seed), candidate_pairs(views)
+    for measured in (True, False):
+        chosen = []
+        for low, high in VIEWPOINTS.values():
+            inside, good = ((deep == measured) & (low <= angle) & (angle < high)).nonzero()[:, 0], []
+            for n in inside[torch.randperm(len(inside), generator=generator)[:40 * per_range]].tolist():
+                pair = Pair(a[n].item(), b[n].item(), angle[n].item(), measured)
+                listed = isinstance(views.where[pair.a][0], ListedPair)
+                if len(good) < per_range and (listed or shared_share(views, pair.a, pair.b) >= 0.2):
+                    good.append(pair)
+            chosen += good
+        if chosen:
+            return chosen
+    return []
+
+
+def why_no_pairs(views: Views) -> str:
+    """A sentence for people whose posed scenes gave no pair."""
+    a, b, angle, _ = candidate_pairs(views)
+    if not len(a):
+        return "no pairs: no scene has two held-out views with poses, so there is no correspondence"
+    nearest = angle.argsort()[:200].tolist()
+    most = max(shared_share(views, a[n].item(), b[n].item()) for n in nearest)
+    return (f"no pairs: two views of a scene must share 20 % of what they see for correspondence, and no more than "
+            f"{100 * most:.0f} % is shared by any of the {len(nearest)} that turn least")
+
+
+def only_turned(c2w_a: Tensor, c2w_b: Tensor) -> bool:
+    """Whether both views are from one place, up to the rounding of positions."""
+    a, b = c2w_a[:3, 3], c2w_b[:3, 3]
+    return (a - b).norm().item() <= 1e-5 * max(1.0, a.norm().item(), b.norm().item())
+
+
+def epipolar_error(a: Tensor, b: Tensor, K_a: Tensor, K_b: Tensor, a_to_b: Tensor) -> Tensor:
+    """For matches without depth: how many pixels of view b each is from the epipolar line of its point of view a, (M,).
+
+    The true place lies on that line, so no match is farther from the line than it is wrong: recall is an upper bound.
+    """
+    x, y, z = a_to_b[:3, 3].tolist()
+    essential = a_to_b.new_tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ a_to_b[:3, :3]
+    fundamental = torch.linalg.inv(K_b).T @ essential @ torch.linalg.inv(K_a)
+    lines = F.pad(a, (0, 1), value=1.0) @ fundamental.T
+    return (F.pad(b, (0, 1), value=1.0) * lines).sum(1).abs() / lines[:, :2].norm(dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ frozen features
+
+
+def parts_of(path: str) -> list:
+    """The models of `a+b`, whose channels stand side by side. A + inside a path that exists is part of that path."""
+    pieces = path.split("+")
+    for n in range(len(pieces), 1, -1):
+        if Path("+".join(pieces[:n])).exists():
+            return ["+".join(pieces[:n]), *(parts_of("+".join(pieces[n:])) if n < len(pieces) else [])]
+    return pieces[:1] + (parts_of("+".join(pieces[1:])) if len(pieces) > 1 else [])
+
+
+def content_key(vit, layer, images) -> str:
+    """A name for the features of these images by these weights. Any change of either gives another."""
+    digest = hashlib.sha256(f"{layer} {vit.patch} {vit.heads} {vit.positions} {tuple(images.shape)}".encode())
+    for x in vit.state_dict().values():
+        digest.update(x.contiguous().numpy())
+    for image in images:
+        digest.update(image.contiguous().numpy())
+    return digest.hexdigest()[:24]
+
+
+def extract(path, images, layer, cache, device, mirrored=False) -> Features:
+    """Tokens of `images` (I, 3, H, W) uint8 by the weights at `path`, in files of the folder `cache`, where they stay.
+
+    layer "block": what the last block puts out; "norm": after the final LayerNorm. Sides that are no multiples of the
+    patch are rescaled to the nearest one. A path `a+b` is two models side by side, as FiT3D is scored. `a+a` is its
+    control of equal width: the second time the model sees mirrored images, and its tokens are mirrored back.
+    """
+    # Differs: the official correspondence normalises pictures by mean and deviation 0.5; here ImageNet's are used in
+    # all probes, inside the ViT.
+    if len(parts := parts_of(path)) > 1:
+        found = [extract(part, images, layer, cache, device, part in parts[:n]) for n, part in enumerate(parts)]
+        return Features(*map(SideBySide, zip(*found)))
+    vit = lift.load_vit(path)
+    key = content_key(vit, layer, images) + "-mirrored" * mirrored
+    if layer == "block":
+        vit.norm = nn.Identity()
+    vit, grid = vit.to(device), [max(1, round(side / vit.patch)) for side in images.shape[2:]]
+
+    @torch.no_grad()
+    def make(first, last):
+        batches = images[first:last].split(max(1, 2**14 // math.prod(grid)))
+        rows = [tokens_of(vit, batch, grid, device, mirrored) for batch in batches]
+        cls, patches = (torch.cat(column) for column in zip(*rows))
+        if not (cls.isfinite().all() and patches.isfinite().all()):
+            raise ValueError(f"{path}: its tokens are not finite in 16 bits; are the weights whole?")
+        return dict(cls=cls, patches=patches)
+    columns = {"cls": ((vit.dim,), np.float16), "patches": ((*grid, vit.dim), np.float16)}
+    return Features(**on_disk(Path(cache) / key, columns, len(images), make, f"features of {path}"))
+
+
+def tokens_of(vit, images: Tensor, grid, device, mirrored):
+    """(B, 3, H, W) uint8 -> CLS (B, C), patches (B, h, w, C), float16 on the CPU."""
+    images, size = images.to(device).float() / 255, tuple(n * vit.patch for n in grid)
+    if images.shape[2:] != size:
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+    cls, _, patches = vit(images.flip(3) if mirrored else images)
+    patches = patches.unflatten(1, grid)
+    return cls.half().cpu(), (patches.flip(2) if mirrored else patches).half().cpu()
+
+
+# ------------------------------------------------------------------------------------------------ what all models share
+
+
+def spread_tokens(x, count=2**16) -> Tensor:
+    """(I, ..., C) -> (M, C) float: at most `count` tokens, evenly spread over all views."""
+    total = math.prod(x.shape[:-1])
+    flat = torch.linspace(0, total - 1, min(total, count), dtype=torch.float64).long()
+    return x[torch.unravel_index(flat, x.shape[:-1])].float()
+
+
+def pixels_of_classes(labels) -> Tensor:  # (I, H, W) -> how many pixels each class id has, unknown ones left out
+    return sum(view[view != 255].long().bincount(minlength=NO_CLASS) for view in labels)
+
+
+def class_count(*labels):  # one more than the largest id
+    return 1 + max(int(pixels_of_classes(x).nonzero().max()) for x in labels)
 
 
 class Probed(NamedTuple):
-    """What came out for one model: numbers, and what pictures show."""
-    scores: dict  # {"depth": {"AbsRel": ...}, "normals": ..., "segmentation": ..., "correspondence": ...}, what can be measured
+    """What came out for one model: numbers, and what the pictures show."""
+    scores: dict  # {"depth": {"AbsRel": ...}, "normals": ..., ...} of the probes that have truth
     maps: dict  # {"depth": (4, H, W), ...} predictions of the shown views
     matches: list  # Matches of the shown pairs
-    tokens: dict  # {index into Views: (h, w, C)} of the shown groups
+    tokens: Tensor | None  # (4, h, w, C) of the shown views
+
+
+def baseline(maps: dict) -> dict:
+    """Scores without looking at an image: the mean depth, mean normal and most frequent class of the training views."""
+    scores = {}
+    for name, (truth, val) in maps.items():
+        if name == "depth":
+            mean = sum(z.double().sum() for z in truth) / sum((z > 0).sum() for z in truth)
+            scores[name] = depth_metrics(mean.float().expand(val.shape), val)
+        elif name == "normals":
+            mean = F.normalize(sum(n.float().sum((0, 1)) for n in truth), dim=0)
+            scores[name] = normal_metrics(mean.expand(val.shape), val)
+        else:
+            most = pixels_of_classes(truth).argmax()
+            scores[name] = segmentation_metrics(most.expand(val.shape), val, class_count(truth, val))
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------ pictures
 
 
 def four_of(indices: Tensor) -> Tensor:  # evenly spread, always the same
     return indices[torch.linspace(0, len(indices) - 1, min(4, len(indices))).round().long()]
 
 
-def shown_views(truth: Tensor, unknown) -> Tensor:  # four views of which something is known
-    return four_of((truth != unknown).flatten(1).any(1).nonzero()[:, 0])
+def shown_views(truth, unknown) -> Tensor:  # four views of which something is known
+    return four_of(views_with_truth(truth, unknown))
 
 
-def shown_pairs(pairs):  # -> the number of the first pair of each range of viewpoint change
-    firsts = [next((n for n, p in enumerate(pairs) if low <= p.angle < high), None) for low, high in VIEWPOINTS.values()]
-    return [n for n in firsts if n is not None]
+def shown_pairs(pairs) -> list:  # the number of the first pair of each range of viewpoint change
+    within = [[n for n, p in enumerate(pairs) if low <= p.angle < high] for low, high in VIEWPOINTS.values()]
+    return [numbers[0] for numbers in within if numbers]
 
 
-def shown_groups(val: Views, pairs):  # -> views whose features are drawn together: two pairs, or single views if none are
-    return [pairs[n][:2] for n in shown_pairs(pairs)[-3:][:2]] or [(i,) for i in four_of(torch.arange(len(val.images))).tolist()]
+def views_of_features(val: Views, pairs) -> Tensor:  # the views of two shown pairs, or any four
+    views = [i for n in shown_pairs(pairs)[-2:] for i in pairs[n][:2]]
+    return torch.tensor(views) if views else four_of(torch.arange(len(val.images)))
 
 
-def truths(train: Views | None, val: Views) -> dict:  # {probe: its maps of both splits}, where both know something
-    found = {name: (getattr(train, key), getattr(val, key)) for name, key in TRUTH.items()} if train else {}
-    return {name: both for name, both in found.items() if all((x != UNKNOWN[name]).any() for x in both)}
+def to_tensor(picture) -> Tensor:  # a Pillow image -> (3, H, W) in [0, 1]
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-TRUTH = {"depth": "depth", "normals": "normal", "segmentation": "label"}  # of Views
-UNKNOWN = {"depth": 0, "normals": 0, "segmentation": 255}
-PROBES = {"depth": depth_probe, "normals": normal_probe, "segmentation": segmentation_probe}
+def rgb(colour) -> tuple:  # (3,) in [0, 1] -> what Pillow draws with
+    return tuple(round(255 * float(c)) for c in colour)
 
 
-def constants(maps: dict) -> dict:
-    """The baseline's scores: the mean depth, mean normal and most frequent class of training views, said without looking."""
-    scores = {}
-    for name, (truth, val) in maps.items():
-        if name == "depth":
-            scores[name] = depth_metrics((sum(z.double().sum() for z in truth) / (truth > 0).sum()).float().expand(val.shape), val)
-        elif name == "normals":
-            scores[name] = normal_metrics(F.normalize(sum(n.float().sum((0, 1)) for n in truth), dim=0).expand(val.shape), val)
-        else:
-            classes = class_count(truth, val)
-            counts = sum(view[view != 255].long().bincount(minlength=classes) for view in truth)
-            scores[name] = segmentation_metrics(counts.argmax().expand(val.shape), val, classes)
-    return scores
+def legend(width, entries) -> Tensor:
+    """Entries (colour (3,) in [0, 1], text) -> (3, h, width), in as many lines as they need."""
+    font, x, y, places = ImageFont.load_default(14), 6, 6, []
+    for colour, text in entries:
+        needed = 30 + font.getlength(text)
+        x, y = (6, y + 24) if x + needed > width and x > 6 else (x, y)
+        places.append((x, y, colour, text))
+        x += needed + 12
+    picture = Image.new("RGB", (width, y + 28), "white")
+    draw = ImageDraw.Draw(picture)
+    for x, y, colour, text in places:
+        draw.rectangle([x, y, x + 20, y + 16], fill=rgb(colour), outline=(120, 120, 120))
+        draw.text((x + 26, y), text, fill="black", font=font)
+    return to_tensor(picture)
 
 
-def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> dict:
-    """{name: Probed} of models {name: path}, after the baseline, "no features". Heads train on `train`, are scored on `val`.
-
-    A probe without truth in both splits is left out. One args.seed gives the same numbers, on one machine and count of threads.
-    """
-    maps, out = truths(train, val), Path(args.out)
-    results = {"no features": Probed(constants(maps), {}, [], {})}
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.jsonl", "w") as log:
-        for name, path in tqdm(models.items(), desc="models", unit="model"):
-            frozen = lambda views: views and extract(path, views.images, args.layer, out / "features", args.device)
-            tokens, val_tokens = frozen(train), frozen(val)
-            scores, said, matches = {}, {}, []
-            for kind, (truth, val_truth) in maps.items():
-                log.write(json.dumps(dict(model=name, head=kind)) + "\n")
-                recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log)
-                more = [not args.no_cls] if kind == "depth" else []
-                scores[kind], prediction = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
-                said[kind] = prediction[shown_views(val_truth, UNKNOWN[kind])]
-            if pairs:
-                scores["correspondence"], chance, matches = correspondence(val_tokens, val, pairs, args.device)
-                results["no features"].scores.setdefault("correspondence", chance)  # of the first model's matches
-            drawn = {i: val_tokens.patches[i].float() for group in shown_groups(val, pairs) for i in group}
-            results[name] = Probed(scores, said, [matches[n] for n in shown_pairs(pairs)], drawn)
-    return results
+def colour_map(kind, map: Tensor, like: Tensor) -> Tensor:  # (3, H, W); depth on the scale of `like`, unknown black
+    if kind == "depth":
+        return data.colour_depth(map, like)
+    if kind == "normals":
+        return ((map.float() * torch.tensor([1.0, -1, -1]) + 1) / 2 * (map != 0).any(-1, keepdim=True)).permute(2, 0, 1)
+    return data.colour_ids(torch.where(map == 255, 0, map.long() + 1))
 
 
-# ------------------------------------------------------------------------------------------------ tables
+def legend_of(kind, maps, like, class_names) -> list:
+    """What the colours of these maps stand for: [(colour, text)]."""
+    if kind == "depth":
+        levels = torch.linspace(*data.usual_range(like).tolist(), 5).tolist()
+        examples = {f"{z:.1f}": torch.tensor([[z]]) for z in levels}
+        examples["unknown (depth in the data's unit)"] = torch.zeros(1, 1)
+    elif kind == "normals":
+        axes = torch.tensor([1.0, -1, -1]).diag().view(3, 1, 1, 3)
+        examples = dict(zip(("faces right", "faces up", "faces the camera"), axes))
+    else:
+        ids = torch.cat([m.flatten().long() for m in maps]).unique().tolist()
+        name = lambda c: class_names[c] if c < len(class_names) else f"class {c}"
+        examples = {name(c): torch.tensor([[c]]) for c in ids if c != 255}
+    return [(colour_map(kind, pixel, like)[:, 0, 0], text) for text, pixel in examples.items()]
+
+
+def maps_picture(path, kind, results, val: Views, truth, class_names):
+    """Rows are fixed held-out views: image | truth | each model (SnD Fig. 3, 4, 6)."""
+    shown, models = shown_views(truth, TRUTH[kind][1]), [m for m in results if kind in results[m].maps]
+    maps = [truth[shown], *(results[m].maps[kind] for m in models)]
+    like = maps[0].flatten(0, 1)
+    rows = [[val.images[i] / 255, *(colour_map(kind, m[n], like) for m in maps)] for n, i in enumerate(shown.tolist())]
+    below = lambda width: legend(width, legend_of(kind, maps, like, class_names))
+    return data.picture_grid(path, ["image", "truth", *models], rows, below=below)
+
+
+def error_colour(error) -> Tensor:  # pixels -> (3,): green where a match is right, red from the largest threshold on
+    return torch.tensor([0.15, 0.65, 0.15]).lerp(torch.tensor([0.9, 0.1, 0.15]), min(1.0, error / THRESHOLDS[-1]))
+
+
+def draw_matches(image_a, image_b, m: Matches, zoom) -> Tensor:  # both views side by side, 40 of the matches as lines
+    picture = Image.fromarray(torch.cat([image_a, image_b], 2).permute(1, 2, 0).numpy())
+    picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.BICUBIC)
+    draw, beside = ImageDraw.Draw(picture), torch.tensor([image_a.shape[2], 0])
+    for n in torch.linspace(0, len(m.error) - 1, 40).round().long().tolist():
+        ends, colour = [(zoom * p).tolist() for p in (m.a[n], m.b[n] + beside)], rgb(error_colour(m.error[n].item()))
+        draw.line([*ends[0], *ends[1]], fill=colour)
+        for x, y in ends:
+            draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
+    return to_tensor(picture)
+
+
+def matches_picture(path, results, val: Views, pairs):
+    """Lines between matched points, coloured by their error (SnD Fig. 5); a pair of each range of viewpoint change."""
+    models, zoom = [m for m in results if results[m].matches], max(1, round(200 / val.images.shape[3]))
+    shown = [pairs[n] for n in shown_pairs(pairs)]
+    draw = lambda p, m: draw_matches(val.images[p.a], val.images[p.b], m, zoom)
+    rows = [[draw(p, results[m].matches[k]) for m in models] for k, p in enumerate(shown)]
+    off = "px off" if shown[0].measured else "px off the epipolar line"
+    entries = [(error_colour(e), f"{e} {off}" + " or more" * (e == 20)) for e in (0, 10, 20)]
+    return data.picture_grid(path, models, rows, scale=1, below=lambda width: legend(width, entries))
+
+
+def features_picture(path, results, val: Views, pairs):
+    """Features as colours, one block a patch (SnD Fig. 13-14): the three directions in which a model's vary most."""
+    models, rows = [m for m in results if results[m].tokens is not None], []
+    bases = {m: lift.pca_basis(results[m].tokens.flatten(0, 2)) for m in models}
+    for n, i in enumerate(views_of_features(val, pairs).tolist()):
+        colours = [lift.pca_colours(results[m].tokens[n], bases[m]) for m in models]
+        rows.append([val.images[i] / 255, *(F.interpolate(c[None], val.images.shape[2:])[0] for c in colours)])
+    return data.picture_grid(path, ["image", *models], rows)
+
+
+# ------------------------------------------------------------------------------------------------ the report
 
 COLUMNS = (  # probe, score, heading, digits
     ("depth", "AbsRel", "depth AbsRel ↓", 3), ("depth", "RMSE", "RMSE ↓", 3), ("depth", "delta1", "δ<1.25 % ↑", 1),
-    ("normals", "RMSE", "normals RMSE ° ↓", 2), *(("normals", limit, f"<{limit}° % ↑", 1) for limit in ("11.25", "22.5", "30")),
+    ("normals", "RMSE", "normals RMSE ° ↓", 2),
+    *(("normals", limit, f"<{limit}° % ↑", 1) for limit in ("11.25", "22.5", "30")),
     *(("segmentation", name, f"{name} % ↑", 1) for name in ("aAcc", "mIoU", "mAcc")),
     ("correspondence", "10 px", "recall 10 px % ↑", 1), ("correspondence", "10 grid", "10 px of the grid % ↑", 1),
     ("correspondence", "1.5 patches", "1.5 patches % ↑", 1))
-LIMITS = [f"{t} {unit}" for unit in ("px", "grid") for t in THRESHOLDS] + ["1.5 patches"]
-EPIPOLAR = "Epipolar recall (an upper bound)"  # where depth is not known
-RECALLS = {"Recall, %": [("correspondence", limit, limit.replace("grid", "px of the grid"), 1) for limit in LIMITS]} | {
-    f"Recall within {limit} by viewpoint, %": [("correspondence", f"{limit} {name}", f"{name}°", 1) for name in VIEWPOINTS]
-    for limit in ("10 px", "1.5 patches")}
-
-
-def table(scores: dict, columns):
-    """-> headings, rows of texts, a model a row. The best of the models is **bold**; columns without a number are left out."""
-    value = lambda model, column: scores[model].get(column[0], {}).get(column[1])
-    columns = [c for c in columns if any(value(m, c) is not None for m in scores)]
-    rows = {m: [m] for m in scores}
-    for c in columns:
-        texts = {m: "" if value(m, c) is None else f"{value(m, c):.{c[3]}f}" for m in scores}
-        judged = [float(text) for text in list(texts.values())[1:] if text]
-        best = (min if "↓" in c[2] else max)(judged) if len(judged) > 1 else None
-        for n, (m, text) in enumerate(texts.items()):
-            rows[m].append(f"**{text}**" if n and text and float(text) == best else text)
-    return ["", *(c[2] for c in columns)], list(rows.values())
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1100px;padding:12px;color:#222}
+h2{margin-top:1.6em}.wide,pre{overflow-x:auto}.wide img{max-width:100%}table{border-collapse:collapse;font-size:14px}
+th,td{border-bottom:1px solid #ccc;padding:4px 7px;text-align:right;vertical-align:bottom}li{overflow-wrap:anywhere}
+th:first-child,td:first-child{text-align:left;white-space:nowrap;position:sticky;left:0;background:#fff}"""
 
 
 def markdown(headings, rows) -> str:
@@ -670,197 +1060,75 @@ def html_table(headings, rows) -> str:
     return f'<div class="wide"><table>{bold}</table></div>'
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-
-COLOURS = torch.tensor([[150, 150, 150], [31, 119, 180], [214, 39, 40], [44, 160, 44], [148, 103, 189], [255, 127, 14], [140, 86, 75],
-                        [227, 119, 194], [188, 189, 34], [23, 190, 207], [0, 0, 0]]) / 255  # the first is that of "no features"
-
-
-def to_tensor(picture) -> Tensor:  # a Pillow image -> (3, H, W) in [0, 1]
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-
-
-def rgb(colour) -> tuple:  # (3,) in [0, 1] -> what Pillow draws with
-    return tuple(round(255 * float(c)) for c in colour)
-
-
-def legend(width, entries) -> Tensor:  # entries (colour (3,) in [0, 1], text) -> (3, h, width), as many lines as they need
-    font, x, y, places = ImageFont.load_default(14), 6, 6, []
-    for colour, text in entries:
-        needed = 30 + font.getlength(text)
-        x, y = (6, y + 24) if x + needed > width and x > 6 else (x, y)
-        places.append((x, y, colour, text))
-        x += needed + 12
-    picture = Image.new("RGB", (width, y + 28), "white")
-    for x, y, colour, text in places:
-        ImageDraw.Draw(picture).rectangle([x, y, x + 20, y + 16], fill=rgb(colour), outline=(120, 120, 120))
-        ImageDraw.Draw(picture).text((x + 26, y), text, fill="black", font=font)
-    return to_tensor(picture)
-
-
-def colour_map(kind, map: Tensor, like: Tensor) -> Tensor:  # -> (3, H, W); depth on the scale of `like`, unknown black
-    if kind == "depth":
-        return data.colour_depth(map, like)
-    if kind == "normals":
-        return ((map.float() * torch.tensor([1.0, -1, -1]) + 1) / 2 * (map != 0).any(-1, keepdim=True)).permute(2, 0, 1)
-    return data.colour_ids(torch.where(map == 255, 0, map.long() + 1))
-
-
-def meanings(kind, maps, like, names):  # -> {text: an example (1, 1, ...) of what it stands for}
-    if kind == "depth":
-        levels = torch.linspace(*data.usual_range(like).tolist(), 5)
-        return {f"{z:.1f}" + " in the data's unit" * (n == 4): z.view(1, 1) for n, z in enumerate(levels)}
-    if kind == "normals":
-        axes = torch.tensor([1.0, -1, -1]).diag().view(3, 1, 1, 3)
-        return dict(zip(("faces right", "faces up", "faces the camera"), axes))
-    seen = torch.cat([m.flatten().long() for m in maps]).unique()
-    return {names[c] if c < len(names) else f"class {c}": c.view(1, 1) for c in seen if c != 255}
-
-
-def maps_picture(path, kind, results, val: Views, truth: Tensor, names):
-    """Rows are fixed held-out views: image | truth | each model (SnD Fig. 3, 4, 6). names: of classes, as far as known."""
-    shown, models = shown_views(truth, UNKNOWN[kind]), [m for m in results if kind in results[m].maps]
-    like, maps = truth[shown].flatten(0, 1), [truth[shown], *(results[m].maps[kind] for m in models)]
-    rows = [[val.images[i] / 255, *(colour_map(kind, m[n], like) for m in maps)] for n, i in enumerate(shown)]
-    entries = [(colour_map(kind, example, like)[:, 0, 0], text) for text, example in meanings(kind, maps, like, names).items()]
-    return data.picture_grid(path, ["image", "truth", *models], rows, below=lambda width: legend(width, entries))
-
-
-def error_colour(error) -> Tensor:  # pixels -> (3,): green where a match is right, red from the largest threshold on
-    return torch.tensor([0.15, 0.65, 0.15]).lerp(torch.tensor([0.9, 0.1, 0.15]), min(1.0, error / THRESHOLDS[-1]))
-
-
-def draw_matches(image_a, image_b, m: Matches, zoom) -> Tensor:  # -> both views side by side and 40 of the matches as lines
-    picture = Image.fromarray(torch.cat([image_a, image_b], 2).permute(1, 2, 0).numpy())
-    picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.BICUBIC)
-    draw, beside = ImageDraw.Draw(picture), torch.tensor([image_a.shape[2], 0])
-    for n in torch.linspace(0, len(m.error) - 1, 40).round().long().tolist():
-        ends, colour = [(zoom * p).tolist() for p in (m.a[n], m.b[n] + beside)], rgb(error_colour(m.error[n].item()))
-        draw.line([*ends[0], *ends[1]], fill=colour)
-        for x, y in ends:
-            draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
-    return to_tensor(picture)
-
-
-def matches_picture(path, results, val: Views, pairs):
-    """Lines between matched points, by their error (SnD Fig. 5): a row a pair, one for each range of viewpoint change."""
-    models, zoom = [m for m in results if results[m].matches], max(1, round(200 / val.images.shape[3]))
-    shown = [pairs[n] for n in shown_pairs(pairs)]
-    draw = lambda p, m: draw_matches(val.images[p.a], val.images[p.b], m, zoom)
-    rows = [[draw(p, results[m].matches[k]) for m in models] for k, p in enumerate(shown)]
-    off = "px off" if shown[0].measured else "px off the epipolar line"
-    entries = [(error_colour(e), f"{e} {off}" + " or more" * (e == 20)) for e in (0, 10, 20)]
-    return data.picture_grid(path, models, rows, scale=1, below=lambda width: legend(width, entries))
-
-
-def recall_picture(path, scores: dict, measured=True, limit="10 px", width=480, height=340):
-    """Recall over viewpoint change (SnD Fig. 7), a line a model, grey at random. Drawn twice as large for smooth lines."""
-    sheet, font = Image.new("RGB", (2 * width, 2 * height), "white"), ImageFont.load_default(28)
-    draw, colours = ImageDraw.Draw(sheet), {m: COLOURS[n and 1 + (n - 1) % (len(COLOURS) - 1)] for n, m in enumerate(scores)}
-    at = lambda n, percent: (2 * (64 + n * (width - 110) / 3), 2 * (height - 42 - percent * (height - 84) / 100))
-    limits = limit if measured else f"{limit} of the epipolar line"
-    draw.text((24, 12), f"% of matches within {limits}, by viewpoint change", fill="black", font=font)
-    for percent in range(0, 101, 20):
-        draw.line([*at(-0.1, percent), *at(3.1, percent)], fill=(225, 225, 225), width=2)
-        draw.text(at(-0.13, percent), str(percent), fill="black", font=font, anchor="rm")
-    for n, name in enumerate(VIEWPOINTS):
-        draw.text(at(n, -4), f"{name}°", fill="black", font=font, anchor="ma")
-    for m, s in scores.items():
-        recall = [s["correspondence"].get(f"{limit} {name}") for name in VIEWPOINTS]
-        points = [at(n, percent) for n, percent in enumerate(recall) if percent is not None]
-        draw.line([c for p in points for c in p], fill=rgb(colours[m]), width=4)
-        for x, y in points:
-            draw.ellipse([x - 8, y - 8, x + 8, y + 8], fill=rgb(colours[m]))
-    chart = to_tensor(sheet.resize((width, height), Image.LANCZOS))
-    picture = torch.cat([chart, legend(width, [(colour, m) for m, colour in colours.items()])], 1)
-    Image.fromarray((255 * picture).round().byte().permute(1, 2, 0).numpy()).save(path)
-    return path
-
-
-def kmeans(x: Tensor, count=6, rounds=20) -> Tensor:
-    """(M, C) -> the cluster (M,) of each row, by its direction from the mean. Starts from rows far apart: needs no seed."""
-    x = F.normalize(x - x.mean(0), dim=1)
-    centres = x[:1]
-    while len(centres) < count:
-        centres = torch.cat([centres, x[torch.cdist(x, centres).amin(1).argmax()][None]])
-    for _ in range(rounds):
-        nearest = torch.cdist(x, centres).argmin(1)
-        centres = torch.stack([x[nearest == c].mean(0) if (nearest == c).any() else centres[c] for c in range(count)])
-    return nearest
-
-
-def features_picture(path, tokens: dict, val: Views, groups):
-    """Features as colours, one block a patch: PCA and k-means of each view alone, and of a pair together (SnD Fig. 13-14)."""
-    rows, paired = [], len(groups[0]) > 1
-    for group in groups:
-        x = torch.stack([tokens[i] for i in group])  # (views, h, w, C)
-        both = lift.pca_basis(x.flatten(0, 2)), kmeans(x.flatten(0, 2)).view(x.shape[:3])
-        for k, i in enumerate(group):
-            alone = lift.pca_basis(x[k].flatten(0, 1)), kmeans(x[k].flatten(0, 1)).view(x.shape[1:3])
-            maps = [(alone[0], alone[1])] + [(both[0], both[1][k])] * paired
-            colours = [c for basis, ids in maps for c in (lift.pca_colours(x[k], basis), data.colour_ids(1 + ids))]
-            rows.append([val.images[i] / 255, *(F.interpolate(c[None], val.images.shape[2:])[0] for c in colours)])
-    headings = ["image", "PCA, this view", "k-means, this view"] + ["PCA, both views", "k-means, both views"] * paired
-    return data.picture_grid(path, headings, rows)
-
-
-# ------------------------------------------------------------------------------------------------ the report
-
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1100px;padding:12px;color:#222}h2{margin-top:1.6em}
-.wide{overflow-x:auto}.wide img{max-width:100%}table{border-collapse:collapse;font-size:14px}pre{overflow-x:auto}
-th,td{border-bottom:1px solid #ccc;padding:4px 7px;text-align:right;vertical-align:bottom}li{overflow-wrap:anywhere}
-th:first-child,td:first-child{text-align:left;white-space:nowrap;position:sticky;left:0;background:#fff}"""
-
-
-def in_words(setting) -> str:
-    return "{0} steps of {2} views, learning rate {1:g}".format(*setting) if isinstance(setting, Recipe) else str(setting)
-
-
 def changed_constants(args) -> list:  # what differs from Appendix A.4, in words
-    changed = [f"{name}: {in_words(getattr(args, name))} (paper: {in_words(paper)})" for name, paper in PRESETS["paper"].items()
-               if getattr(args, name) != paper]
+    changed = [f"{name}: {getattr(args, name)} (paper: {paper})" for name, paper in PRESETS["paper"].items()
+               if getattr(args, name) not in (paper, None)]
     return changed + ["depth reads patch tokens alone (paper: CLS beside each)"] * args.no_cls
 
 
 def draw_all(results, train, val, pairs, args):  # -> (title, caption, path) of each picture
-    out, names = Path(args.out), data.CLASSES if data.rooms_made(args.scene_dir) else ()
-    models = ", ".join(list(results)[1:])
+    out, class_names = Path(args.out), val.where[0][0].class_names or ()
+    columns = ", ".join(list(results)[1:])
     for kind, (_, truth) in truths(train, val).items():
-        path = maps_picture(out / f"{kind}.png", kind, results, val, truth, names)
-        yield kind.capitalize(), f"Held-out views. Columns: image, truth, {models}. Black is unknown.", path
+        path = maps_picture(out / f"{kind}.png", kind, results, val, truth, class_names)
+        yield kind.capitalize(), f"Held-out views. Columns: image, truth, {columns}. Black is unknown.", path
     if pairs:
         angles = ", ".join(f"{pairs[n].angle:.0f}°" for n in shown_pairs(pairs))
         path = matches_picture(out / "matches.png", results, val, pairs)
-        yield "Correspondence", f"40 of the matches of each pair. Columns: {models}. Rows: the camera turns by {angles}.", path
-        path = recall_picture(out / "recall.png", {m: r.scores for m, r in results.items()}, pairs[0].measured)
-        yield "Recall over viewpoint change", "Mean over the pairs of each range.", path
-    for n, (m, r) in enumerate(list(results.items())[1:]):
-        path = features_picture(out / f"features_{n}.png", r.tokens, val, shown_groups(val, pairs))
-        yield f"Features of {m}", "One block a patch. In columns of both views, the two of a pair share their colours.", path
+        caption = f"40 of the matches of each pair. Columns: {columns}. Rows: the camera turns by {angles}."
+        yield "Correspondence", caption, path
+    path = features_picture(out / "features.png", results, val, pairs)
+    yield "Features", f"Equal colours of a column are equal features. Columns: image, {columns}.", path
+
+
+PLACE_SHARE = (
+    "The rough part is the share of the tokens' variance that is artifacts tied to places in the picture. "
+    "Splatting carries a feature to another place, so Splat and Distill averages such artifacts out: the larger the "
+    "rough part of a start, the more it can gain in depth, normals and segmentation. This was measured on artificial "
+    "artifacts, added to the built-in ViT (rough part 1.3 %: depth gains nothing; 26.5 %: 5.6 %); for any other "
+    "backbone it is a prediction.")
+
+
+def shares_in_words(scores) -> str:
+    shares = {m: s["place share"] for m, s in scores.items() if "place share" in s}
+    listed = "; ".join(f"{m} {x['all']:.1f} %, rough part {x['rough']:.1f} %" for m, x in shares.items())
+    return f"Place share: {listed}. {PLACE_SHARE}" if shares else ""
+
+
+def model_links(args) -> str:
+    """The models as a list, each with a link to the README.md of its folder, if there is one."""
+    items = []
+    for name, path in named_models(args).items():
+        cards = [Path(part) / "README.md" for part in parts_of(path) if (Path(part) / "README.md").is_file()]
+        links = [html.escape(os.path.relpath(card, args.out), quote=True) for card in cards]
+        text = f"{html.escape(name)}: {html.escape(path)}" if name != path else html.escape(path)
+        items.append(f"<li>{text}" + "".join(f' (<a href="{link}">model card</a>)' for link in links) + "</li>")
+    return f"<h2>Models</h2><ul>{''.join(items)}</ul>"
 
 
 def web_page(result, columns, figures) -> str:
-    """The report as one file: tables, figures (title, caption, path) with their pictures inside, and how it was made."""
-    scores = result["scores"]
-    items = lambda title, texts: f"<h2>{title}</h2><ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts) + "</ul>"
+    """The report as one file: tables, figures (title, caption, path) with their pictures inside, how it was made."""
+    scores, tables = result["scores"], {}
+    if any("correspondence" in s for s in scores.values()):
+        recall = "Recall" if result["measured"] else "Epipolar recall (an upper bound)"
+        units = [f"{t} {unit}" for unit in ("px", "grid") for t in THRESHOLDS] + ["1.5 patches"]
+        tables[f"{recall}, %"] = [("correspondence", u, u.replace("grid", "px of the grid"), 1) for u in units]
+        for limit in ("10 px", "1.5 patches"):
+            by_viewpoint = [("correspondence", f"{limit} {name}", f"{name}°", 1) for name in VIEWPOINTS]
+            tables[f"{recall} within {limit} by viewpoint, %"] = by_viewpoint
     page = [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>Probes of frozen features</title><style>{STYLE}</style><h1>Probes of frozen features</h1>"
-            f"<p>{html.escape(result['about'])} Bold is the best model.</p>",
-            html_table(*table(scores, columns))]
-    for title, columns in RECALLS.items():
-        if any("correspondence" in s for s in scores.values()):
-            title = title if result["measured"] else title.replace("Recall", EPIPOLAR)
-            page.append(f"<h2>{title}</h2>{html_table(*table(scores, columns))}")
+            f"<p>{html.escape(result['about'])} Bold is the best model.</p>", html_table(*table(scores, columns)),
+            f"<p>{html.escape(shares_in_words(scores))}</p>{result['models']}"]
+    page += [f"<h2>{title}</h2>{html_table(*table(scores, columns))}" for title, columns in tables.items()]
     for title, caption, path in figures:
         source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
         least = min(800, Image.open(path).width * 3 // 4)
         picture = f'<div class="wide"><img src="{source}" style="min-width:{least}px"></div>'  # phones scroll it
         page.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(caption)}</p>{picture}")
-    differs = re.findall(r"^\s*# Differs: (.*)$", Path(__file__).read_text(), re.M)
-    page += [f"<h2>Command</h2><pre>{html.escape(result['command'])}</pre>",
-             items("Settings", [f"{key}: {value}" for key, value in result["settings"].items()]),
-             items("Constants that are not the paper's", result["changed"]),
-             items("Where it differs from the paper and its code", differs)]
+    page.append(f"<h2>Command</h2><pre>{html.escape(result['command'])}</pre>")
+    for title, lines in (("Constants that are not the paper's", result["changed"]), ("Settings", result["settings"])):
+        page.append(f"<h2>{title}</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
     return "".join(page)
 
 
@@ -868,30 +1136,42 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
     """Writes results.json, the pictures and report.html, which holds them all; returns the table in Markdown."""
     out, scores = Path(args.out), {m: r.scores for m, r in results.items()}
     about = (f"{len(train.images) if train else 0} training views, {len(val.images)} held-out views, "
-             f"{'x'.join(map(str, val.images.shape[2:]))}; {len(pairs)} pairs.")
+             f"{'x'.join(map(str, val.images.shape[2:]))}" + f"; {len(pairs)} pairs" * bool(pairs) + ".")
     columns, measured = COLUMNS, not pairs or pairs[0].measured
     if pairs and measured:
         about += " Matches are scored by measured depth and the true pose."
     elif pairs:
-        about += " No depth: matches are scored by the epipolar lines of the true pose, so recall is an upper bound."
-        columns = [(*c[:2], ("epipolar " if c[0] == "correspondence" else "") + c[2].removeprefix("recall "), c[3]) for c in COLUMNS]
+        about += " No depth: matches are scored by epipolar lines of the true pose, so recall is an upper bound."
+        columns = [(*c[:2], c[2].replace("recall", "epipolar recall"), c[3]) for c in COLUMNS]
     about += " Depth RMSE is in the unit of the data." * any("depth" in s for s in scores.values())
-    settings = {key: in_words(x) if isinstance(x, Recipe) else x for key, x in vars(args).items() if key != "command"}
-    settings["torch"] = torch.__version__
-    result = dict(command=args.command, about=about, measured=measured, settings=settings, changed=changed_constants(args), scores=scores)
-    lift.write_whole(out / "results.json", json.dumps(result, indent=1).encode())
-    lift.write_whole(out / "report.html", web_page(result, columns, draw_all(results, train, val, pairs, args)).encode())
-    return f"{about}\n\n{markdown(*table(scores, columns))}\n"
+    settings = [f"{key}: {x}" for key, x in vars(args).items() if key != "command"] + [f"torch: {torch.__version__}"]
+    result = dict(command=args.command, about=about, measured=measured, settings=settings,
+                  changed=changed_constants(args), scores=scores)
+    data.write_whole(out / "results.json", json.dumps(result, indent=1).encode())
+    page = web_page(result | dict(models=model_links(args)), columns, draw_all(results, train, val, pairs, args))
+    data.write_whole(out / "report.html", page.encode())
+    return f"{about}\n\n{markdown(*table(scores, columns))}\n\n{shares_in_words(scores)}\n"
 
 
-# ------------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------------ command
 
 LAYOUTS = """
-Images without poses: a folder with images/, and beside it depth/ normals/ labels/ (PNG or .npy, named like the image), all of
-that once in train/ and once in val/, or once alone: then every eighth image is held out.
+--scene_dir may also be a folder of images with maps, or a list of pairs (below). In --out, the folders views/ and
+features/ can be deleted at any time; without them the next run takes longer.
+
+Several models stand in one table, a row each. Splat and Distill trains two students (Sec. 4.1): one with blending for
+depth, normals and segmentation, one without (04_distill.py --no_blend) for correspondence. Both beside their start:
+  python 05_probe.py --models start=tiny dense=out/04_distill/student matching=out/no_blend/student
+
+FiT3D is scored with its features beside the start's, so its heads are twice as wide. The fair comparison has four rows;
+in start+start the second start sees mirrored images, so it is as wide as start+distilled and knows nothing new:
+  python 05_probe.py --models start=tiny snd=out/04_distill/student both=tiny+out/04_distill/student control=tiny+tiny
+
+Images without poses: a folder with images/, and beside it depth/ normals/ labels/ (PNG or .npy, named like the image),
+all of that once in train/ and once in val/, or once alone: then every eighth image is held out.
   NYUv2       images/: the 480x640 frames
               depth/: 16-bit PNG in millimetres; labels/: class ids, 255 = ignore
-              normals/: unit vectors x right, y down, z forward, towards the camera; .npy, or PNG with -1 ... 1 as 0 ... 255
+              normals/: unit vectors x right, y down, z forward, towards the camera; .npy, or PNG (-1 to 1 as 0 to 255)
               --max_depth 10 --crop 0.09375 0.98125 0.0640625 0.9390625   (Eigen's crop)
   KITTI       images/: the frames of image_02
               depth/: the 16-bit PNG of the depth benchmark, 256 a metre
@@ -902,40 +1182,36 @@ that once in train/ and once in val/, or once alone: then every eighth image is 
   Pascal VOC  train/images/, val/images/: the JPEGImages that ImageSets/Segmentation/train.txt and val.txt name
               train/labels/, val/labels/: their SegmentationClass (palette PNG, 0 = background, 255 = ignore)
               no flag, no crop
-Pairs of images: --scene_dir pairs.txt, lines of nameA nameB rotA rotB K_A K_B T_AB as SuperGlue has them, and beside it images/
-and, if there is one, depth/. Without depth, matches are scored by epipolar distance.
+Pairs of images: --scene_dir pairs.txt, lines of nameA nameB rotA rotB K_A K_B T_AB as SuperGlue has them, and beside it
+images/ and, if there is one, depth/. Without depth, matches are scored by epipolar distance.
 """
 
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+def flags():
+    parser = argparse.ArgumentParser(description="Probe frozen features: depth, normals, segmentation, correspondence.",
+                                     epilog=LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    data.scene_flags(parser, "out/05_probe")
+    add("--models", nargs="+", help="'tiny', published names, files, folders; name=a gives a name, a+b puts the "
+        "features of two side by side (a+a: a control of equal width, below); views are sized to the first's patches "
+        "(default: tiny, and out/04_distill/student if it exists)")
+    add("--preset", choices=list(PRESETS), default="tiny", help="how heads train, and flags marked [preset]")
+    add("--pixels", type=data.positive, help="pixels a view; raise it for models of larger patches [preset]")
+    add("--views", type=data.positive, help="views of each posed scene [preset] or plain folder (default: all)")
+    add("--pairs", type=data.positive, help="pairs in each range of viewpoint change [preset]")
+    add("--max_steps", type=data.positive, help="at most so many steps a head, for a quick look")
+    add("--layer", choices=("block", "norm"), default="block", help="tokens before or after the last LayerNorm")
+    add("--no_cls", action="store_true", help="depth reads patch tokens alone")
+    add("--max_depth", type=float, help="truth beyond it is not used (default: all of it is)")
+    add("--crop", type=float, nargs=4, default=(0, 1, 0, 1), metavar=("TOP", "BOTTOM", "LEFT", "RIGHT"),
+        help="held-out views are scored inside it; in shares of height and width")
+    add("--ignore_label", type=int, help="a class that is not scored, beside 255")
+    add("--depth_scale", type=float, default=1e-3, help="unit of stored depth, of plain images and of pairs")
+    return parser
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Probe frozen features: depth, normals, segmentation, correspondence.",
-                                     epilog=LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scene_dir", default="data", help="scenes, images with maps or a list of pairs (below)")
-    parser.add_argument("--out", default="out/05_probe", help="report, numbers, and features/, a cache that can be deleted")
-    parser.add_argument("--models", nargs="+", help="'tiny', published names, files, folders; a+b puts features of two side "
-                        "by side, name=a gives it a name; views are sized to the first's patches (default: tiny, and "
-                        "out/04_distill/student if it is there)")
-    parser.add_argument("--preset", choices=list(PRESETS), default="tiny", help="how heads train, and flags marked [preset]")
-    parser.add_argument("--pixels", type=positive, help="pixels a view; raise it for models of larger patches [preset]")
-    parser.add_argument("--views", type=positive, help="views a scene; lower it when memory runs out [preset]")
-    parser.add_argument("--pairs", type=positive, help="pairs in each range of viewpoint change [preset]")
-    parser.add_argument("--max_steps", type=positive, help="at most so many steps a head, for a quick look")
-    parser.add_argument("--layer", choices=("block", "norm"), default="block", help="tokens before or after the last LayerNorm")
-    parser.add_argument("--no_cls", action="store_true", help="depth reads patch tokens alone")
-    parser.add_argument("--max_depth", type=float, help="truth beyond it is not used (default: all of it is)")
-    parser.add_argument("--crop", type=float, nargs=4, default=(0, 1, 0, 1), metavar=("TOP", "BOTTOM", "LEFT", "RIGHT"),
-                        help="truth outside is not used; in shares of height and width")
-    parser.add_argument("--ignore_label", type=int, help="a class that is not scored, beside 255")
-    parser.add_argument("--depth_scale", type=float, default=1e-3, help="unit of stored depth, of plain images and of pairs")
-    parser.add_argument("--skip_bad_frames", action="store_true", help="leave out frames without an image or a valid pose")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0, help="of the heads and of the choice of pairs")
+    parser = flags()
     args = parser.parse_args(argv)
     (top, bottom, left, right), deepest = args.crop, args.max_depth
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
@@ -943,33 +1219,51 @@ def parse(argv):
     if deepest is not None and not deepest > 0:
         parser.error(f"--max_depth: {deepest:g} is not above 0")
     for name, value in PRESETS[args.preset].items():
-        value = value._replace(steps=min(value.steps, args.max_steps or value.steps)) if isinstance(value, Recipe) else value
-        setattr(args, name, getattr(args, name, None) or value)
+        if isinstance(value, Recipe):
+            value = value._replace(steps=min(value.steps, args.max_steps or value.steps))
+        if name != "views":  # depends on what is in --scene_dir
+            setattr(args, name, getattr(args, name, None) or value)
     student = "out/04_distill/student"
     args.models = args.models or ["tiny"] + [student] * Path(student).is_dir()
     args.command = shlex.join(["python", "05_probe.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
-def prepare(args):
-    """-> {name: path}, training views or None, held-out views, pairs: what `probe` takes. Views fit the first's patches."""
-    models = dict(text.split("=", 1) if "=" in text and not Path(text).exists() else (text, text) for text in args.models)
+def named_models(args) -> dict:  # {name: path}; a path that exists may have a = in it
+    split = lambda text: text.split("=", 1) if "=" in text and not Path(text).exists() else (text, text)
+    models = dict(split(text) for text in args.models)
     if len(models) < len(args.models) or "no features" in models:
         raise ValueError("--models: two models have one name; name=path gives another")
-    patches = {path: [lift.load_vit(part).patch for part in parts_of(path)] for path in models.values()}  # a wrong path ends it here
-    train, val = open_split(args)
-    size = data.fit_size(val[0], args.pixels, next(iter(patches.values()))[0])
+    return models
+
+
+def size_of_views(models, scene, pixels):
+    """(H, W): about `pixels`, in whole patches of the first model. Loads each model once: a wrong path is found now."""
+    patches = {path: [lift.load_vit(part).patch for part in parts_of(path)] for path in models.values()}
+    size = data.fit_size(scene, pixels, next(iter(patches.values()))[0])
     for path, of_parts in patches.items():
         if len(set(of_parts)) > 1:
-            raise ValueError(f"{path}: patches of {' and '.join(map(str, of_parts))} pixels; channels side by side need one size")
+            sizes = " and ".join(map(str, of_parts))
+            raise ValueError(f"{path}: patches of {sizes} pixels; channels side by side need one size")
         if min(size) < 2 * of_parts[0]:
-            raise ValueError(f"--pixels {args.pixels} leaves {path} fewer than 2x2 patches of {of_parts[0]} pixels; raise it")
-    train, val = (load_views(scenes, size, args) if scenes else None for scenes in (train, val))
-    for name, key in TRUTH.items() if train else ():
-        known = {split: bool((getattr(views, key) != UNKNOWN[name]).any()) for split, views in (("training", train), ("held-out", val))}
-        if sum(known.values()) == 1:
-            print(f"{name}: left out, as only {max(known, key=known.get)} views have its truth")
+            raise ValueError(f"--pixels {pixels} leaves {path} fewer than 2x2 patches of {of_parts[0]} px; raise it")
+    return size
+
+
+def open_data(args):
+    """-> {name: path} of models, training views or None, held-out views, pairs: what `probe` takes."""
+    models = named_models(args)
+    train, val = open_split(args)
+    size = size_of_views(models, val[0], args.pixels)
+    train = load_views(train, size, args, "train") if train else None
+    val = load_views(val, size, args, "val")
+    for name, (key, unknown) in TRUTH.items() if train else ():
+        in_train, in_val = (len(views_with_truth(getattr(views, key), unknown)) for views in (train, val))
+        if bool(in_train) != bool(in_val):
+            print(f"{name}: left out, as only {'training' if in_train else 'held-out'} views have its truth")
     pairs = choose_pairs(val, args.pairs, args.seed)
+    if not pairs and not isinstance(val.where[0][0], Pictures):
+        print(why_no_pairs(val))
     if not pairs and not truths(train, val):
         raise data.DataError(f"{args.scene_dir}: no depth, normals or labels in both splits, and no pairs of views "
                              "that overlap; --help says where maps go")
@@ -979,7 +1273,7 @@ def prepare(args):
 def main(argv=None):
     args = parse(argv)
     with data.explained(args, "the same command goes on: features that were finished are kept, heads start again"):
-        models, *views = prepare(args)
+        models, *views = open_data(args)
         print(report(probe(models, *views, args), *views, args))
         print(f"  ->  {Path(args.out) / 'report.html'}, {Path(args.out) / 'results.json'}")
 

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-splat, _ = (importlib.import_module(name) for name in ("03_splat", "06_distill3r"))  # the last one imports them all
+distill, _ = (importlib.import_module(name) for name in ("04_distill", "06_distill3r"))  # the last one imports them all
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["killed"])
 
@@ -61,6 +61,6 @@ def same(out, whole, steps, *files):
     for name in ("student/model.safetensors", "student/config.json", *files):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert log_of(out) == log_of(whole) and len(log_of(out)) == steps
-    ours, theirs = (splat.read_run(folder / "checkpoint.safetensors") for folder in (out, whole))
+    ours, theirs = (distill.read_run(folder / "checkpoint.safetensors") for folder in (out, whole))
     assert ours[0] == theirs[0] == steps and ours[2].keys() == theirs[2].keys()
     assert all(torch.equal(ours[2][key], value) for key, value in theirs[2].items())

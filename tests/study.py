@@ -62,7 +62,6 @@ OTHERS = {
     "adapters": ["--no-full_finetune", "--lr", "3e-3"],
     "temperatures 1 and 1": ["--tau_student", "1", "--tau_teacher", "1"],
     "temperatures 0.05 and 0.02": ["--tau_student", "0.05", "--tau_teacher", "0.02"],
-    "plane sweep": ["--geometry", "sweep"],
     "measured depth": ["--geometry", "depth"],
     "unmatched pixels dropped": ["--drop_unmatched"],
     "shared head": ["--shared_head"],
@@ -77,6 +76,11 @@ TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
     "student, student's confidence weighs": ["--weight", "student", "--gamma", "0"]}
 CIRCLE_ROOMS = dict(scenes=48, seed=1)  # rooms that Distill3R's student has not seen
 CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred"}
+LONG = ["--max_steps", "600", "--triplets", "600"]  # four triplets a step, on 200 of the rooms
+ARTIFACTS = {  # name -> run, standard deviations of the noise on the start's position embedding
+    f"{kind.partition(' (')[0]} artifacts{strength}": (kind, strength)
+    for strength, kinds in ((0, ("start", "2D control", "SnD")), (1, ("start", "2D control", "SnD")), (2, ("start", "2D control", "SnD")),
+                            (4, [kind for kind in MAIN | TABLE5 if kind not in BESIDE])) for kind in kinds}
 TARGETS = "targets"
 KEPT, NOT_YET = "<!-- what follows is written by hand -->", "Not run yet."
 NO_CLS = "depth of patches"  # a probe beside those of 05_probe.py: its depth, without the CLS token, which no loss of 04_distill.py holds
@@ -96,7 +100,7 @@ def scores_file(name, seed, args):
 def remember(name, seed, args, scores):
     on = f"{platform.machine()} with {os.cpu_count()} cores, shared, {torch.get_num_threads()} thread(s), on {args.device}"
     record = {"date": datetime.date.today().isoformat(), "on": on, "scores": scores}
-    lift.write_whole(scores_file(name, seed, args), json.dumps(record).encode())
+    data.write_whole(scores_file(name, seed, args), json.dumps(record).encode())
 
 
 def remembered(name, args, seed="[0-9]") -> list:
@@ -104,15 +108,15 @@ def remembered(name, args, seed="[0-9]") -> list:
     return [json.loads(path.read_text()) for path in sorted(Path(args.scores).glob(scores_file(name, seed, args).name))]
 
 
-def score_run(name, seed, args, flags):
-    """Train, probe, remember {probe: {score: value}}. `flags` None: the backbone as it is."""
+def score_run(name, seed, args, flags, start="tiny"):
+    """Train, probe, remember {probe: {score: value}}. `flags` None: the backbone `start` as it is."""
     folder = folder_of(name, seed, args)
-    student, trained = "tiny", folder_of(BESIDE.get(name, name), seed, args)
+    student, trained = start, folder_of(BESIDE.get(name, name), seed, args)
     if flags is not None:
         student = f"tiny+{trained / 'student'}" if name in BESIDE else str(trained / "student")
         if not (trained / "result.json").exists():
             with undivided() if name == UNDIVIDED else contextlib.nullcontext():
-                distill.main(["--preset", "tiny", "--scene_dir", args.scene_dir, "--out", str(trained), "--operators",
+                distill.main(["--preset", "tiny", "--model", start, "--scene_dir", args.scene_dir, "--out", str(trained), "--operators",
                               str(Path(args.out) / "operators"), "--seed", str(seed), "--device", args.device, "--resume", *flags])
     asked = asked_of_probes(args, student, folder / "probe")
     train, val, pairs = views_of(args.scene_dir, args.views, args.device)
@@ -123,6 +127,26 @@ def score_run(name, seed, args, flags):
     remember(name, seed, args, scores)
     for checkpoint in folder.glob("checkpoint*"):
         checkpoint.unlink()
+
+
+def start_with_artifacts(strength, args) -> str:
+    """The folder of the built-in ViT with noise on its position embedding: features that depend on their place in the picture, whatever
+    is seen there, as those of DINOv2 are known to do."""
+    folder = Path(args.out) / f"start_artifacts{strength}"
+    vit, generator = lift.load_vit("tiny"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        places = vit.pos_embed[:, 1:]  # all but the class token's
+        places += strength * places.std() * torch.randn(places.shape, generator=generator)
+    lift.save_vit(vit, folder)
+    return str(folder)
+
+
+def score_artifacts(name, seed, args):
+    kind, strength = ARTIFACTS[name]
+    args = argparse.Namespace(**vars(args) | dict(scene_dir=f"{args.scene_dir}_200"))
+    data.make_rooms(args.scene_dir, scenes=200)
+    flags = None if kind == "start" else [*LONG, *RUNS[kind]]
+    score_run(name, seed, args, flags, start_with_artifacts(strength, args))
 
 
 def undivided():
@@ -145,7 +169,7 @@ def depth_of_patches(asked, *tokens_and_truth) -> dict:
 @functools.cache
 def views_of(scene_dir, views, device):  # -> training views, held-out views, pairs: the same for all models
     args = argparse.Namespace(scene_dir=scene_dir, views=views, device=device)
-    return probes.prepare(asked_of_probes(args, "tiny", ""))[1:]
+    return probes.open_data(asked_of_probes(args, "tiny", "out/study"))[1:]
 
 
 @torch.no_grad()
@@ -189,15 +213,15 @@ def score_targets(name, seed, args):
     remember(name, seed, args, found)
 
 
-def table(names, found, beside=()) -> str:
+def table(names, found, beside=(), columns=COLUMNS) -> str:
     """Mean and, of several seeds, the standard deviation of each score; first the rows that these are to be seen `beside`."""
-    lines = ["| | seeds | " + " | ".join(heading for *_, heading, _ in COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    lines = ["| | seeds | " + " | ".join(heading for *_, heading, _ in columns) + " |", "|---" * (2 + len(columns)) + "|"]
     for name in (*beside, *names):
         if name in found:  # the others have not been run yet
             cells = []
-            for probe, score, _, digits in COLUMNS:
+            for probe, score, _, digits in columns:
                 values = [s[probe][score] for s in found[name] if s.get(probe, {}).get(score) is not None]
-                spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and name != "start" else ""
+                spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and not name.startswith("start") else ""
                 cells.append(f"{statistics.mean(values):.{digits}f}{spread}" if values else "")
             lines.append(f"| {name} | {len(found[name])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) if any(name in found for name in names) else NOT_YET
@@ -276,7 +300,7 @@ def in_words(name) -> str:
 
 def write_study(args):
     """All that is finished so far; what was written by hand below `KEPT` stays."""
-    study, names = Path(args.study), (*RUNS, TARGETS, *TABLE3, *CIRCLE)
+    study, names = Path(args.study), (*RUNS, *ARTIFACTS, TARGETS, *TABLE3, *CIRCLE)
     records = {name: found for name in names if (found := remembered(name, args))}
     found = {name: [record["scores"] for record in records[name]] for name in records}
     targets = {name: [scores] for name, scores in found.get(TARGETS, [{}])[0].items()}
@@ -321,6 +345,14 @@ deviations over the seeds of the training; the same heads, views and pairs for a
 
 {table(OTHERS, found, ["SnD"])}
 
+## Starts with artifacts
+
+{when(*ARTIFACTS).replace(f"{args.rooms} rooms", "200 rooms")} Noise of 0, 1, 2 or 4 standard deviations stands on the start's position embedding, so that
+its features depend on their place in the picture. 600 steps of four triplets. "Rough place share" is the part of the tokens' variance that their
+place explains and that perspective does not (`place_share` of 05_probe.py).
+
+{table(ARTIFACTS, found, columns=[*COLUMNS, ("place share", "rough", "rough place share %", 1)])}
+
 ## What the student is taught
 
 {when(TARGETS)} Heads on the targets of the first step in place of features: what a student that learned one round exactly would score.
@@ -347,7 +379,7 @@ deviations over the seeds of the training; the same heads, views and pairs for a
 {flags}
 
 {KEPT}"""
-    lift.write_whole(study, (text + notes).encode())
+    data.write_whole(study, (text + notes).encode())
 
 
 def check_settings(args):
@@ -357,12 +389,12 @@ def check_settings(args):
     if path.exists() and (before := json.loads(path.read_text())) != how:
         differ = ", ".join(f"{key} {before.get(key)}" for key in how if before.get(key) != how[key])
         raise SystemExit(f"{path}: what is here was run with other settings ({differ}); give another --scores and --study")
-    lift.write_whole(path, json.dumps(how, indent=1).encode())
+    data.write_whole(path, json.dumps(how, indent=1).encode())
 
 
 def main(argv=None):
     parts = {name: functools.partial(score_run, flags=flags) for name, flags in RUNS.items()}
-    parts |= {TARGETS: score_targets} | dict.fromkeys(TABLE3, score_pointmaps) | dict.fromkeys(CIRCLE, score_circle)
+    parts |= dict.fromkeys(ARTIFACTS, score_artifacts) | {TARGETS: score_targets} | dict.fromkeys(TABLE3, score_pointmaps) | dict.fromkeys(CIRCLE, score_circle)
     parser = argparse.ArgumentParser(description="Train and probe every variant; write docs/study.md.")
     parser.add_argument("--scene_dir", default="out/study/rooms", help="made if it is missing")
     parser.add_argument("--rooms", type=int, default=400)
@@ -379,7 +411,7 @@ def main(argv=None):
         data.make_rooms(args.scene_dir, scenes=args.rooms)
     for seed in range(args.seeds):
         for name in args.only:
-            if not remembered(name, args, seed) and (seed == 0 or name not in ("start", TARGETS)):
+            if not remembered(name, args, seed) and (seed == 0 or not name.startswith(("start", TARGETS))):
                 print(f"-- {name}, seed {seed}", flush=True)
                 parts[name](name, seed, args)
                 write_study(args)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 data = importlib.import_module("01_data")
+room_maker = importlib.import_module("tiny.rooms")
 
 REPO = Path(__file__).parents[1]
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -134,18 +135,18 @@ def test_same_seed_same_bytes_and_an_interrupted_call_is_completed(tmp_path):
 
 
 def test_interrupted_while_writing_leaves_no_room_folder(tmp_path, monkeypatch):
-    render, calls = data.render_room_view, []
+    render, calls = room_maker.render_view, []
 
     def stops(*args):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
         return render(*args)
-    monkeypatch.setattr(data, "render_room_view", stops)
+    monkeypatch.setattr(room_maker, "render_view", stops)
     with pytest.raises(KeyboardInterrupt):
         data.make_rooms(tmp_path / "a", scenes=2, views=3, size=(12, 16))
     assert [p.name for p in (tmp_path / "a").iterdir() if p.is_dir() and p.name[0] != "."] == ["room_000"]
-    monkeypatch.setattr(data, "render_room_view", render)
+    monkeypatch.setattr(room_maker, "render_view", render)
     assert len(data.open_scenes(tmp_path / "a")) == 2
     data.make_rooms(tmp_path / "b", scenes=2, views=3, size=(12, 16))
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
@@ -159,13 +160,6 @@ def test_rooms_of_other_settings_are_refused(tmp_path, other):
     with pytest.raises(data.DataError, match="other settings") as error:
         data.make_rooms(tmp_path / "a", **settings | other)
     assert "\n" not in str(error.value) and tree(tmp_path / "a") == before
-
-
-@pytest.mark.parametrize("bad", [dict(scenes=0), dict(views=2), dict(size=(0, 16)), dict(seed=-1)])
-def test_impossible_rooms_are_refused(tmp_path, bad):
-    with pytest.raises(data.DataError, match="cannot make rooms"):
-        data.make_rooms(tmp_path / "a", **dict(scenes=1, views=3, size=(12, 16), seed=0) | bad)
-    assert not (tmp_path / "a").exists()
 
 
 def test_rooms_are_not_written_among_other_files(tmp_path):
@@ -232,28 +226,28 @@ def reference_cast(origin, rays, room):
             wall += axis < 2
     for kind, centre, half, yaw, which, name in zip(*prims[:6]):
         R = np.array([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])  # own axes -> world
-        for axis in range(3) if kind == data.BOX else (2,) if kind == data.CYLINDER else ():
+        for axis in range(3) if kind == room_maker.BOX else (2,) if kind == room_maker.CYLINDER else ():
             for side in (-1, 1):
                 n = side * R[:, axis]
                 t = plane_hit(origin, rays, centre + half[axis] * n, n)
                 with np.errstate(invalid="ignore"):
                     own = ((origin + rays * t[:, None] - centre) @ R) / half
                 others = [k for k in range(3) if k != axis]
-                within = (np.abs(own[:, others]) <= 1).all(1) if kind == data.BOX else (own[:, :2] ** 2).sum(1) <= 1
+                within = (np.abs(own[:, others]) <= 1).all(1) if kind == room_maker.BOX else (own[:, :2] ** 2).sum(1) <= 1
                 offer(t, n, within, which, name)
-        if kind != data.BOX:
-            M = R @ np.diag(half**-2.0 * ([1, 1, 1] if kind == data.SPHERE else [1, 1, 0])) @ R.T
+        if kind != room_maker.BOX:
+            M = R @ np.diag(half**-2.0 * ([1, 1, 1] if kind == room_maker.SPHERE else [1, 1, 0])) @ R.T
             for t in quadric_hits(origin, rays, centre, M):
                 at = origin + rays * np.nan_to_num(t)[:, None] - centre
                 n = at @ M
-                within = np.isfinite(t) & ((kind == data.SPHERE) | (np.abs(at[:, 2]) <= half[2]))
+                within = np.isfinite(t) & ((kind == room_maker.SPHERE) | (np.abs(at[:, 2]) <= half[2]))
                 offer(t, n / np.maximum(np.linalg.norm(n, axis=1, keepdims=True), 1e-12), within, which, name)
     return best, normal, instance, label
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_rooms_are_exact(rooms, rooms_dir, index):
-    scene, room = rooms[index], data.make_room(np.random.default_rng([0, index]))
+    scene, room = rooms[index], room_maker.make_room(np.random.default_rng([0, index]))
     folder = rooms_dir / f"room_{index:03d}"
     for i in (0, 5, 11):
         frame, view = scene.frames[i], scene.view(i)
@@ -311,16 +305,16 @@ def test_room_views_agree_in_depth_and_instances(rooms):
 def inside_primitive(points, prims, k):
     c, s = math.cos(prims.yaw[k]), math.sin(prims.yaw[k])
     x, y, z = ((points - prims.centre[k]) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])).T / prims.half[k][:, None]
-    if prims.kind[k] == data.BOX:
+    if prims.kind[k] == room_maker.BOX:
         return np.maximum.reduce(np.abs([x, y, z])) <= 1
-    return (x * x + y * y + z * z <= 1) if prims.kind[k] == data.SPHERE else (x * x + y * y <= 1) & (np.abs(z) <= 1)
+    return (x * x + y * y + z * z <= 1) if prims.kind[k] == room_maker.SPHERE else (x * x + y * y <= 1) & (np.abs(z) <= 1)
 
 
 def test_rooms_are_plausible():
     labels, textures = set(), {k: [] for k in range(10)}
     for index in range(60):
-        size, prims, shell, path = data.make_room(np.random.default_rng([0, index]))
-        cameras, look_at = path(400)
+        size, prims, shell, walk = room_maker.make_room(np.random.default_rng([0, index]))
+        cameras, look_at = walk.cameras(400)
         assert (cameras > 0.2).all() and (cameras < size - 0.2).all()
         assert np.linalg.norm(np.diff(cameras, axis=0), axis=1).max() < 0.05  # smooth
         assert (np.linalg.norm(look_at - cameras, axis=1) > 0.3).all()
@@ -330,7 +324,7 @@ def test_rooms_are_plausible():
             assert not inside_primitive(np.concatenate([cameras, around.reshape(-1, 3)]), prims, k).any()
             c, s = abs(math.cos(prims.yaw[k])), abs(math.sin(prims.yaw[k]))
             hx, hy, hz = prims.half[k]
-            if prims.kind[k] == data.BOX:
+            if prims.kind[k] == room_maker.BOX:
                 reach = np.array([c * hx + s * hy, s * hx + c * hy, hz])
             else:
                 reach = np.array([math.hypot(c * hx, s * hy), math.hypot(s * hx, c * hy), hz])
@@ -339,7 +333,7 @@ def test_rooms_are_plausible():
         for instance in np.unique(prims.instance):
             of = prims.instance == instance
             assert len(np.unique(prims.label[of])) == 1 and instance > 6
-            if prims.label[of][0] == data.CLASSES.index("picture"):
+            if prims.label[of][0] == room_maker.CLASSES.index("picture"):
                 k = np.nonzero(of)[0][0]
                 assert min(*(prims.centre[k] - 0.02)[:2], *(size - prims.centre[k] - 0.02)[:2]) < 1e-9  # its back is on the wall
                 assert 0.5 < prims.centre[k][2] < 2
@@ -353,7 +347,7 @@ def test_rooms_are_plausible():
     for label, some in textures.items():  # each class's textures are a fair sample of all textures
         some = np.array(some)
         z = (some.mean(0) - everything.mean(0)) / (everything.std(0) / math.sqrt(len(some)))
-        assert np.abs(z).max() < 4.5, f"the textures of {data.CLASSES[label]} are its own"
+        assert np.abs(z).max() < 4.5, f"the textures of {room_maker.CLASSES[label]} are its own"
         counts = np.bincount(some[:, 0].astype(int), minlength=6)
         assert (counts > 0).all() and ((counts - len(some) / 6) ** 2 / (len(some) / 6)).sum() < 25
 
@@ -700,6 +694,7 @@ def test_colmap_cameras_put_points_where_the_picture_has_them(tmp_path, model, p
         offsets = dot_offsets(scene.view(i), DOTS, 10)
         assert len(offsets) >= 12 and offsets.max() < 0.12
     if model in ("SIMPLE_RADIAL", "RADIAL", "OPENCV"):
+        scene = only_scene(tmp_path)
         scene.frames[0].distortion = ((), (0.0, 0.0))
         assert dot_offsets(scene.view(0), DOTS, 10).max() > 0.5
     near, far = scene.depth_range
@@ -1077,12 +1072,11 @@ BAD = {
     "truncated jpeg": (jpeg_cut, "1.png.*decoded"),
     "zero bytes image": (cut("images/1.png", 0), "1.png.*decoded"),
     "not an image": (lambda f, m: (f / "images/1.png").write_text("hello"), "1.png.*not a picture"),
-    "image size": (set_key(w=64, h=48, cx=32.0, cy=24.0), "is 32x24, but its intrinsics are for 64x48"),
-    "intrinsics of another size": (set_key(w=None, h=None, cx=64.0, cy=48.0), "0.png.*centre at .64, 48."),
+    "image size": (set_key(w=64, h=40, cx=32.0, cy=20.0), "is 32x24, but its camera is for 64x40"),
+    "intrinsics of another size": (set_key(w=None, h=None, cx=64.0, cy=48.2), "0.png.*centre at .64, 48.2.*128x96"),
     "nan pose": (set_pose(1, NAN), "1.png.*pose is not finite"),
     "infinite pose": (set_pose(1, np.where(np.eye(4) > 0, np.inf, GOOD)), "1.png.*pose is not finite"),
     "non-rigid pose": (set_pose(1, np.diag([2.0, 1, 1, 1]) @ GOOD), "1.png.*not a rigid"),
-    "scaled pose": (set_pose(1, np.diag([0.5, 0.5, 0.5, 1]) @ GOOD), "1.png.*not a rigid"),
     "zero pose": (set_pose(1, np.zeros((4, 4))), "1.png.*not a rigid"),
     "reflected pose": (set_pose(1, np.diag([1.0, 1, -1, 1]) @ GOOD), "1.png.*not a rigid"),
     "transposed pose": (set_pose(1, (pose(3) @ GL).T), "1.png.*transposed"),
@@ -1147,7 +1141,6 @@ BAD = {
     "no folder": (lambda f, m: shutil.rmtree(f), "no such folder"),
     "colmap without images": (colmap(lambda f, s: shutil.rmtree(f / "images")), "images does not exist"),
     "colmap without one image": (colmap(lambda f, s: (f / "images/2.png").unlink()), "2.png does not exist"),
-    "colmap without points": (colmap(lambda f, s: (s / "points3D.bin").unlink()), "points3D.bin does not exist"),
     "colmap of another size": (colmap(lambda f, s: Image.new("RGB", (30, 24)).save(f / "images/1.png")), "is 30x24.*32x24"),
     "colmap fisheye": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
         struct.pack("<QiiQQ8d", 1, 7, 5, 32, 24, *[1.0] * 8))), "OPENCV_FISHEYE.*undistort"),

@@ -5,13 +5,12 @@ Paper   He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", for 
 In      the training rooms (split "train" of --rooms built-in rooms, written to --scene_dir). Validation rooms are not seen.
 Out     tiny/*.safetensors (fp16), and the tables of tiny/README.md.
 Run     python tiny/train.py vit                 makes the ViT
-        python tiny/train.py mvsplat             makes MVSplat; a killed run goes on where it was
+        python tiny/train.py mvsplat             makes MVSplat; a killed run goes on with --resume
         python tiny/train.py mvsplat --probe     only measures the weights that are here
 Not     3D in the ViT: it is trained without pose, depth, mask or label; the probes alone read them.
 """
 import argparse
 import importlib
-import io
 import math
 import sys
 from pathlib import Path
@@ -19,11 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat"))
+data, lift, splat, distill = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat", "04_distill"))
 
 # ------------------------------------------------------------------------------------------------ ViT
 
@@ -86,30 +86,32 @@ def random_crop(images, generator):  # (B, 3, H, W): one window of 50 to 100 % o
     return crop
 
 
-def train_vit(scenes, steps, batch, lr, seed):
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+def warm_up_and_cosine(step, steps, warm=200, least=0.0):  # the share of the peak learning rate
+    return min((step + 1) / warm, least + (1 - least) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def train_vit(args, scenes):
+    """8,000 steps of 32 images by default. A run that was killed goes on with --resume."""
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
     images = torch.stack([(s.view(i).image * 255).byte() for s in tqdm(scenes, desc="rooms") for i in range(len(s))])
     model = MaskedAutoencoder(initialise(lift.VisionTransformer(**TINY)))
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    optimiser = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
-                                   {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}], lr, betas=(0.9, 0.95))
-    warm = lambda step: min((step + 1) / 200, 0.5 * (1 + math.cos(math.pi * step / steps)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warm)
-    bar = tqdm(range(steps), desc="masked autoencoder", mininterval=5)
-    average = None
-    for _ in bar:
-        picked = images[torch.randint(len(images), (batch,), generator=generator)].float() / 255
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95))
+    run = distill.Run(args, {"vit": (model, dict(model.named_parameters()))}, optimiser, generator, name="masked autoencoder")
+    for step in run:
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * warm_up_and_cosine(step, args.max_steps)
+        picked = images[torch.randint(len(images), (32,), generator=generator)].float() / 255
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(random_crop(picked, generator), generator)
+        run.check(loss.item(), "this batch of rooms")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        schedule.step()
-        average = loss.item() if average is None else 0.99 * average + 0.01 * loss.item()
-        bar.set_postfix(loss=f"{average:.4f}")
-    return model.vit
+        run.log(loss=loss.item())
+    return model.vit.eval()
 
 
 @torch.no_grad()
@@ -145,15 +147,16 @@ def probe(vit, train_scenes, val_scenes):
     def gather(scenes):
         return [torch.cat([t.flatten(0, 1) for t in column]) for column in zip(*map(tokens_of, scenes))]
 
+    classes = len(train_scenes[0].class_names)
     x, depth, normal, label = gather(train_scenes)
     mean, std = x.mean(0), x.std(0) + 1e-6
-    heads = [ridge((x - mean) / std, y) for y in (depth[:, None].log(), normal, F.one_hot(label, len(data.CLASSES)))]
+    heads = [ridge((x - mean) / std, y) for y in (depth[:, None].log(), normal, F.one_hot(label, classes))]
     x, depth, normal, label = gather(val_scenes)
     log_depth, normals, scores = (F.pad((x - mean) / std, (0, 1), value=1.0).double() @ head for head in heads)
     guess = log_depth[:, 0].exp()
     angle = (F.normalize(normals, dim=1) * normal).sum(1).clamp(-1, 1).acos().rad2deg()
     iou = [((scores.argmax(1) == c) & (label == c)).sum() / ((scores.argmax(1) == c) | (label == c)).sum().clamp_min(1)
-           for c in range(len(data.CLASSES)) if (label == c).any()]
+           for c in range(classes) if (label == c).any()]
     return ((guess - depth).square().mean().sqrt().item(), ((guess - depth).abs() / depth).mean().item(),
             angle.square().mean().sqrt().item(), 100 * torch.stack(iou).mean().item(), 100 * matching(vit, val_scenes))
 
@@ -199,92 +202,87 @@ def candidate_loss(probability, depth, near, far):
     return -((1 - share) * log.gather(1, low) + share * log.gather(1, low + 1))[:, 0]
 
 
-def matching_loss(net, images, depth, K, c2w, near, far):
+def matching_loss(net, images, depth, K, c2w, far):
     """Stage 1, the quarter-resolution half alone: the true depth should stand out in the raw cost volume where both views
     see it, and in the refined one everywhere."""
     D = net.config.num_depth_candidates
     with torch.autocast("cpu", torch.bfloat16):
-        _, _, volume, probability = net.match(images, K, c2w, torch.linspace(1 / far, 1 / near, D).expand(2, D))
+        _, _, volume, probability = net.match(images, K, c2w, torch.linspace(1 / far, 1, D).expand(2, D))
     low = F.interpolate(depth[:, None], scale_factor=0.25, mode="nearest")[:, 0]
-    seen = torch.stack([splat.covisible(low, K / K.new_tensor([4, 4, 1])[:, None], c2w, v) for v in (0, 1)])
-    raw = candidate_loss(volume.softmax(1), low, near, far)[seen].mean() if seen.any() else volume.sum() * 0
-    return 0.3 * raw + candidate_loss(probability.float(), low, near, far).mean()
+    seen = torch.stack([distill.covisible_pixels(low, K / K.new_tensor([4, 4, 1])[:, None], c2w, v) for v in (0, 1)])
+    raw = candidate_loss(volume.softmax(1), low, 1.0, far)[seen].mean() if seen.any() else volume.sum() * 0
+    return 0.3 * raw + candidate_loss(probability.float(), low, 1.0, far).mean()
 
 
-def gaussian_loss(net, images, depth, K, c2w, near, far, photometric):
-    """Stage 2: log depth of the two contexts. Stage 3: mostly the third view, splatted once with the contexts' pixel colours
-    (as features are lifted) and once with the network's own, where a context sees it."""
+def gaussian_loss(net, images, depth, K, c2w, far, photometric):
+    """Stage 2: the log depth of the two contexts. Stage 3: mostly the third view, splatted with the contexts' pixel colours (as
+    features are lifted) where a context sees it."""
     with torch.autocast("cpu", torch.bfloat16):
-        g = net(images[:2], K[:2], c2w[:2], near, far, harmonics=True)
+        g = net(images[:2], K[:2], c2w[:2], 1.0, far)
     H, W = images.shape[-2:]
-    loss = splat.log_depth_error(g, depth[:2], c2w[:2])
+    loss = distill.log_depth_error(g, depth[:2], c2w[:2])
     if not photometric:
         return loss
-    colours = torch.cat([images[:2].permute(0, 2, 3, 1).reshape(-1, 3), 0.5 + splat.SH_C0 * g.features], 1)  # degree 0: no direction
+    colours = images[:2].permute(0, 2, 3, 1).reshape(-1, 3)
     render = splat.rasterize(g.means, g.covariances, g.opacities, colours, torch.linalg.inv(c2w[2]), K[2], H, W)
-    seen, truth, loss = splat.covisible(depth, K, c2w), images[2], 0.1 * loss
-    for image in render.features.permute(2, 0, 1).split(3):
-        mse, structure = splat.photometric(image, truth, seen)
-        loss = loss + 5 * mse + 0.1 * structure
-    return loss
+    mse, structure = distill.photometric(render.features.permute(2, 0, 1), images[2], distill.covisible_pixels(depth, K, c2w))
+    return 0.1 * loss + 5 * mse + 0.1 * structure
 
 
-def train_mvsplat(scenes, steps, batch, lr, seed, aside):
-    """Stage 1 for 40 of 75 parts of the steps, stage 2 for 13, stage 3 for 22. Saved in `aside` every 500 steps; a killed run goes
-    on from there."""
-    torch.manual_seed(seed)
+def stage_of(step, steps):  # 1 for 40 of 75 parts of the steps, 2 for 13, 3 for 22
+    return 1 + (step >= steps * 40 / 75) + (step >= steps * 53 / 75)
+
+
+def train_mvsplat(args, scenes):
+    """7,500 steps of two triplets by default. A run that was killed goes on with --resume."""
+    torch.manual_seed(args.seed)
     net = lift.MVSplat(lift.MVSplatConfig.tiny)
-    images, depth, K, c2w = rooms_in_memory(scenes)
-    optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.01, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / 200, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1, step / steps)))))
-    parts, begin = {"net": net, "optimiser": optimiser, "schedule": schedule}, 0
-    if aside.exists():
-        saved = torch.load(aside, weights_only=True)
-        begin = saved.pop("step")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    bar = tqdm(range(begin, steps), desc="mvsplat", initial=begin, total=steps, mininterval=5)
-    for step in bar:
-        generator = torch.Generator().manual_seed(10**6 * seed + step)
-        stage = 1 + (step >= steps * 40 / 75) + (step >= steps * 53 / 75)
+    rooms = rooms_in_memory(scenes)
+    optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.01, betas=(0.9, 0.95))
+    run = distill.Run(args, {"mvsplat": (net, dict(net.named_parameters()))}, optimiser, name="mvsplat")
+    for step in run:
+        stage, generator = stage_of(step, args.max_steps), torch.Generator().manual_seed(10**6 * args.seed + step)
+        optimiser.param_groups[0]["lr"] = 1e-3 * warm_up_and_cosine(step, args.max_steps, least=0.02)
         optimiser.zero_grad(set_to_none=True)
-        for _ in range(batch):
-            s = int(torch.randint(len(scenes), (1,), generator=generator))
-            pick = list(data.sample_triplet(scenes[s], generator))
-            shrink, stretch = torch.rand(2, generator=generator).tolist()  # other depth ranges than the exact ones, too
-            near, far = scenes[s].depth_range
-            near, far = near * (0.7 + 0.3 * shrink), far * (1 + 0.5 * stretch)
-            poses = c2w[s, pick].clone()
-            poses[:, :3, 3] /= near  # the unit is the nearest depth, as in `mvsplat_gaussians`
-            sample = images[s, pick].float() / 255, depth[s, pick] / near, K[s, pick], poses
-            loss = (matching_loss(net, *(x[:2] for x in sample), 1.0, far / near) if stage == 1
-                    else gaussian_loss(net, *sample, 1.0, far / near, stage == 3))
-            (loss / batch).backward()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        if norm.isfinite():
-            optimiser.step()
-        schedule.step()
-        bar.set_postfix(stage=stage, loss=f"{loss.item():.3f}")
-        if (step + 1) % 500 == 0 or step + 1 == steps:
-            buffer = io.BytesIO()
-            torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}, buffer)
-            lift.write_whole(aside, buffer.getvalue())
+        for _ in range(2):
+            *sample, far = draw_sample(scenes, rooms, generator)
+            if stage == 1:
+                loss = matching_loss(net, *(x[:2] for x in sample), far)
+            else:
+                loss = gaussian_loss(net, *sample, far, photometric=stage == 3)
+            (loss / 2).backward()
+        run.check(loss.item(), "these triplets")
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimiser.step()
+        run.log(loss=loss.item(), stage=stage)
     return net.eval()
+
+
+def draw_sample(scenes, rooms, generator):
+    """-> images (3, 3, H, W), depth (3, H, W), K, c2w of a triplet, in units of its nearest depth, and the farthest depth."""
+    images, depth, K, c2w = rooms
+    s = int(torch.randint(len(scenes), (1,), generator=generator))
+    pick = list(data.sample_triplet(scenes[s], generator))
+    shrink, stretch = torch.rand(2, generator=generator).tolist()  # depth ranges that are wider than the true one are seen, too
+    near, far = scenes[s].depth_range
+    near, far = near * (0.7 + 0.3 * shrink), far * (1 + 0.5 * stretch)
+    poses = c2w[s, pick].clone()
+    poses[:, :3, 3] /= near
+    return images[s, pick].float() / 255, depth[s, pick] / near, K[s, pick], poses, far / near
 
 
 @torch.no_grad()
 def compare_geometries(net, scenes):
     """-> {geometry: means over one triplet a scene}: depth AbsRel and share of pixels within 10 % (context views, all pixels);
     PSNR of the target where a context sees it, with the contexts' pixel colours (uncovered black), share covered, PSNR there."""
-    rows = {"mvsplat": [], "sweep": [], "depth": []}
+    rows = {"mvsplat": [], "depth": []}
     for n, scene in enumerate(scenes):
         views = [scene.view(i) for i in data.sample_triplet(scene, torch.Generator().manual_seed(n))]
         images, depth, K, c2w = (torch.stack([getattr(v, key) for v in views]) for key in ("image", "depth", "K", "c2w"))
         context, size, truth = (images[:2], K[:2], c2w[:2], *scene.depth_range), depth.shape[1:], images[2].permute(1, 2, 0)
-        seen = splat.covisible(depth, K, c2w)
-        for name, g in (("mvsplat", lift.mvsplat_gaussians(net, *context)), ("sweep", lift.sweep_gaussians(*context)),
-                        ("depth", lift.depth_gaussians(depth[:2], K[:2], c2w[:2]))):
+        seen = distill.covisible_pixels(depth, K, c2w)
+        measured = lift.depth_gaussians(depth[:2], K[:2], c2w[:2])
+        for name, g in (("mvsplat", lift.mvsplat_gaussians(net, *context)), ("depth", measured)):
             error = (lift.view_depth(g, c2w[:2], *size) - depth[:2]).abs() / depth[:2]
             colours = images[:2].permute(0, 2, 3, 1).reshape(-1, 3)
             render = splat.rasterize(g.means, g.covariances, g.opacities, colours, torch.linalg.inv(c2w[2]), K[2], *size)
@@ -299,7 +297,7 @@ def compare_geometries(net, scenes):
 def make_mvsplat(args, train_scenes, val_scenes):
     out = ROOT / "tiny" / "mvsplat.safetensors"
     if not args.probe:
-        net = train_mvsplat(train_scenes, args.steps or 7500, 2, 1e-3, args.seed, Path(args.scene_dir).parent / "mvsplat.ckpt")
+        net = train_mvsplat(args, train_scenes)
         lift.save_tensors(out, {key: value.half() for key, value in net.state_dict().items()})
     print("| geometry | AbsRel | within 10 % | PSNR | covered % | PSNR where covered |\n|---|---|---|---|---|---|")
     for name, values in compare_geometries(lift.load_mvsplat(out), val_scenes).items():
@@ -314,10 +312,9 @@ def make_vit(args, train_scenes, val_scenes):
     torch.manual_seed(args.seed)
     untrained = initialise(lift.VisionTransformer(**TINY)).eval()
     if not args.probe:
-        vit = standardise(train_vit(train_scenes, args.steps or 8000, 32, 1e-3, args.seed).eval(), train_scenes)
-        aside = Path(args.scene_dir).parent / "vit"
-        lift.save_vit(vit, aside)
-        lift.save_tensors(out, {key: value.half() for key, value in lift.load_file(aside / "model.safetensors").items()})
+        vit, aside = standardise(train_vit(args, train_scenes), train_scenes), Path(args.out) / "vit"
+        lift.save_vit(vit, aside)  # names of Hugging Face's layout, which load_vit recognises
+        lift.save_tensors(out, {key: value.half() for key, value in load_file(aside / "model.safetensors").items()})
     print("| weights | depth RMSE m | AbsRel | normal RMSE deg | mIoU % | correspondence % |\n|---|---|---|---|---|---|")
     for name, vit in (("random", untrained), ("tiny", lift.load_vit(out))):
         print("| {} | {:.2f} | {:.3f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *probe(vit, train_scenes[:120], val_scenes)))
@@ -327,15 +324,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Train the tiny ViT or the tiny MVSplat on the training rooms, and measure it.")
     parser.add_argument("what", choices=("vit", "mvsplat"))
     parser.add_argument("--scene_dir", default="out/tiny/rooms", help="where the rooms are, or are written")
-    parser.add_argument("--rooms", type=int, default=400)
-    parser.add_argument("--steps", type=int, help="default: 8000 for vit, 7500 for mvsplat")
+    parser.add_argument("--rooms", type=data.positive, default=400)
+    parser.add_argument("--out", help="the run's folder; default out/tiny/vit or out/tiny/mvsplat")
+    parser.add_argument("--max_steps", type=data.positive, help="default: 8000 for vit, 7500 for mvsplat")
+    parser.add_argument("--save_minutes", type=float, default=2.0, help="between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe", action="store_true", help="measure the existing weights instead of making new ones")
     args = parser.parse_args(argv)
-    data.make_rooms(args.scene_dir, args.rooms)
-    scenes = data.load_scenes(args.scene_dir)
-    make = make_vit if args.what == "vit" else make_mvsplat
-    make(args, data.split(scenes, "train"), data.split(scenes, "val"))
+    args.device, args.out = "cpu", args.out or f"out/tiny/{args.what}"
+    args.max_steps = args.max_steps or {"vit": 8000, "mvsplat": 7500}[args.what]
+    with data.explained(args, f"`--resume --out {args.out}` goes on from the last checkpoint"):
+        data.make_rooms(args.scene_dir, args.rooms)
+        scenes = data.load_scenes(args.scene_dir)
+        make = make_vit if args.what == "vit" else make_mvsplat
+        make(args, data.split(scenes, "train"), data.split(scenes, "val"))
 
 
 if __name__ == "__main__":
