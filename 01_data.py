@@ -436,7 +436,7 @@ def checked_scene(name, folder, frames, extra, skip_bad_frames):
     return scene
 
 
-# ---------------------------------------------------------------------------------------------- does a frame fit its files?
+# ------------------------------------------------------------------------------------------ does a frame fit its files?
 
 
 def problem_of(frame, thorough=False):
@@ -453,8 +453,8 @@ def problem_of(frame, thorough=False):
 
 
 def fit_camera(frame, stored):
-    """Makes size and K of a frame those of its picture, which is `stored` (H, W) in its file, if its camera is for another
-    size of it or, by EXIF, another orientation. -> what is wrong, or None"""
+    """Makes size and K of a frame those of its picture, which is `stored` (H, W), if its camera is for another size of it
+    or, by EXIF, another orientation. -> what is wrong, or None"""
     (height, width), declared = stored, frame.size or centred_size(frame, stored)
     guessed = frame.size is None and declared is not None
     frame.size = stored
@@ -664,7 +664,7 @@ def left_out(paths):  # -> sentences that count the pictures among `paths` that 
 
 
 def folders_not_read(folder, frames):
-    """Sentences that name folders which seem to hold maps that some frame lacks, but have other names than those read."""
+    """Sentences that name folders which seem to hold maps that some frame lacks, but are not called as they are here."""
     words = dict(depth=["depth"], mask=["mask", "instance", "segment"], normal=["normal"], label=["label", "semantic"])
     lacking = [word for kind in MAPS if any(getattr(f, kind) is None for f in frames) for word in words[kind]]
     homes = {frame.image.parent.parent for frame in frames} | {folder}
@@ -1191,7 +1191,7 @@ def read_image(frame, size) -> Tensor:
     """
     scale, box = covering_crop(frame.size, size)
     more = scale * min(4, max(2, math.sqrt(2e6 / (size[0] * size[1]))))
-    work = tuple(math.ceil(more * side) for side in frame.size) if more < 1 else frame.size  # (H, W) of the whole picture
+    work = tuple(math.ceil(more * side) for side in frame.size) if more < 1 else frame.size  # (H, W) of all of it
     image, shrunk = decode_small(frame, work)  # image pixels = stored pixels * shrunk
     if is_distorted(frame):
         image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
