@@ -9,8 +9,8 @@ Run    python 03_splat.py             held-out views, splatted from two others, 
 Copy   this file alone for part 1; the commands need 01_data.py 02_lift.py and --mvsplat tiny its weights.
 Read   Render rasterize_plainly; divide_by_alpha semantic_blend splat_to_tokens; project BlockLists polynomial
        front_to_back walk Composite rasterize; splat_operator
-Try    @TRY1
-       @TRY2
+Try    set DILATION to 0.0001: by measured depth psnr 22.6 -> 27.6, since what blurs thin splats blurs the picture too
+       --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6, since the same blur is half as wide on finer views
 Not    no view-dependent colour (one row of features a Gaussian, the same from all sides), no second derivatives.
 Words  G Gaussians, C channels, H W pixels, N = h*w tokens. alpha_k: how much of the light Gaussian k stops at a pixel;
        T_k = (1 - alpha_1) ... (1 - alpha_{k-1}): the light that is left for it; w_k = alpha_k T_k: its weight there.
@@ -178,18 +178,18 @@ def over_valid_taps(
 
 
 # ------------------------------------------------------------------------------------------------ 3. Why that is too slow, and what helps
-# Every Gaussian at every pixel is the product of two large numbers. `rasterize` comes to the same result by four tricks.
-# What each one brings, on one core of the machine in docs/speed.md (`python tests/bench.py --section tricks`):
-#   @T1
-#   1. Blocks with lists. A Gaussian reaches a few pixels only. The view is cut into blocks of 8x8 pixels, and each block
-#      goes down a list of the Gaussians that reach it, nearest first, until its light is used up.    @T2
-#   2. log2 alpha is a quadratic polynomial in the position of the pixel, six numbers for a Gaussian and a block. One
-#      matrix product evaluates it at all pixels of all blocks, exp2 is the only function left, and the light is
-#      taken off in place.                                                                            @T3
-#   3. Weights once, then all channels in one matrix product: (P x S) weights times (S x C) features.  @T4
-#   4. Nothing is kept for the backward pass but inputs and images; it walks down the same lists again. @T5
-# The first is `BlockLists`, the second `polynomial` and `front_to_back`, the third and fourth `Composite`. Memory stays
-# bounded because `walk` takes only as many blocks at a time as max_elements allows, CHUNK Gaussians of each in a step.
+# The definition visits every Gaussian at every pixel: 36 s for a view of 73x110 pixels and 16,000 Gaussians, of which
+# `rasterize` makes 0.05 s, with the same result. It has four tricks. Each number is the time without the trick over the
+# time with it, on one core (python tests/bench.py --section tricks; docs/speed.md):
+#   1. Blocks with lists, 87 times. A Gaussian reaches few pixels. The view is cut into blocks of 8x8 pixels, and each goes
+#      down its own list of the Gaussians that reach it, nearest first, until its light is used up (`BlockLists`, `walk`).
+#   2. log2 alpha is a polynomial of second degree in the pixel's position, so one matrix product evaluates it at all
+#      pixels of all blocks, 2.8 times (`polynomial`); the light is then taken off in place, 3.8 times (`front_to_back`).
+#   3. Weights once, then all channels in one matrix product, instead of geometry again for every few channels: 6.7 times
+#      for 384 channels against 32 a pass (`all_channels`).
+#   4. For the backward pass nothing is kept but inputs and images; it walks down the lists again. 3.3 times, and 140 MB
+#      where autograd keeps 870 MB (`Composite`, `gradients`).
+# Memory is bounded because a walk takes only so many blocks at a time, CHUNK Gaussians of each in a step.
 
 
 def rasterize(
@@ -476,28 +476,45 @@ def where_positive_(x: Tensor, by: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(x, by, 0.0, grad_input=x)
 
 
-class Precision:  # who is inside `full_precision`, and what was set outside
-    lock, users, outside = threading.Lock(), 0, "none"
+class Precision:  # how many threads are inside `full_precision`, and what was set outside
+    lock, inside, outside = threading.Lock(), 0, None
 
 
 @contextmanager
 def full_precision(device: torch.device):
     """Matrix products in whole float32, whatever is set outside: under bfloat16 autocast log2 alpha would be off by whole
-    units, and TF32 on a GPU moves alpha by up to 0.01. The setting of TF32 is one for the process, so the first thread
-    to come in changes it, and the last one to leave puts it back."""
+    units, and TF32 on a GPU moves alpha by up to 0.01. There is one setting of TF32 for the whole process, so the first
+    thread to come in changes it, and the last one to leave puts it back."""
     matmul, count = torch.backends.cuda.matmul, int(device.type == "cuda")
     with Precision.lock:
-        if count and not Precision.users:
-            Precision.outside, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-        Precision.users += count
+        if count and not Precision.inside:
+            Precision.outside, matmul.allow_tf32 = matmul_precision(), False
+        Precision.inside += count
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         with Precision.lock:
-            Precision.users -= count
-            if count and not Precision.users:
-                matmul.fp32_precision = Precision.outside
+            Precision.inside -= count
+            if count and not Precision.inside:
+                restore_matmul_precision(*Precision.outside)
+
+
+def matmul_precision() -> tuple[str | None, str]:
+    """PyTorch has two settings for matrix products: the older one, None where it cannot be read, and the newer one."""
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer one alone was used, and the two disagree
+        older = None
+    return older, torch.backends.cuda.matmul.fp32_precision
+
+
+def restore_matmul_precision(older: str | None, newer: str) -> None:
+    if older == "medium":
+        torch.set_float32_matmul_precision(older)
+    elif older:
+        torch.backends.cuda.matmul.allow_tf32 = older == "high"
+    torch.backends.cuda.matmul.fp32_precision = newer
 
 
 def check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements):
@@ -1124,6 +1141,8 @@ def show(scenes, args) -> None:
     baseline = mean.pop("mean colour")
     answer = ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
     print(f"psnr where all cover the target: {answer} (mean colour {baseline:.1f})  ->  {path}")
+    if warning := warning_of([(score["mvsplat"], score["mean colour"]) for score in scores]):
+        print(warning)
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -1132,7 +1151,7 @@ def show(scenes, args) -> None:
 def parse(argv):
     data, _ = companions()
     parser = argparse.ArgumentParser(description="Splat two views into a third: a picture of held-out triplets, or a flight.")
-    data.scene_flags(parser, "out/03_splat")
+    data.scene_flags(parser, "out/03_splat", view_memory=0)
     parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny', a published name, a file or folder")
     parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights: 'tiny', re10k.ckpt, or what 04 has fine-tuned")
     parser.add_argument("--flight", action="store_true", help="fly between two views of a held-out scene, as an animated picture")
