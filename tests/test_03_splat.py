@@ -787,19 +787,19 @@ print(float((here(x @ x) - here(x) @ here(x)).abs().max()))  # the pretended GPU
     assert found[2] is False and found[5] is True and found[6] > 1e-4
 
 
-@pytest.mark.parametrize("setting", ["highest", "high", "medium", "newer"])
-def test_the_setting_of_tf32_is_put_back(setting):
-    program = f"""if True:
+def test_the_setting_of_tf32_is_put_back():
+    program = """if True:
         import importlib, torch
-        splat = importlib.import_module("03_splat")
-        if {setting!r} == "newer":
-            torch.backends.cuda.matmul.fp32_precision = "tf32"
-        else:
-            torch.set_float32_matmul_precision({setting!r})
-        before = splat.matmul_precision()
-        with splat.full_precision(torch.device("cuda")), splat.full_precision(torch.device("cuda")):
-            assert not torch.backends.cuda.matmul.allow_tf32 and torch.backends.cuda.matmul.fp32_precision == "ieee"
-        assert splat.matmul_precision() == before and before[0] == (None if {setting!r} == "newer" else {setting!r})"""
+        splat, matmul, gpu = importlib.import_module("03_splat"), torch.backends.cuda.matmul, torch.device("cuda")
+        for setting in ("high", "medium", "highest", None):
+            if setting:
+                torch.set_float32_matmul_precision(setting)
+            else:
+                matmul.fp32_precision = "tf32"
+            before = splat.matmul_precision()
+            with splat.full_precision(gpu), splat.full_precision(gpu):
+                assert not matmul.allow_tf32 and matmul.fp32_precision == "ieee"
+            assert splat.matmul_precision() == before and before[0] == setting"""
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=HERE.parent, check=True)
 
 
