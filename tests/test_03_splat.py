@@ -4,6 +4,8 @@ operator against the dense path, and the scenes that break rasterisers."""
 import importlib
 import math
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -707,3 +709,109 @@ def test_ply(tmp_path):
     none = SimpleNamespace(means=means[:0], covariances=cov[:0], opacities=opacities[:0])
     splat.save_ply(tmp_path / "none.ply", none, colours[:0])
     assert read_ply(tmp_path / "none.ply").shape == (0, 17)
+
+
+# ------------------------------------------------------------------------------------------------ on a pretended GPU
+
+PRETENDED = """
+import importlib, sys
+sys.path[:0] = sys.argv[1:]
+import fake_cuda, torch
+splat, t = importlib.import_module("03_splat"), importlib.import_module("test_03_splat")
+installed = fake_cuda.install()
+there = lambda x: x.to("cuda") if isinstance(x, torch.Tensor) else x
+here = lambda x: x.inner if isinstance(x, fake_cuda.FakeCuda) or isinstance(x, fake_cuda.FakeSparse) else x
+
+class Options(dict):  # rounds as TF32 does wherever torch is set to allow it
+    __getitem__ = lambda self, name: name == "tf32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+fake_cuda.OPTIONS = Options()
+steps, walk = [], splat.walk
+splat.walk = lambda *a, **k: (steps.append(1) or step for step in walk(*a, **k))
+"""
+
+
+def pretended(program):
+    """Runs a program where torch believes in a GPU, and returns what it prints."""
+    if not (SHARED / "tools" / "fake_cuda.py").exists():
+        pytest.skip(f"{SHARED / 'tools' / 'fake_cuda.py'}, which pretends to be a GPU, is not here")
+    command = [sys.executable, "-W", "ignore", "-c", PRETENDED + program, *map(str, (SHARED / "tools", HERE, HERE.parent))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [eval(line) for line in done.stdout.splitlines()]
+
+
+def test_how_often_a_gpu_is_waited_for():
+    found = pretended("""
+for C, height, width in ((3, 40, 50), (100, 40, 50), (3, 24, 30)):
+    inputs = t.reference.pixel_aligned(40, 50, C) if height == 40 else t.scene(2000, C, dtype=torch.float32)
+    inputs = [there(x.detach()).requires_grad_() for x in inputs]
+    for call in ("forward", "backward"):
+        steps.clear()
+        with fake_cuda.watch() as seen:
+            if call == "forward":
+                r = splat.rasterize(*inputs, height, width)
+            else:
+                (r.features.sum() + r.depth.sum()).backward()
+        print((sum(seen.syncs.values()), len(steps)))
+s = t.lifted(61, 83, (7, 10), dtype=torch.float32)
+for mask in (s["mask"], None):
+    with fake_cuda.watch() as seen:
+        splat.splat_operator(**{name: there(value) for name, value in {**s, "mask": mask}.items()})
+    print((sum(seen.syncs.values()), 0))
+""")
+    for waits, steps in found[:6]:
+        assert 0 < steps and waits <= 6 + -(-steps // 8)
+    assert found[6][0] <= 19 and found[7][0] <= 12
+
+
+def test_a_gpu_gives_what_the_cpu_gives_whatever_is_set_for_its_products():
+    found = pretended("""
+inputs, s = t.scene(300, 70, seed=6, dtype=torch.float32), t.lifted(40, 56, (5, 7), dtype=torch.float32)
+cpu = t.gradients(splat.rasterize, inputs, 24, 30)
+operator = splat.splat_operator(**s)
+for allowed in (False, True):
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    leaves = [there(x).requires_grad_() for x in inputs]
+    r = splat.rasterize(*leaves, 24, 30)
+    g = torch.Generator().manual_seed(1)
+    sum((there(torch.randn(x.shape, generator=g)) * x).sum() for x in r).backward()
+    print(max(float((here(a) - b).norm() / b.norm()) for a, b in zip([*r, *(x.grad for x in leaves)], [*cpu[0], *cpu[1]])))
+    on_gpu = splat.splat_operator(**{name: there(value) for name, value in s.items()})
+    print(max(float((here(a).to_dense() - b.to_dense()).abs().max()) for a, b in zip(on_gpu[:3], operator)))
+    print(torch.backends.cuda.matmul.allow_tf32)
+torch.backends.cuda.matmul.allow_tf32, x = True, there(torch.rand(9, 9))
+print(float((here(x @ x) - here(x) @ here(x)).abs().max()))  # the pretended GPU does round
+""")
+    assert max(found[0], found[3]) < 2e-5 and max(found[1], found[4]) < 1e-6
+    assert found[2] is False and found[5] is True and found[6] > 1e-4
+
+
+def test_the_setting_of_tf32_is_put_back():
+    program = """if True:
+        import importlib, torch
+        splat, matmul, gpu = importlib.import_module("03_splat"), torch.backends.cuda.matmul, torch.device("cuda")
+        for setting in ("high", "medium", "highest", None):
+            if setting:
+                torch.set_float32_matmul_precision(setting)
+            else:
+                matmul.fp32_precision = "tf32"
+            before = splat.matmul_precision()
+            with splat.full_precision(gpu), splat.full_precision(gpu):
+                assert not matmul.allow_tf32 and matmul.fp32_precision == "ieee"
+            assert splat.matmul_precision() == before and before[0] == setting"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=HERE.parent, check=True)
+
+
+# ------------------------------------------------------------------------------------------------ can this geometry carry?
+
+
+def test_a_geometry_that_does_not_carry_is_named(rooms):
+    t = splat.load_triplet(rooms[0], data.sample_triplet(rooms[0], torch.Generator().manual_seed(0)), (96, 128), "cpu")
+    good = splat.geometry_carries(*splat.reconstruct("depth", t), t)
+    crooked = t._replace(c2w=t.c2w[[2, 1, 0]], depth=t.depth[[1, 0, 2]])
+    bad = splat.geometry_carries(*splat.reconstruct("depth", crooked), crooked)
+    behind = t._replace(c2w=torch.cat([t.c2w[:2], t.c2w[2:] @ torch.diag(torch.tensor([-1.0, 1, -1, 1]))]))
+    unseen = splat.geometry_carries(*splat.reconstruct("depth", t), behind)
+    assert good[0] > good[1] + 3 and bad[0] < bad[1] and unseen[0] < unseen[1] + 1
+    assert splat.warning_of([good]) is None and "in 1 of 2 triplets" in splat.warning_of([good, bad])
