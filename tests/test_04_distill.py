@@ -918,6 +918,17 @@ def test_measured_depth_is_the_best_geometry_and_has_no_error(sample):
     assert judge("depth", bent)["PSNR"] < best["PSNR"] - 1
 
 
+def test_geometry_that_carries_nothing_is_said_to(rooms, sample, capsys):
+    source = source_of(rooms, "--geometry", "depth", "--pixels", 3072)
+    bent = sample._replace(depth=sample.depth * torch.tensor([2, 0.5, 1])[:, None, None])
+    assert distill.picture_gain(source, sample) > 3 > 0 > distill.picture_gain(source, bent)
+    distill.judged_triplets(source, [place_of(rooms)])
+    assert "poor" not in capsys.readouterr().out
+    with mock.patch.object(splat, "load_triplet", lambda *_: bent._replace(masks=0 * bent.depth.long())):
+        distill.judged_triplets(source, [place_of(rooms)])
+    assert "the geometry is poor: held-out views, splatted in colour, are " in capsys.readouterr().out
+
+
 def test_without_depth_the_whole_view_counts(sample):
     where = lambda depth: distill.judged_pixels(sample._replace(depth=depth))
     assert where(None).all() and not where(sample.depth).all()
