@@ -6,11 +6,15 @@ In      two posed context images, their instance masks or superpixels; measured 
 Out     patch tokens (B, N, C); one Gaussian a pixel (G = V*H*W); features of every pixel (H, W, C).
 Run     python 02_lift.py     held-out rooms: depth and features as pictures, Gaussians as .ply files; 5 s on 2 cores
         python 02_lift.py --scene_dir photos/ --model dinov2_vits14 --mvsplat re10k.ckpt     published weights
-Copy    02_lift.py alone; its command needs 01_data.py and 03_splat.py too. The built-in weights are in tiny/.
+Copy    02_lift.py alone; its command needs 01_data.py and 03_splat.py too, `tiny` its weights in tiny/vit.safetensors
+        and tiny/mvsplat.safetensors.
 Read    Gaussians, pixel_rays, upscale_weights, mask_aware_upscale, depth_gaussians, VisionTransformer, Block,
         Attention, MVSplat.forward, FeatureCNN, MultiViewTransformer, WindowAttention, cost_volume, UNet,
         gaussian_adapter, mvsplat_gaussians
-Try     TODO
+Try     Four held-out pairs of rooms; MVSplat's mean error of depth is 6.5 %, one plane at the median depth has 25.9 %.
+        --near 0.3 --far 20: the D candidate depths spread over far more than a room, 12.7 %.
+        --pixels 3072: half the resolution, 10.5 %; --pixels 49152: twice the resolution, 6.4 %.
+        In MVSplat.forward, `disparity` in place of `disparity + delta` (no step 4): 9.2 %.
 Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT.
 Words   F_low tokens, F_high features of the pixels, w_uv upscaling weights; mu, Sigma, alpha: mean, covariance and
         opacity of a Gaussian; V views, C channels, D candidate depths, h x w the small grid of tokens or features.
@@ -139,6 +143,7 @@ def depth_gaussians(
     opacity=0.95,
     spread=0.35,  # standard deviation in pixels: 0.6 blurs a novel view (2 dB less PSNR), 0.3 opens holes in it
 ) -> Gaussians:
+    """One flat Gaussian a pixel, on the surface that the depth maps show."""
     parts = []
     for z, k, pose in zip(depth, K, c2w):
         known, rays = z > 0, pixel_rays(k, *z.shape)
@@ -413,7 +418,9 @@ class WindowAttention(nn.Module):
             mixed = F.scaled_dot_product_attention(query, key, value)
             message[:, rows, cols] = mixed.view_as(q[:, rows, cols])
         message = self.norm1(self.merge(message))
-        return x + (self.norm2(self.mlp(torch.cat([x, message], -1))) if hasattr(self, "mlp") else message)
+        if hasattr(self, "mlp"):
+            message = self.norm2(self.mlp(torch.cat([x, message], -1)))
+        return x + message
 
 
 def windows(h, w, shifted):
@@ -882,7 +889,8 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
             if found != part.shape:
                 raise fault(path, f"{name} is {found}, but {tuple(part.shape)} was expected; give the whole "
                                   f"weights of one {kind}")
-            if stored[name].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            if part.is_floating_point() and stored[name].dtype not in floats:
                 raise fault(path, f"{name} is in {stored[name].dtype}; save it in float32, float16 or bfloat16")
             if not stored[name].isfinite().all():
                 raise fault(path, f"{name} has values that are not finite; copy it again, or give older ones")

@@ -104,7 +104,7 @@ def rasterize_plainly(
     return Render(image.to(dtype), total.to(dtype), depth.to(dtype))
 
 
-# ------------------------------------------------------------------------------- 2. From the rendered view to tokens
+# ------------------------------------------------------------------------------------------------ 2. From the rendered view to tokens
 
 
 def divide_by_alpha(render: Render) -> tuple[Tensor, Tensor]:
@@ -146,19 +146,6 @@ def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
     return index, torch.stack([first + 1 - centre, centre - first], 1)
 
 
-def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Along one side, all pixels of each patch: index (count, n), and the share of the patch that each fills."""
-    edge = torch.arange(count + 1, dtype=torch.float64) * size / count
-    low, high = edge[:-1, None], edge[1:, None]
-    index = low.floor() + torch.arange(math.ceil(size / count) + 1)
-    overlap = (torch.minimum(index + 1, high) - torch.maximum(index, low)).clamp(min=0)
-    used = (overlap > 1e-9).any(0)
-    return index[:, used].clamp(max=size - 1).long(), (overlap / overlap.sum(1, keepdim=True))[:, used]
-
-
-TAPS = {"bilinear": bilinear_taps, "area": area_taps}
-
-
 def splat_to_tokens(
     features: Tensor,  # (H, W, C)
     valid: Tensor,  # (H, W) bool
@@ -190,20 +177,25 @@ def over_valid_taps(
     return valid / total.clamp(min=0.5), valid
 
 
-# ---------------------------------------------------------------------------- 3. Why that is too slow, and what helps
-# @TRICKS
+# ------------------------------------------------------------------------------------------------ 3. Why that is too slow, and what helps
+# Every Gaussian at every pixel is the product of two large numbers. `rasterize` comes to the same result by four tricks.
+# What each one brings, on one core of the machine in docs/speed.md (`python tests/bench.py --section tricks`):
+#   @T1
+#   1. Blocks with lists. A Gaussian reaches a few pixels only. The view is cut into blocks of 8x8 pixels, and each block
+#      goes down a list of the Gaussians that reach it, nearest first, until its light is used up.    @T2
+#   2. log2 alpha is a quadratic polynomial in the position of the pixel, six numbers for a Gaussian and a block. One
+#      matrix product evaluates it at all pixels of all blocks, exp2 is the only function left, and the light is
+#      taken off in place.                                                                            @T3
+#   3. Weights once, then all channels in one matrix product: (P x S) weights times (S x C) features.  @T4
+#   4. Nothing is kept for the backward pass but inputs and images; it walks down the same lists again. @T5
+# The first is `BlockLists`, the second `polynomial` and `front_to_back`, the third and fourth `Composite`. Memory stays
+# bounded because `walk` takes only as many blocks at a time as max_elements allows, CHUNK Gaussians of each in a step.
 
 
 def rasterize(
-    means: Tensor,  # (G, 3) world
-    covariances: Tensor,  # (G, 3, 3) world
-    opacities: Tensor,  # (G,) in [0, 1]
-    features: Tensor,  # (G, C) float32 or float64, in which compositing is done and the result comes
-    w2c: Tensor,  # (4, 4)
-    K: Tensor,  # (3, 3) pixels
-    height: int,
-    width: int,
-    background: Tensor | None = None,  # (C,)
+    means: Tensor, covariances: Tensor, opacities: Tensor,  # as above
+    features: Tensor,  # (G, C) float32 or float64: the type of the compositing and of the result
+    w2c: Tensor, K: Tensor, height: int, width: int, background: Tensor | None = None,
     max_elements: int | None = None,  # by default 2^20, on a GPU 2^24
 ) -> Render:
     """What `rasterize_plainly` gives, value and gradient, fast and in bounded memory; any number of channels.
@@ -233,17 +225,8 @@ def rasterize(
     return Render(image, alpha[..., 0], depth[..., 0])
 
 
-# --------------------------------------------------------------------------------- 3a. Projection: one row a Gaussian
-
-
 def project(
-    means: Tensor,  # (G, 3) world
-    covariances: Tensor,  # (G, 3, 3) world
-    opacities: Tensor,  # (G,)
-    w2c: Tensor,
-    K: Tensor,
-    height: int,
-    width: int,
+    means: Tensor, covariances: Tensor, opacities: Tensor, w2c: Tensor, K: Tensor, height: int, width: int,
     dtype: torch.dtype,  # of the table
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All that the pixels need to know: a table (G, 8), the depth z (G,) and the box of reached pixels (4, G).
@@ -274,6 +257,295 @@ def project(
     pixel = mean.detach().round()
     columns = torch.stack([*pixel, *(mean - pixel), l11, -b / c * l11, l22, lo])
     return columns.T.to(dtype), z, reached_pixels(columns.detach(), height, width)
+
+
+def polynomial(
+    columns: Tensor,  # (8, S, B) of the table
+    centre: Tensor,  # (2, B) of the blocks, in pixels
+) -> Tensor:
+    """log2 alpha as a polynomial about a block's centre: coefficients (6, S, B) of the `monomials`."""
+    l11, l21, l22, lo = columns[4:]
+    dx, dy = centre[:, None] - columns[:2] - columns[2:4]  # from the mean to the centre
+    u, v = l11 * dx + l21 * dy, l22 * dy  # at a pixel: lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
+    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
+
+
+def front_to_back(
+    alpha: Tensor,  # (S, B, P), overwritten by the weights
+    light: Tensor,  # (B, P) T, overwritten by that behind the last Gaussian; 0 where the pixel has stopped
+) -> Tensor:
+    """The weights w_k = alpha_k T_k with T_{k+1} = T_k - w_k, and 0 from the Gaussian on at which a pixel stops."""
+    for w in alpha:
+        w.mul_(light)
+        light.sub_(w)
+        F.threshold_(light, MIN_LIGHT, 0.0)  # too little light becomes none, and stays so
+        where_positive_(w, light)
+    return alpha
+
+
+def walk(
+    table: Tensor,  # (G, 8 + E), which may carry E features behind the geometry
+    band: Band,
+    shape: tuple[int, int],  # of a block
+    max_elements: int,
+    backward: bool = False,
+) -> Iterator[Step]:
+    """Goes down the lists of many blocks at the same time, CHUNK Gaussians a step. Finished blocks make room for others.
+
+    A step's tensors are good until the next one.
+    """
+    pixels, device = monomials(shape, table), table.device
+    P, centres, end = pixels.shape[1], band.centre.to(table), band.start[1:]
+    # An odd number: a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
+    slots = (max(1, max_elements // (CHUNK * P)) - 1) | 1
+    # Longest lists first, so that no long one is left over at the end; in powers of 2, so that neighbours stay together.
+    queue = band.lengths.log2().floor().argsort(descending=True, stable=True)
+    queue = queue[: int((band.lengths > 0).sum())].to(device)
+    ahead = torch.arange(CHUNK, device=device)
+    buffers = table.new_empty(1 + backward, CHUNK * min(slots, len(queue)) * P)
+    # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights are 0.
+    longest = -(-int(band.lengths.max()) // CHUNK)
+    patience, taken = min(8, longest) if table.is_cuda else 1, 0
+    blocks = at = queue[:0]
+    light = table.new_empty(0, P)
+    while taken < len(queue) or len(blocks):
+        fresh = queue[taken : taken + slots - len(blocks)]
+        taken += len(fresh)
+        blocks, at = torch.cat([blocks, fresh]), torch.cat([at, band.start[fresh]])
+        light = torch.cat([light, light.new_ones(len(fresh), P)])
+        for _ in range(patience):
+            place = at[:, None] + ahead
+            place = place.where(place < end[blocks, None], len(band.gaussian) - 1)
+            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffers)
+            at = at + CHUNK
+        going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
+        blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
+
+
+def make_step(table, band, blocks, centre, place, light, pixels, buffers) -> Step:
+    """The weights of B blocks' next Gaussians; takes what they stop from `light` (B, P)."""
+    ids = band.gaussian.index_select(0, place.flatten())
+    rows = table.index_select(0, ids).view(*place.shape, -1)
+    columns = rows[..., :8].permute(2, 1, 0).contiguous()
+    coefficients = polynomial(columns, centre)
+    coefficients[0].masked_fill_((place == len(band.gaussian) - 1).T, -1e30)  # whatever is there, 2^ it is 0
+    alpha, *room = (x[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1) for x in buffers)
+    torch.mm(coefficients.flatten(1).T, pixels, out=alpha.flatten(0, 1)).exp2_()  # all pixels of all blocks at once
+    F.threshold_(alpha, MIN_ALPHA, 0.0)
+    kept = (light.clone(), torch.sub(MAX_ALPHA, alpha, out=room[0])) if room else ()
+    weight = front_to_back(alpha.clamp_(max=MAX_ALPHA), light)
+    return Step(blocks, centre, place, ids.view(place.shape), rows, columns, weight, *kept)
+
+
+class Composite(torch.autograd.Function):
+    """Images (H, W, E) and (H, W, C) of sum_k w_k e_k and sum_k w_k f_k; H and W are rounded up to whole blocks.
+
+    Only inputs and images are kept for the backward pass, which walks down the lists once more.
+    """
+
+    @staticmethod
+    def forward(ctx, lists: BlockLists, max_elements, table, few, many):
+        # few (G, E) travel beside the geometry and are summed in every step; many (G, C) wait for the weights.
+        ctx.lists, ctx.max_elements = lists, max_elements
+        size = [len(start) * n for start, n in zip(lists.blocks[:2], lists.blocks.shape)]
+        images, table = [x.new_empty(*size, x.shape[1]) for x in (few, many)], torch.cat([table, few], 1)
+        for band in lists:
+            sums = few.new_zeros(len(band.lengths), few.shape[1], lists.blocks.pixels)  # (blocks, E, P)
+            weights = few.new_zeros(len(band.gaussian) if many.shape[1] else 0, lists.blocks.pixels)
+            for step in walk(table, band, lists.blocks.shape, max_elements):
+                sums.index_add_(0, step.blocks, step.rows[..., 8:].mT @ step.weight.transpose(0, 1))
+                if len(weights):
+                    weights[step.place.T] = step.weight  # where a list has ended, 0 at the place of no list
+            parts = sums, all_channels(band, weights, many, max_elements)
+            for image, part in zip(images, parts):
+                view = in_blocks(image, lists.blocks.shape)[band.rows]
+                view.copy_(part.view(view.shape))
+        ctx.save_for_backward(table, many, *images)
+        return tuple(images)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        with full_precision(grads[0].device):
+            return None, None, *gradients(ctx.lists, ctx.max_elements, ctx.saved_tensors, grads, ctx.needs_input_grad[2:])
+
+
+# ------------------------------------------------------------------------------------------------ 4. The splat operator
+# While geometry and masks stand still, all of the way from the context views' tokens x to the target's tokens y is linear.
+# The feature of a Gaussian is f_g = sum_t u_gt x_t, with four weights u each (SnD Eq. 2-3). A pixel has
+#     F(p) = sum_g w_pg f_g / alpha(p) = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha(p).
+# A token is y_n = sum_p b_np F'(p) over its valid taps p, where the blend (Eq. 4) is F'(p) = a_p F(p) + (1 - a_p) F_m:
+# a_p is its alpha, or 1 where p is unlabelled, and F_m the mean of F over the valid pixels of the mask m that holds p.
+# The means stay factored out, since a mask has thousands of tokens and a token only a few masks:
+#     y = S x + L (M x),   S_nt = sum_p b_np a_p A_pt,   L_nm = sum_{p in m} b_np (1 - a_p),   M_mt = mean_{p in m} A_pt.
+# S needs the taps alone: 2x2 pixels a token, one pixel in 49 at the paper's size, which is why `walk` takes blocks of any
+# shape. M needs every pixel. Rows of S and M are made alike: (rows x Gaussians) times u (Gaussians x tokens), both sparse.
+
+OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
+
+
+class SplatOperator(NamedTuple):
+    """y = operator(x) takes the context views' tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid."""
+
+    S: Tensor  # (N, V*N) sparse, like the next two
+    L: Tensor  # (N, masks)
+    M: Tensor  # (masks, V*N)
+    valid: Tensor  # (N,) bool
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, enabled=False):
+            x = tokens.to(self.S.dtype)
+            return self.S @ x + self.L @ (self.M @ x)
+
+    def to(self, device) -> SplatOperator:
+        return SplatOperator(*(x.to(device) for x in self))
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        save_operator(self, path, dtype)
+
+    @staticmethod
+    def load(path: str | Path) -> SplatOperator:
+        return load_operator(path)
+
+
+@torch.no_grad()
+def splat_operator(
+    means: Tensor,  # (G, 3) world
+    covariances: Tensor,  # (G, 3, 3) world
+    opacities: Tensor,  # (G,) in [0, 1]
+    index: Tensor,  # (G, 4) int64, the context tokens that each Gaussian's feature is made of
+    weight: Tensor,  # (G, 4) their weights u; float32 or float64, in which the operator is computed
+    tokens: int,  # V*N, how many context tokens there are
+    w2c: Tensor,  # (4, 4)
+    K: Tensor,  # (3, 3) pixels
+    height: int,
+    width: int,
+    grid: tuple[int, int],  # (h, w) of the target
+    mask: Tensor | None = None,  # (H, W) int64 instance ids of the target, 0 = unlabelled; None: no blending
+    alpha: float = 0.5,
+    downscale: str = "bilinear",  # or "area"
+    max_elements: int | None = None,  # by default 2^20, on a GPU 2^24; 32 times as many weights are kept at a time
+) -> SplatOperator:
+    """What `rasterize`, `divide_by_alpha`, `semantic_blend` and `splat_to_tokens` together make of the tokens."""
+    check_operator_arguments(means, index, weight, mask, height, width)
+    max_elements, N, device = max_elements or elements_at_once(weight), math.prod(grid), weight.device
+    mask = index.new_zeros(height, width) if mask is None or alpha == 1 else mask
+    ids, mask = mask.unique(return_inverse=True)  # from here on 0, 1, ...
+    labelled = (ids != 0).to(weight)
+    (y, wy), (x, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
+    taps = Blocks(y[:, 0].contiguous(), x[:, 0].contiguous(), (y.shape[1], x.shape[1]))  # a block a token
+    b = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1)  # (N, P) float64
+    token, m = torch.arange(N, device=device)[:, None].expand(b.shape), pixels_of(mask, taps)
+    mixed = (1 - alpha) * labelled[m]  # (N, P) 1 - a_p
+    with full_precision(device):
+        table, z, box = project_in_parts(means, covariances, opacities, w2c, K, height, width, weight.dtype, max_elements)
+        lift, view = (index, weight, tokens), (table, z, box, height, width)
+        row, column, value, covered = token_weights(view, lift, taps, (b * (1 - mixed)).to(weight), token, max_elements)
+        scale, valid = over_valid_taps(b, covered)
+        S = row, column, value * scale[row].to(weight)
+        mean_share = (mixed * scale[:, None] * covered * b).to(weight).flatten()
+        used = mean_share.nonzero()[:, 0]
+        L = [x.flatten().index_select(0, used) for x in (token, m, mean_share)]
+        M = row[:0], column[:0], value[:0]
+        if len(used):
+            blocks = whole_view(height, width, device)
+            share, m = pixels_of(labelled[mask], blocks), pixels_of(mask, blocks)
+            row, column, value, covered = token_weights(view, lift, blocks, share, m, max_elements)
+            count = share.new_zeros(len(ids)).index_add_(0, m.flatten(), (share * covered).flatten())
+            M = row, column, value / count[row]
+    sizes = (N, tokens), (N, len(ids)), (len(ids), tokens)
+    return SplatOperator(*(sparse(*matrix, size) for matrix, size in zip((S, L, M), sizes)), valid)
+
+
+# ---- Workshop: not needed to understand the method ----
+
+
+# ------------------------------------------------------------------------------------------------ small things
+
+
+def elements_at_once(like: Tensor) -> int:
+    return 2**24 if like.is_cuda else 2**20
+
+
+def pieces(count: int, size: int) -> list[slice]:
+    """0, 1, ... count - 1 in slices of `size`, but at least 1."""
+    return [slice(i, i + max(1, size)) for i in range(0, count, max(1, size))]
+
+
+def where_positive_(x: Tensor, by: Tensor) -> Tensor:
+    """In place, x where `by` > 0, else 0. This is what ReLU's backward pass does, in half the time of a mask."""
+    return torch.ops.aten.threshold_backward.grad_input(x, by, 0.0, grad_input=x)
+
+
+class Precision:  # who is inside `full_precision`, and what was set outside
+    lock, users, outside = threading.Lock(), 0, "none"
+
+
+@contextmanager
+def full_precision(device: torch.device):
+    """Matrix products in whole float32, whatever is set outside: under bfloat16 autocast log2 alpha would be off by whole
+    units, and TF32 on a GPU moves alpha by up to 0.01. The setting of TF32 is one for the process, so the first thread
+    to come in changes it, and the last one to leave puts it back."""
+    matmul, count = torch.backends.cuda.matmul, int(device.type == "cuda")
+    with Precision.lock:
+        if count and not Precision.users:
+            Precision.outside, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        Precision.users += count
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        with Precision.lock:
+            Precision.users -= count
+            if count and not Precision.users:
+                matmul.fp32_precision = Precision.outside
+
+
+def check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements):
+    G, C = len(means), features.shape[-1]
+    shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
+    assert shapes == [(G, 3), (G, 3, 3), (G,), (G, C)], f"need (G, 3), (G, 3, 3), (G,), (G, C) with one G, not {shapes}"
+    assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {features.dtype}"
+    sizes = tuple(w2c.shape), tuple(K.shape)
+    assert sizes == ((4, 4), (3, 3)), f"w2c must be (4, 4) and K (3, 3), not {sizes[0]}, {sizes[1]}"
+    assert background is None or background.shape == (C,), f"background must be ({C},), one value per channel of the features"
+    assert height > 0 and width > 0 and max_elements != 0, "height, width and max_elements must be at least 1"
+
+
+def check_operator_arguments(means, index, weight, mask, height, width):
+    G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
+    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
+    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
+    assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
+
+
+def companions():
+    """01_data and 02_lift, imported late: part 1 can be copied without them."""
+    return importlib.import_module("01_data"), importlib.import_module("02_lift")
+
+
+def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Along one side, all pixels of each patch: index (count, n), and the share of the patch that each fills."""
+    edge = torch.arange(count + 1, dtype=torch.float64) * size / count
+    low, high = edge[:-1, None], edge[1:, None]
+    index = low.floor() + torch.arange(math.ceil(size / count) + 1)
+    overlap = (torch.minimum(index + 1, high) - torch.maximum(index, low)).clamp(min=0)
+    used = (overlap > 1e-9).any(0)
+    return index[:, used].clamp(max=size - 1).long(), (overlap / overlap.sum(1, keepdim=True))[:, used]
+
+
+TAPS = {"bilinear": bilinear_taps, "area": area_taps}
+
+
+# ------------------------------------------------------------------------------------------------ projection, continued
+
+
+def project_in_parts(means, covariances, opacities, w2c, K, height, width, dtype, max_elements):
+    """`project`, some Gaussians at a time. The backward pass computes each part again, so no float64 step is kept."""
+    size = max(1, max_elements // 32)
+    parts = zip(means.split(size), covariances.split(size), opacities.split(size))
+    options = dict(use_reentrant=False, preserve_rng_state=False)
+    table, z, box = zip(*(checkpoint(project, *part, w2c, K, height, width, dtype, **options) for part in parts))
+    return torch.cat(table), torch.cat(z), torch.cat(box, 1)
 
 
 def splat_covariance(
@@ -309,16 +581,7 @@ def reached_pixels(columns: Tensor, height: int, width: int) -> Tensor:
     return torch.where(hit, torch.cat([first, last]), columns.new_tensor([[0.0], [0], [-1], [-1]])).int()
 
 
-def project_in_parts(means, covariances, opacities, w2c, K, height, width, dtype, max_elements):
-    """`project`, some Gaussians at a time. The backward pass computes each part again, so no float64 step is kept."""
-    size = max(1, max_elements // 32)
-    parts = zip(means.split(size), covariances.split(size), opacities.split(size))
-    options = dict(use_reentrant=False, preserve_rng_state=False)
-    table, z, box = zip(*(checkpoint(project, *part, w2c, K, height, width, dtype, **options) for part in parts))
-    return torch.cat(table), torch.cat(z), torch.cat(box, 1)
-
-
-# ---------------------------------------------------------------------------------- 3b. Lists: who reaches which block
+# ------------------------------------------------------------------------------------------------ the lists of the blocks
 
 
 class Blocks(NamedTuple):
@@ -360,6 +623,15 @@ def list_lengths(boxes: Tensor, rows: int, columns: int) -> Tensor:
     for y, x, sign in ((y0, x0, 1), (y0, x1 + 1, -1), (y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)):
         corners.index_add_(0, y * (columns + 1) + x, corners.new_full((1,), sign).expand(len(x)))
     return corners.view(rows + 1, columns + 1).cumsum(0).cumsum(1)[:rows, :columns]
+
+
+def bands_of(pairs: list[int], columns: int, max_pairs: int, max_blocks: int) -> list[tuple[int, int]]:
+    """Cuts rows of blocks with so many `pairs` each into bands [top, bottom) below both limits, or of a single row."""
+    bands, top = [], 0
+    for row in range(1, len(pairs)):
+        if sum(pairs[top : row + 1]) > max_pairs or (row + 1 - top) * columns > max_blocks:
+            bands, top = bands + [(top, row)], row
+    return bands + [(top, len(pairs))]
 
 
 class Band(NamedTuple):
@@ -409,46 +681,7 @@ class BlockLists:
         return Band(slice(top, bottom), centre, start, lengths, torch.cat([gaussian, gaussian[-1:]]))
 
 
-def bands_of(pairs: list[int], columns: int, max_pairs: int, max_blocks: int) -> list[tuple[int, int]]:
-    """Cuts rows of blocks with so many `pairs` each into bands [top, bottom) below both limits, or of a single row."""
-    bands, top = [], 0
-    for row in range(1, len(pairs)):
-        if sum(pairs[top : row + 1]) > max_pairs or (row + 1 - top) * columns > max_blocks:
-            bands, top = bands + [(top, row)], row
-    return bands + [(top, len(pairs))]
-
-
-# ---------------------------------------------------------------------- 3c. The walk: weights, some blocks at a time
-
-
-def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
-    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
-    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
-
-
-def polynomial(
-    columns: Tensor,  # (8, S, B) of the table
-    centre: Tensor,  # (2, B) of the blocks, in pixels
-) -> Tensor:
-    """log2 alpha as a polynomial about a block's centre: coefficients (6, S, B) of the `monomials`."""
-    l11, l21, l22, lo = columns[4:]
-    dx, dy = centre[:, None] - columns[:2] - columns[2:4]  # from the mean to the centre
-    u, v = l11 * dx + l21 * dy, l22 * dy  # at a pixel: lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
-    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
-
-
-def front_to_back(
-    alpha: Tensor,  # (S, B, P), overwritten by the weights
-    light: Tensor,  # (B, P) T, overwritten by that behind the last Gaussian; 0 where the pixel has stopped
-) -> Tensor:
-    """The weights w_k = alpha_k T_k with T_{k+1} = T_k - w_k, and 0 from the Gaussian on at which a pixel stops."""
-    for w in alpha:
-        w.mul_(light)
-        light.sub_(w)
-        F.threshold_(light, MIN_LIGHT, 0.0)  # too little light becomes none, and stays so
-        where_positive_(w, light)
-    return alpha
+# ------------------------------------------------------------------------------------------------ compositing, continued
 
 
 class Step(NamedTuple):
@@ -465,92 +698,10 @@ class Step(NamedTuple):
     room: Tensor | None = None  # (S, B, P) from alpha up to MAX_ALPHA, not positive where it was clamped
 
 
-def walk(
-    table: Tensor,  # (G, 8 + E), which may carry E features behind the geometry
-    band: Band,
-    shape: tuple[int, int],  # of a block
-    max_elements: int,
-    backward: bool = False,
-) -> Iterator[Step]:
-    """Goes down the lists of many blocks at the same time, CHUNK Gaussians a step. Finished blocks make room for others.
-
-    A step's tensors are good until the next one.
-    """
-    pixels, device = monomials(shape, table), table.device
-    P, centres, end = pixels.shape[1], band.centre.to(table), band.start[1:]
-    # An odd number: a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
-    slots = (max(1, max_elements // (CHUNK * P)) - 1) | 1
-    # Longest lists first, so that no long one is left over at the end; in powers of 2, so that neighbours stay together.
-    queue = band.lengths.log2().floor().argsort(descending=True, stable=True)
-    queue = queue[: int((band.lengths > 0).sum())].to(device)
-    ahead = torch.arange(CHUNK, device=device)
-    buffers = table.new_empty(1 + backward, CHUNK * min(slots, len(queue)) * P)
-    # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights are 0.
-    patience, taken = 8 if table.is_cuda else 1, 0
-    blocks = at = queue[:0]
-    light = table.new_empty(0, P)
-    while taken < len(queue) or len(blocks):
-        fresh = queue[taken : taken + slots - len(blocks)]
-        taken += len(fresh)
-        blocks, at = torch.cat([blocks, fresh]), torch.cat([at, band.start[fresh]])
-        light = torch.cat([light, light.new_ones(len(fresh), P)])
-        for _ in range(patience):
-            place = at[:, None] + ahead
-            place = place.where(place < end[blocks, None], len(band.gaussian) - 1)
-            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffers)
-            at = at + CHUNK
-        going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
-        blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
-
-
-def make_step(table, band, blocks, centre, place, light, pixels, buffers) -> Step:
-    """The weights of B blocks' next Gaussians; takes what they stop from `light` (B, P)."""
-    ids = band.gaussian.index_select(0, place.flatten())
-    rows = table.index_select(0, ids).view(*place.shape, -1)
-    columns = rows[..., :8].permute(2, 1, 0).contiguous()
-    coefficients = polynomial(columns, centre)
-    coefficients[0].masked_fill_((place == len(band.gaussian) - 1).T, -1e30)  # whatever is there, 2^ it is 0
-    alpha, *room = (x[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1) for x in buffers)
-    torch.mm(coefficients.flatten(1).T, pixels, out=alpha.flatten(0, 1)).exp2_()  # all pixels of all blocks at once
-    F.threshold_(alpha, MIN_ALPHA, 0.0)
-    kept = (light.clone(), torch.sub(MAX_ALPHA, alpha, out=room[0])) if room else ()
-    weight = front_to_back(alpha.clamp_(max=MAX_ALPHA), light)
-    return Step(blocks, centre, place, ids.view(place.shape), rows, columns, weight, *kept)
-
-
-# ----------------------------------------------------------------------- 3d. All channels at once, and the way back
-
-
-class Composite(torch.autograd.Function):
-    """Images (H, W, E) and (H, W, C) of sum_k w_k e_k and sum_k w_k f_k; H and W are rounded up to whole blocks.
-
-    Only inputs and images are kept for the backward pass, which walks down the lists once more.
-    """
-
-    @staticmethod
-    def forward(ctx, lists: BlockLists, max_elements, table, few, many):
-        # few (G, E) travel beside the geometry and are summed in every step; many (G, C) wait for the weights.
-        ctx.lists, ctx.max_elements = lists, max_elements
-        size = [len(start) * n for start, n in zip(lists.blocks[:2], lists.blocks.shape)]
-        images, table = [x.new_empty(*size, x.shape[1]) for x in (few, many)], torch.cat([table, few], 1)
-        for band in lists:
-            sums = few.new_zeros(len(band.lengths), few.shape[1], lists.blocks.pixels)  # (blocks, E, P)
-            weights = few.new_zeros(len(band.gaussian) if many.shape[1] else 0, lists.blocks.pixels)
-            for step in walk(table, band, lists.blocks.shape, max_elements):
-                sums.index_add_(0, step.blocks, step.rows[..., 8:].mT @ step.weight.transpose(0, 1))
-                if len(weights):
-                    weights[step.place.T] = step.weight  # where a list has ended, 0 at the place of no list
-            parts = sums, all_channels(band, weights, many, max_elements)
-            for image, part in zip(images, parts):
-                view = in_blocks(image, lists.blocks.shape)[band.rows]
-                view.copy_(part.view(view.shape))
-        ctx.save_for_backward(table, many, *images)
-        return tuple(images)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        with full_precision(grads[0].device):
-            return None, None, *gradients(ctx.lists, ctx.max_elements, ctx.saved_tensors, grads, ctx.needs_input_grad[2:])
+def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
+    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
+    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
 
 
 def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -642,102 +793,7 @@ def column_gradients(step: Step, slope: Tensor, pixels: Tensor) -> Tensor:
     return torch.stack([gx, gy, -2 * (ux + dx * sum_u), -2 * (uy + dy * sum_u), -2 * (vy + dy * sum_v), one])
 
 
-# ------------------------------------------------------------------------------------------------ 4. The splat operator
-# While geometry and masks stand still, all of the way from the context views' tokens x to the target's tokens y is linear.
-# The feature of a Gaussian is f_g = sum_t u_gt x_t, with four weights u each (SnD Eq. 2-3). A pixel has
-#     F(p) = sum_g w_pg f_g / alpha(p) = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha(p).
-# A token is y_n = sum_p b_np F'(p) over its valid taps p, where the blend (Eq. 4) is F'(p) = a_p F(p) + (1 - a_p) F_m:
-# a_p is its alpha, or 1 where p is unlabelled, and F_m the mean of F over the valid pixels of the mask m that holds p.
-# The means stay factored out, since a mask has thousands of tokens and a token only a few masks:
-#     y = S x + L (M x),   S_nt = sum_p b_np a_p A_pt,   L_nm = sum_{p in m} b_np (1 - a_p),   M_mt = mean_{p in m} A_pt.
-# S needs the taps alone: 2x2 pixels a token, one pixel in 49 at the paper's size, which is why `walk` takes blocks of any
-# shape. M needs every pixel. Rows of S and M are made alike: (rows x Gaussians) times u (Gaussians x tokens), both sparse.
-
-OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
-
-
-class SplatOperator(NamedTuple):
-    """y = operator(x) takes the context views' tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid."""
-
-    S: Tensor  # (N, V*N) sparse, like the next two
-    L: Tensor  # (N, masks)
-    M: Tensor  # (masks, V*N)
-    valid: Tensor  # (N,) bool
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        with torch.autocast(tokens.device.type, enabled=False):
-            x = tokens.to(self.S.dtype)
-            return self.S @ x + self.L @ (self.M @ x)
-
-    def to(self, device) -> SplatOperator:
-        return SplatOperator(*(x.to(device) for x in self))
-
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        save_operator(self, path, dtype)
-
-    @staticmethod
-    def load(path: str | Path) -> SplatOperator:
-        return load_operator(path)
-
-
-@torch.no_grad()
-def splat_operator(
-    means: Tensor,  # (G, 3) world
-    covariances: Tensor,  # (G, 3, 3) world
-    opacities: Tensor,  # (G,) in [0, 1]
-    index: Tensor,  # (G, 4) int64, the context tokens that each Gaussian's feature is made of
-    weight: Tensor,  # (G, 4) their weights u; float32 or float64, in which the operator is computed
-    tokens: int,  # V*N, how many context tokens there are
-    w2c: Tensor,  # (4, 4)
-    K: Tensor,  # (3, 3) pixels
-    height: int,
-    width: int,
-    grid: tuple[int, int],  # (h, w) of the target
-    mask: Tensor | None = None,  # (H, W) int64 instance ids of the target, 0 = unlabelled; None: no blending
-    alpha: float = 0.5,
-    downscale: str = "bilinear",  # or "area"
-    max_elements: int | None = None,  # by default 2^20, on a GPU 2^24; 32 times as many weights are kept at a time
-) -> SplatOperator:
-    """What `rasterize`, `divide_by_alpha`, `semantic_blend` and `splat_to_tokens` together make of the tokens."""
-    check_operator_arguments(means, index, weight, mask, height, width)
-    max_elements, N, device = max_elements or elements_at_once(weight), math.prod(grid), weight.device
-    mask = index.new_zeros(height, width) if mask is None or alpha == 1 else mask
-    ids, mask = mask.unique(return_inverse=True)  # from here on 0, 1, ...
-    labelled = (ids != 0).to(weight)
-    (y, wy), (x, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
-    taps = Blocks(y[:, 0].contiguous(), x[:, 0].contiguous(), (y.shape[1], x.shape[1]))  # a block a token
-    b = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1)  # (N, P) float64
-    token, m = torch.arange(N, device=device)[:, None].expand(b.shape), pixels_of(mask, taps)
-    mixed = (1 - alpha) * labelled[m]  # (N, P) 1 - a_p
-    with full_precision(device):
-        table, z, box = project_in_parts(means, covariances, opacities, w2c, K, height, width, weight.dtype, max_elements)
-        lift, view = (index, weight, tokens), (table, z, box, height, width)
-        row, column, value, covered = token_weights(view, lift, taps, (b * (1 - mixed)).to(weight), token, max_elements)
-        scale, valid = over_valid_taps(b, covered)
-        S = row, column, value * scale[row].to(weight)
-        mean_share = (mixed * scale[:, None] * covered * b).to(weight).flatten()
-        used = mean_share.nonzero()[:, 0]
-        L = [x.flatten().index_select(0, used) for x in (token, m, mean_share)]
-        M = row[:0], column[:0], value[:0]
-        if len(used):
-            blocks = whole_view(height, width, device)
-            share, m = pixels_of(labelled[mask], blocks), pixels_of(mask, blocks)
-            row, column, value, covered = token_weights(view, lift, blocks, share, m, max_elements)
-            count = share.new_zeros(len(ids)).index_add_(0, m.flatten(), (share * covered).flatten())
-            M = row, column, value / count[row]
-    sizes = (N, tokens), (N, len(ids)), (len(ids), tokens)
-    return SplatOperator(*(sparse(*matrix, size) for matrix, size in zip((S, L, M), sizes)), valid)
-
-
-def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape, check_invariants=False).coalesce()
-
-
-def pixels_of(image: Tensor, blocks: Blocks) -> Tensor:
-    """An image (H, W) at the pixels of each block (blocks, P), 0 beyond the view."""
-    y, x = (start[:, None] + torch.arange(n, device=image.device) for start, n in zip(blocks[:2], blocks.shape))
-    image = F.pad(image, (0, blocks.shape[1], 0, blocks.shape[0]))
-    return image[y[:, None, :, None], x[None, :, None, :]].flatten(0, 1).flatten(1)
+# ------------------------------------------------------------------------------------------------ the operator, continued
 
 
 def token_weights(
@@ -796,57 +852,15 @@ def sums_by_row(
     return rows, share[:, None] * (nth[:, None] == each[:, None])
 
 
-# ---- Workshop: not needed to understand the method ----
+def pixels_of(image: Tensor, blocks: Blocks) -> Tensor:
+    """An image (H, W) at the pixels of each block (blocks, P), 0 beyond the view."""
+    y, x = (start[:, None] + torch.arange(n, device=image.device) for start, n in zip(blocks[:2], blocks.shape))
+    image = F.pad(image, (0, blocks.shape[1], 0, blocks.shape[0]))
+    return image[y[:, None, :, None], x[None, :, None, :]].flatten(0, 1).flatten(1)
 
 
-# ------------------------------------------------------------------------------------------------ small things
-
-
-def elements_at_once(like: Tensor) -> int:
-    return 2**24 if like.is_cuda else 2**20
-
-
-def pieces(count: int, size: int) -> list[slice]:
-    """0, 1, ... count - 1 in slices of `size`, but at least 1."""
-    return [slice(i, i + max(1, size)) for i in range(0, count, max(1, size))]
-
-
-def where_positive_(x: Tensor, by: Tensor) -> Tensor:
-    """In place, x where `by` > 0, else 0. This is what ReLU's backward pass does, in half the time of a mask."""
-    return torch.ops.aten.threshold_backward.grad_input(x, by, 0.0, grad_input=x)
-
-
-@contextmanager
-def full_precision(device: torch.device):
-    """float32 stays float32 in here: under autocast log2 alpha would be off by whole units."""
-    with torch.autocast(device.type, enabled=False):
-        yield
-
-
-def check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements):
-    G, C = len(means), features.shape[-1]
-    shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
-    assert shapes == [(G, 3), (G, 3, 3), (G,), (G, C)], f"need (G, 3), (G, 3, 3), (G,), (G, C) with one G, not {shapes}"
-    assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {features.dtype}"
-    sizes = tuple(w2c.shape), tuple(K.shape)
-    assert sizes == ((4, 4), (3, 3)), f"w2c must be (4, 4) and K (3, 3), not {sizes[0]}, {sizes[1]}"
-    assert background is None or background.shape == (C,), f"background must be ({C},), one value per channel of the features"
-    assert height > 0 and width > 0 and max_elements != 0, "height, width and max_elements must be at least 1"
-
-
-def check_operator_arguments(means, index, weight, mask, height, width):
-    G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
-    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
-    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
-    assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
-
-
-def companions():
-    """01_data and 02_lift, imported late: part 1 can be copied without them."""
-    return importlib.import_module("01_data"), importlib.import_module("02_lift")
-
-
-# ------------------------------------------------------------------------------------------------ files
+def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape, check_invariants=False).coalesce()
 
 
 def save_operator(operator: SplatOperator, path: str | Path, dtype: torch.dtype) -> None:
@@ -878,6 +892,9 @@ def load_operator(path: str | Path) -> SplatOperator:
         weight = weight if weight.dtype == torch.float64 else weight.float()
         matrices.append(sparse(torch.repeat_interleave(count.long()), column.long(), weight, (len(count), columns)))
     return SplatOperator(*matrices, stored["valid"])
+
+
+# ------------------------------------------------------------------------------------------------ .ply files
 
 
 PLY_FIELDS = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
@@ -976,6 +993,43 @@ def render_target(gaussians, features: Tensor, triplet: Triplet) -> Render:  # f
     return rasterize(gaussians.means, gaussians.covariances, gaussians.opacities, features, *camera)
 
 
+def psnr(guess: Tensor, truth: Tensor) -> float:  # of values in [0, 1]
+    return -10 * (guess - truth).square().mean().clamp(min=1e-10).log10().item()
+
+
+@torch.no_grad()
+def geometry_carries(gaussians, colours: Tensor, triplet: Triplet) -> tuple[float, float]:
+    """The PSNR of the splatted context colours (G, 3) against the target, and that of the target's mean colour, where the
+    Gaussians cover it. A geometry carries only where the first is the larger one: wrong poses or depths are found so."""
+    image, covered = divide_by_alpha(render_target(gaussians, colours, triplet))
+    truth = triplet.images[2].permute(1, 2, 0)
+    if not covered.any():
+        return 0.0, psnr(truth.mean((0, 1)), truth)
+    return psnr(image[covered], truth[covered]), psnr(truth[covered].mean(0), truth[covered])
+
+
+def warning_of(scores: list[tuple[float, float]]) -> str | None:
+    """One line where the results of `geometry_carries` say that the geometry of some triplets cannot be used."""
+    bad = [(ours, mean) for ours, mean in scores if ours <= mean]
+    if not bad:
+        return None
+    ours, mean = (sum(column) / len(bad) for column in zip(*bad))
+    return (f"warning: in {len(bad)} of {len(scores)} triplets the splatted context views are no nearer to the target than its mean "
+            f"colour (psnr {ours:.1f} against {mean:.1f}): the geometry carries nothing there. Look at the poses and at the depth "
+            "range (--near --far), or try another --geometry")
+
+
+def warning_of(scores: list[tuple[float, float]]) -> str | None:
+    """One line where the results of `geometry_carries` say that the geometry of some triplets cannot be used."""
+    bad = [(ours, mean) for ours, mean in scores if ours <= mean]
+    if not bad:
+        return None
+    ours, mean = (sum(column) / len(bad) for column in zip(*bad))
+    return (f"warning: in {len(bad)} of {len(scores)} triplets the splatted context views are no nearer to the target than its mean "
+            f"colour (psnr {ours:.1f} against {mean:.1f}): the geometry carries nothing there. Look at the poses and at the depth "
+            "range (--near --far), or try another --geometry")
+
+
 # ------------------------------------------------------------------------------------------------ a flight, animated
 
 
@@ -1026,10 +1080,6 @@ def fly(scenes, args) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------ the picture
-
-
-def psnr(guess: Tensor, truth: Tensor) -> float:  # of values in [0, 1]
-    return -10 * (guess - truth).square().mean().clamp(min=1e-10).log10().item()
 
 
 @torch.no_grad()

@@ -427,7 +427,7 @@ def say_whose_cameras(scene_dir):
 def say_levels(triplets):
     """How good the contexts are that `sample_triplet` has found: it asks for less where there are no better ones."""
     levels = Counter(data.best_pairs(scene, target)[0] for scene, (*_, target) in triplets)
-    parts = [f"{levels[n]} with an overlap of {100 * least:.0f} % and a baseline below {widest:g} of the depth"
+    parts = [f"{levels[n]} with an overlap from {100 * least:.0f} % and a baseline below {widest:g} of the depth"
              for n, (least, widest) in enumerate(data.LEVELS) if levels[n]]
     print(f"{len(triplets)} triplets: {', '.join(parts)}")
 
@@ -542,7 +542,7 @@ class Source:
     """
 
     def __init__(self, scenes, args, patch):
-        self.args, self.patch = args, patch
+        self.args, self.patch, self.kind = args, patch, "held-out"  # of the triplets that are measured
         self.sizes = {scene.name: data.fit_size(scene, args.pixels, patch) for scene in scenes}
         for name, size in self.sizes.items():
             if min(size) < 2 * patch:
@@ -1113,8 +1113,9 @@ pipeline_tag: image-feature-extraction
 ---
 # {model}, made 3D-aware by Splat and Distill
 
-A student of Splat and Distill (Shavin and Benaim, ICLR 2026) that started from `{model}` and was distilled for {max_steps}
-steps of {batch} triplets on `{scenes}`, by 04_distill.py. {release}
+A student of Splat and Distill (Shavin and Benaim, ICLR 2026), made by 04_distill.py. It started from `{model}` and was
+distilled for {max_steps} steps of {batch} triplets on `{scenes}`.
+{release}
 
 | on {measured} | matching across views | cosine | effective rank |
 |---|---|---|---|

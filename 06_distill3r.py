@@ -6,7 +6,7 @@ Out     out/06_distill3r/: cache/, student/, scene/ (point cloud, depth and came
 Run     python 06_distill3r.py --preset tiny     cache, train, eval and infer on built-in rooms: 6 minutes on 2 cores
         python 06_distill3r.py cache --images photos/ --teacher model.safetensors     once; --shard 0/4 does a quarter
         python 06_distill3r.py train --images photos/ --encoder dune_vitsmall14_448.pth      torchrun for several GPUs
-        python 06_distill3r.py infer --images holiday/ --weights out/06_distill3r/student    photos -> a posed scene
+        python 06_distill3r.py infer --images holiday/ --teacher model.safetensors    photos -> a posed scene, by Fast3R
         python 06_distill3r.py eval  --scene_dir my_scene --models student          accuracy, completeness, calibration
         python 06_distill3r.py table                                         Table I: time and memory over the views
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py tiny/rooms.py tiny/teacher.py
@@ -418,7 +418,7 @@ class StudentConfig(NamedTuple):
     size: tuple = (224, 518)  # (H, W) of the landscape pictures that it was trained on
 
 
-StudentConfig.tiny = StudentConfig(8, 192, 3, 6, 2, 0, 16, 192, 3, 4, (24, 48, 96, 192), 32, False, (48, 64))  # for a CPU
+StudentConfig.tiny = StudentConfig(8, 192, 3, 6, 2, 0, 16, 192, 3, 4, (24, 48, 96, 192), 32, False, (48, 64))
 STUDENTS = {"tiny": StudentConfig.tiny, "full": StudentConfig()}
 
 
@@ -541,6 +541,7 @@ def train(args, rank, world):
             run.log(show=("total",), samples=names, **loss._asdict(), grad_norm=norm, lr=rate, **measured)
     if run.first:
         save_student(student, Path(args.out, "student"))
+        write_card(args, cached, Path(args.out, "student"))
 
 
 def learn(batch, model, args, seeds, world=1) -> list[float]:
@@ -723,6 +724,48 @@ def save_student(model: Student, folder):  # {model.safetensors, config.json}, e
     data.write_whole(Path(folder, "config.json"), json.dumps(model.config._asdict(), indent=1).encode())
 
 
+def write_card(args, cached, folder):
+    """folder/README.md: what the student is made of, for those it is passed on to; `eval` adds its scores."""
+    log = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
+    heldout = [f"{line['heldout']:.4f} after {line['step'] + 1} steps" for line in log if "heldout" in line]
+    names = "max_steps", "batch", "lr", "encoder_share", "weight", "gamma", "mean", "global_target", "seed"
+    made_of = dict(encoder=args.encoder, teacher=cached.settings["teacher"])
+    licences = [words for name, words in LICENCES.items() if any(name in part for part in made_of.values())]
+    card = CARD.format(
+        **made_of, samples=len(cached), views=args.views, size=args.size, heldout=", ".join(heldout) or "not measured",
+        settings=", ".join(f"--{name} {getattr(args, name)}" for name in names),
+        licence="; ".join(licences) or "unknown")
+    data.write_whole(Path(folder, "README.md"), card.encode())
+
+
+def add_scores(folder, table):  # to the card of a student that was trained here
+    card = Path(folder, "README.md")
+    if card.exists():
+        before = card.read_text().partition("\n## Scores\n")[0]
+        data.write_whole(card, f"{before}\n## Scores\n\n```\n{table}\n```\n".encode())
+
+
+LICENCES = {"tiny": "the encoder is this project's, MIT", "dune": "DUNE is NAVER's, non-commercial",
+            "dinov2": "DINOv2 is Meta's, Apache-2.0", "fast3r": "the teacher Fast3R is FAIR's, non-commercial"}
+CARD = """# A pointmap student (Distill3R)
+
+- The encoder starts from: {encoder}. Teacher: {teacher}.
+- Data: {samples} samples of up to {views} views of {size} (H, W).
+- Settings: {settings}.
+- Licences of what it is made of: {licence}.
+- Loss on held-out samples: {heldout}.
+
+```python
+import importlib, torch
+d3r = importlib.import_module("06_distill3r")
+student = d3r.load_student("path/to/this/folder")
+photos = [torch.rand(3, *student.config.size) for _ in range(2)]  # in [0, 1]; the camera of the first one is the world
+with torch.no_grad():
+    cameras = d3r.estimate_cameras(student(photos))
+```
+"""
+
+
 def find_network(path, remedy):  # a file, or a folder's model.safetensors -> that file, and config.json beside it
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
@@ -773,16 +816,6 @@ def fast3r_size(height, width, long_side=512, patch=16):
 # ------------------------------------------------------------------------------------------------ photos
 
 
-class Photo(NamedTuple):
-    image: Path
-    size: tuple  # (H, W) the right way up
-    turn: Image.Transpose | None = None  # brings it there: cameras store portrait photos lying, with a note (EXIF)
-
-
-TURNS = dict(enumerate((Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
-                        Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90), 2))  # by the number in the note
-
-
 class Photos:
     """Pictures of one place without poses: as much of `data.Scene` as a pointmap network needs."""
 
@@ -794,30 +827,23 @@ class Photos:
 
     def view(self, i, size=None, maps=True) -> data.View:
         """Picture i without any maps, scaled to cover `size` (H, W) and cropped, as `data.Scene.view` does it."""
-        path, stored, turn = self.frames[i]
-        height, width = size or stored
-        _, box = data.covering_crop(stored, (height, width))
-        image = data.decode(path, colour=True)
-        image = (image if turn is None else image.transpose(turn)).resize((width, height), Image.BICUBIC, box=box)
-        pixels = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 255
-        return data.View(path.name, pixels, *[None] * 6)
+        frame = self.frames[i]
+        pixels = data.read_image(frame, tuple(size or frame.size)).float() / 255
+        return data.View(frame.name, pixels, *[None] * 6)
 
 
-def photo_at(path) -> Photo:
+def photo_at(path):  # -> a frame without a camera, to be turned as its EXIF tag says
+    size, upright = data.stored_size(path), True
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            try:
-                note = int(image.getexif().get(0x0112, 1))
-            except Exception:  # whatever a damaged note makes the reader raise, the picture is taken as it is
-                note = 1
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise data.DataError(f"{path}: not a picture; restore it or pass --skip_bad_frames") from None
-    return Photo(path, (width, height) if note in (5, 6, 7, 8) else (height, width), TURNS.get(note))
+            image.getexif().get(0x0112)
+    except Exception:  # whatever a damaged tag makes Pillow raise: the picture is taken as it is stored
+        upright = False
+    return data.Frame(path.name, path, None, None, data.upright_size(path, size) if upright else size, upright=upright)
 
 
 def photos_in(folder):
-    return [path for path in folder.iterdir() if path.suffix in data.IMAGE_TYPES and path.name[0] != "."]
+    return [path for path in folder.iterdir() if data.is_picture(path)]
 
 
 def is_whole(path):  # decoded to its end; says so where it cannot be
@@ -844,8 +870,12 @@ def scene_folders(root):
         maps = lambda folder: folder.name in MAP_FOLDERS and folder.with_name("images").is_dir()
         folders = [root, *(d for d in root.rglob("*") if d.is_dir() and not hidden(d))]
         found = sorted((folder for folder in folders if photos_in(folder) and not maps(folder)), key=data.natural)
-    if not found:
-        raise data.DataError(f"{root}: no picture in here (.png, .jpg, .jpeg); of a video, extract the frames first")
+        notes = data.left_out(path for folder in folders for path in folder.iterdir())
+        if not found:
+            notes = "".join(f" ({note})" for note in notes) or "; of a video, extract the frames first"
+            raise data.DataError(f"{root}: no picture in here that can be read{notes}")
+        for note in notes:
+            print(f"{root}: {note}")
     own = root.resolve().name  # the name of pictures in `root` itself, unless a folder in it is called that
     own = "." if root / own in found else own
     return {folder.relative_to(root).as_posix() if folder != root else own: folder for folder in found}
@@ -1240,7 +1270,7 @@ def doubtful(agreement) -> bool:  # cameras that never moved would explain the p
 # ------------------------------------------------------------------------------------------------ a scene for others
 
 
-def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
+def write_scene(out, views, maps: list[Pointmap], tau=0.3, photos="") -> Path:
     """Writes what pointmaps say about their pictures, for 01_data and for other tools, and returns the folder `out`.
 
     images/, depth/ (16-bit PNG, z in the unit that transforms.json names, 0 = not trusted), confidence/ (8-bit PNG of
@@ -1266,7 +1296,8 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
     sure = [certainty(m.conf_local).expand(3, -1, -1) for m in maps]
     rows = [[views[k].image, data.colour_depth(depths[k]), sure[k]] for k in shown]
     data.picture_grid(out / "maps.png", ["image", "depth (black: not trusted)", "confidence 1 - 1/C"], rows)
-    meta = dict(camera_model="PINHOLE", depth_unit_scale_factor=unit, agreement=agreement, frames=frames)
+    meta = dict(camera_model="PINHOLE", depth_unit_scale_factor=unit, agreement=agreement, photos=str(photos),
+                frames=frames)
     data.write_whole(out / "transforms.json", json.dumps(meta, indent=1).encode())  # last: now it is a scene
     return out
 
@@ -1573,8 +1604,13 @@ def unseen(args, scenes):
 def teacher_of(args):
     if args.teacher == "geometry":
         return importlib.import_module("tiny.teacher").GeometricTeacher(args.size)
-    model = load_fast3r(args.teacher)
-    return NetworkTeacher(model, f"fast3r {distill.weights_id(model)[:16]}", fast3r_size, args.device)
+    network = fast3r_of(args)
+    network.identity = f"fast3r {distill.weights_id(network.model)[:16]}"
+    return network
+
+
+def fast3r_of(args):
+    return NetworkTeacher(load_fast3r(args.teacher), "Fast3R", fast3r_size, args.device)
 
 
 def student_of(args):  # asked at the size of pictures that it was trained on, where --size says nothing else
@@ -1617,36 +1653,87 @@ def measure(args):
         raise data.DataError(f"{args.cache}: the mean pointmap is that of a cache; run the cache command first")
     results = {name: evaluate(model, scenes, args.size, args.views, args.seed) for name, model in models.items()}
     first = next(iter(results.values()))
-    print(f"{len(first['scenes'])} scenes, up to {args.views} views each; distances in their unit\n"
-          f"{'':10}{'accuracy':>20}{'completeness':>20}{'scale':>8}{'conf. rank':>12}{'views/s':>9}\n"
-          f"{'':10}{'mean':>10}{'median':>10}{'mean':>10}{'median':>10}")
+    table = [f"{len(first['scenes'])} scenes, up to {args.views} views each; distances in their unit",
+             f"{'':10}{'accuracy':>20}{'completeness':>20}{'scale':>8}{'conf. rank':>12}{'views/s':>9}",
+             f"{'':10}{'mean':>10}{'median':>10}{'mean':>10}{'median':>10}"]
     for name, r in results.items():
         numbers = "".join(f"{value:10.4f}" for value in r["mean"][:4])
-        print(f"{name:10}{numbers}{r['mean'].scale:8.3f}{r['calibration']['rank']:12.2f}{r['speed']:9.1f}")
+        speed = "" if name == "mean" else f"{r['speed']:9.1f}"
+        table.append(f"{name:10}{numbers}{r['mean'].scale:8.3f}{r['calibration']['rank']:12.2f}{speed}")
         r.update(mean=r["mean"]._asdict(), scenes={scene: score._asdict() for scene, score in r["scenes"].items()})
     path = Path(args.out, "result.json")
     data.write_whole(path, json.dumps(results, indent=1).encode())
-    print(f"  ->  {path}")
+    print("\n".join(table), f"\n  ->  {path}")
+    if "student" in models:
+        add_scores(args.weights, "\n".join(table))
 
 
 def infer(args):
     """Photos without poses -> a scene with poses, depth and a point cloud, for 01_data and for other tools."""
-    root = source_of(args)
-    out, names = Path(args.out, "scene"), list(scene_folders(root))
-    if out.resolve().is_relative_to(root.resolve()) or root.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"{out}: the scene that infer writes would lie among the pictures of {root}, or over them; "
-                         "give another --out")
-    chosen = unseen(args, names)[0]
+    root, out = source_of(args), Path(args.out, "scene")
+    names = list(scene_folders(root))
+    chosen = (unseen(args, names) if args.teacher == "geometry" else names)[0]
     if len(names) > 1 and args.command:
         print(f"{root}: {len(names)} scenes in here, this is {chosen}; give the folder of another one for that")
     scene, index = open_scene(root, chosen, args.skip_bad_frames)
-    shown, student = list(index.values())[::args.stride or 1], student_of(args)
+    shown = list(index.values())[::args.stride or 1]
     if not (args.command or args.scene_dir or args.images):
         shown = shown[max(0, len(shown) - args.views) // 2:][:args.views]  # one sample, as in training
-    views = [scene.view(i, student.view_size(*scene.frames[i].size), maps=False) for i in shown]
-    maps = student(views, torch.Generator().manual_seed(args.seed))
-    write_scene(out, [enlarged(scene, i, view) for i, view in zip(shown, views)], maps, args.tau)
+    network = student_of(args) if args.teacher == "geometry" else fast3r_of(args)
+    sizes = [network.view_size(*scene.frames[i].size) for i in shown]
+    print(f"{network.identity}, {len(shown)} views: {forecast(network.model, sizes, args.device)}")
+    views = [scene.view(i, size, maps=False) for i, size in zip(shown, sizes)]
+    maps = ask_in_groups(network, views, torch.Generator().manual_seed(args.seed))
+    write_scene(out, [enlarged(scene, i, view) for i, view in zip(shown, views)], maps, args.tau, root.resolve())
     report_scene(scene, shown, out)
+
+
+def check_scene_folder(args):  # where infer is going to write, before anything is computed
+    root, out = source_of(args), Path(args.out, "scene")
+    if out.resolve().is_relative_to(root.resolve()) or root.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out}: the scene that infer writes would lie among the pictures of {root}, or over them; "
+                         "give another --out")
+    try:
+        before = json.loads((out / "transforms.json").read_text()).get("photos")
+    except (OSError, ValueError, AttributeError):
+        before = None
+    if before and before != str(root.resolve()):
+        if Path(args.out) == Path(OUT):
+            raise ValueError(f"{out}: holds the scene of other photos ({before}); give another --out, or remove it")
+        print(f"{out}: the scene of other photos ({before}) is replaced")
+
+
+def ask_in_groups(network, views, generator, most=VIEW_IDS) -> list[Pointmap]:
+    """More views than there are ids go in groups that begin with view 0, so that its camera is the frame of all.
+    Each group has a unit of its own; what it says about view 0 tells by how much it has to be scaled."""
+    maps = network(views[:most], generator)
+    for start in range(most, len(views), most - 1):
+        first, *others = network([views[0], *views[start:start + most - 1]], generator)
+        ratio = maps[0].points_global.norm(dim=-1) / first.points_global.norm(dim=-1)
+        unit = ratio[ratio.isfinite()].median()
+        maps += [m._replace(points_global=m.points_global * unit) for m in others]
+    return maps
+
+
+def forecast(model, sizes, device, at_once=8) -> str:
+    """Memory and time of a call, said beforehand: from the sizes of its largest tensors, and from its floating-point
+    operations at the rate of a matrix product on this machine. Memory is right to a tenth, time to a factor of two."""
+    sizes = sizes[:VIEW_IDS]
+    pixels, largest = sum(h * w for h, w in sizes), max(h * w for h, w in sizes)
+    tokens, dim, depth = pixels // model.patch**2, model.decoder.dim, len(model.decoder.dec_blocks)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    features = model.downstream_head["dpt"].head[0].in_channels
+    heads = 1.5 * features * largest * min(at_once, len(sizes)) + 4 * tokens * dim + 8 * pixels
+    gigabytes = 4e-9 * (count(model) + 3 * pixels + max(heads, 15 * tokens * dim))
+    transformers = 2 * tokens * (count(model.encoder) + count(model.decoder)) + 4 * tokens**2 * dim * depth
+    a, times = torch.ones(1024, 1024, device=device), []
+    for _ in range(3):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the GPU
+        times.append(time.perf_counter() - begin)
+    seconds = 2 * min(times) / 2**31 * (transformers + 28 * features**2 * pixels)
+    duration = f"{math.ceil(seconds)} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    return f"about {max(gigabytes, 0.1):.1f} GB and {duration} on {device}"
 
 
 def enlarged(scene, i, view):  # other stages want more pixels than a map has: twice as many each way, if the photo can
@@ -1666,8 +1753,9 @@ def report_scene(scene, shown, out):  # one verdict, whether the cameras are to 
     if isinstance(scene, data.Scene) and len(shown) > 2:
         true, found = scene.c2w[shown], data.load_scenes(out)[0].c2w
         error, still = camera_error(found, true), camera_error(torch.eye(4).expand_as(true), true)
-        print(f"against the true poses, which were not used: position off by {error.position:.3f}, rotation between two "
-              f"by {error.rotation:.1f} degrees (medians); without motion {still.position:.3f} and {still.rotation:.1f}")
+        print(f"against the true poses, which were not used: position off by {error.position:.3f}, rotation of two "
+              f"by {error.rotation:.1f} degrees (medians); without any motion by {still.position:.3f} and "
+              f"{still.rotation:.1f}")
     further = "" if doubt or len(shown) < 3 else f"; python 04_distill.py --scene_dir {out} --geometry depth"
     print(f"  ->  {out / 'cloud.png'}, {out / 'cloud.ply'}{further}")
 
@@ -1689,6 +1777,9 @@ def table_one(args):
 # ------------------------------------------------------------------------------------------------ command line
 
 
+OUT = "out/06_distill3r"
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description="Distill3R: without a command cache, train, eval and infer, one after "
                                      "the other. [p] marks what --preset sets.")
@@ -1697,15 +1788,15 @@ def parse(argv):
     add("--scene_dir", help="a scene or a folder of scenes; default: what was cached, else data_small/ (tiny) or "
         "data/, where built-in rooms are made")
     add("--images", help="a folder of photos or video frames without poses, in its place")
-    add("--out", default="out/06_distill3r")
+    add("--out", default=OUT)
     add("--preset", choices=list(PRESETS), help="full is the paper's setting, tiny takes minutes on a CPU; default: "
         "full on a CUDA machine")
     add("--cache", help="folder of the teacher's pointmaps; default: cache/ in --out")
-    add("--teacher", default="geometry", help="Fast3R's model.safetensors, or 'geometry': true depth with a network's "
-        "errors")
+    add("--teacher", default="geometry", help="Fast3R's model.safetensors, which infer asks instead of the student; or "
+        "'geometry': true depth with a network's errors")
     add("--weights", help="student for eval and infer; default: student/ in --out")
-    add("--size", type=data.positive, nargs=2, metavar=("H", "W"), help="of landscape pictures, multiples of the patch; "
-        "lower it when memory runs out; infer and eval take what the student was trained on [p]")
+    add("--size", type=data.positive, nargs=2, metavar=("H", "W"), help="of landscape pictures, multiples of the "
+        "patch; lower it when memory runs out; infer and eval take what the student was trained on [p]")
     add("--views", type=data.positive, help="views a sample, N; lower it when memory runs out [p]")
     add("--stride", type=data.positive, help="take every n-th picture; default in full: cache finds it by overlap, "
         "infer takes all [p]")
@@ -1778,6 +1869,8 @@ def settle(args):  # fills in what the preset sets
 
 def run_commands(args):
     training = args.command in (None, "train")
+    if args.command in (None, "infer"):
+        check_scene_folder(args)
     rank, world = distill.processes(args, args.batch if training else 0)
     if rank:
         sys.stdout = open(os.devnull, "w")  # one voice

@@ -596,23 +596,15 @@ def read_observations(path):  # images.bin -> [(name, quaternion, t, camera, (N,
     return found
 
 
-def read_point_ids(path):  # points3D.bin -> ids, in order
-    blob, at, ids = path.read_bytes(), 8, []
-    for _ in range(struct.unpack_from("<Q", blob)[0]):
-        ids.append(struct.unpack_from("<Q", blob, at)[0])
-        at += 51 + 8 * struct.unpack_from("<Q", blob, at + 43)[0]
-    return ids
-
-
 @pytest.mark.parametrize("model, expected", [("sparse/0", 0.296), ("sparse_distorted_bin", 0.897)])
 def test_colmap_reprojection_error_is_as_measured(model, expected):
     model = real("colmap_bartoszek_statue") / model
     cameras, poses, points = data.colmap_binary(model)
-    assert len(cameras) == len(poses) == 23 and points.shape[1] == 3
-    place = dict(zip(read_point_ids(model / "points3D.bin"), points))
+    assert len(cameras) == len(poses) == 23
+    place = points
     errors = []
-    for (name, camera, q, t), (name2, q2, t2, camera2, xy, ids) in zip(poses, read_observations(model / "images.bin")):
-        assert name == name2 and camera == camera2 and (q == q2).all() and (t == t2).all()
+    for (name, camera, q, t, seen), (name2, q2, t2, camera2, xy, ids) in zip(poses, read_observations(model / "images.bin")):
+        assert name == name2 and camera == camera2 and (q == q2).all() and (t == t2).all() and seen == ids.tolist()
         K, size, distortion = data.colmap_camera(*cameras[camera], model)
         if "distorted" in model.name:
             assert cameras[camera][0] == "SIMPLE_RADIAL" and size == (2006, 3031) and distortion[0][0] != 0

@@ -589,15 +589,30 @@ def test_no_photo_is_lost_or_taken_for_a_map_and_bad_ones_are_named(tmp_path, ca
         pictures(root / folder, [name])
     assert sorted(paths_of(root)) == ["a.jpg", "same/b.jpg", "x/images/c.jpg"]
     (tmp_path / "empty").mkdir()
+    for n in range(6):
+        (root / f"IMG_{n}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    assert len(paths_of(root)) == 3 and "ignored: 6 HEIC files" in capsys.readouterr().out
+    shutil.copy(root / "IMG_0.HEIC", pictures(tmp_path / "h", []) / "a.HEIC")
+    assert "1 HEIC files, which are not read; save them as JPEG or PNG" in refusal(d3r.make_manifest, tmp_path / "h", kind=DataError)
     assert "no such folder" in refusal(d3r.make_manifest, tmp_path / "none", kind=DataError)
     assert "no picture in here" in refusal(d3r.make_manifest, tmp_path / "empty", kind=DataError)
     (pictures(tmp_path / "p", ["a.png"]) / "b.png").write_bytes(b"no picture")
     said = refusal(d3r.make_manifest, tmp_path / "p", kind=DataError)
-    assert "b.png: not a picture; restore it or pass --skip_bad_frames" in said
+    assert "b.png: cannot be decoded (not a picture); restore the file or pass --skip_bad_frames" in said
     (pictures(tmp_path / "p", ["c.jpg"]) / "c.jpg").write_bytes((tmp_path / "p/c.jpg").read_bytes()[:-200])  # cut off
     pictures(tmp_path / "p/.thumbnails", ["a.png"])
     assert paths_of(tmp_path / "p", 20, None, True) == ["a.png"]
     assert "c.jpg: cannot be decoded" in capsys.readouterr().out
+
+
+def test_pictures_of_other_types_are_read_and_huge_ones_are_to_be_made_smaller(tmp_path, monkeypatch):
+    endings = [".Jpg", ".webp", ".tif", ".bmp", ".JPEG"]
+    pictures(tmp_path / "p", [f"{n}{end}" for n, end in enumerate(endings)])
+    assert [Path(path).suffix for path in paths_of(tmp_path / "p")] == endings
+    scene, index = d3r.open_scene(tmp_path / "p", "p")
+    assert all(scene.view(i, SMALL).image.shape == (3, *SMALL) for i in index.values())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # as if they had 200 million
+    assert "make the picture smaller" in refusal(d3r.make_manifest, tmp_path / "p", kind=DataError)
 
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), b"junk", b"II*\0\x08"])
@@ -1281,7 +1296,7 @@ def whole_run(rooms_dir, tmp_path_factory):
     return home / "out", script("--out", home / "out", "--max_steps", 60, "--warmup", 10, *TOY, cwd=home)
 
 
-def test_the_script_improves_on_its_start_and_what_it_infers_is_a_scene(whole_run, rooms, rooms_dir, tmp_path, capsys):
+def test_the_script_improves_on_its_start_and_infers_a_scene(whole_run, rooms, rooms_dir, tmp_path, capsys, monkeypatch):
     out, printed = whole_run
     result, log = json.loads((out / "result.json").read_text()), log_of(out)
     student, mean, teacher = (result[name]["mean"] for name in ("student", "mean", "teacher"))
@@ -1305,12 +1320,26 @@ def test_the_script_improves_on_its_start_and_what_it_infers_is_a_scene(whole_ru
     main("infer", "--scene_dir", rooms_dir / "room_001", "--weights", out / "student", "--out", tmp_path, *TOY, "--stride", 5)
     frames = json.loads((tmp_path / "scene/transforms.json").read_text())["frames"]
     assert len(frames) == 3 and all(len(list((tmp_path / "scene" / part).iterdir())) == 3 for part in ("images", "depth"))
+    assert f"the scene of other photos ({rooms_dir.resolve()}) is replaced" in capsys.readouterr().out
+    monkeypatch.setattr(d3r, "OUT", str(tmp_path))  # where nobody asked for this folder, a scene of other photos stays
+    infer = ["infer", "--weights", out / "student", "--out", tmp_path]
+    assert "holds the scene of other photos" in message(*infer, "--scene_dir", rooms_dir)
     for folder in (tmp_path / "scene/images", tmp_path):  # it would find its own pictures the next time
-        assert "give another --out" in message("infer", "--images", folder, "--weights", out / "student", "--out", tmp_path)
+        assert "give another --out" in message(*infer, "--images", folder)
     assert (tmp_path / "scene/transforms.json").exists()
 
 
-def test_fast3r_teaches_through_the_cache(rooms_dir, tmp_path, monkeypatch):
+def test_the_students_card_says_what_it_is_made_of_and_its_lines_run(whole_run, rooms):
+    card = (whole_run[0] / "student/README.md").read_text()
+    for words in ("starts from: tiny", "Teacher: geometry, errors x 1", "--max_steps 60", "MIT", "after 60 steps", "## Scores"):
+        assert words in card
+    code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("path/to/this/folder", str(whole_run[0] / "student"))
+    found = {}
+    exec(code, found)
+    assert len(found["cameras"].c2w) == 2
+
+
+def test_fast3r_teaches_through_the_cache_and_infers_by_itself(rooms_dir, tmp_path, monkeypatch, capsys):
     """A small Fast3R with generated weights, on photos without poses, from its file through the cache to a student."""
     monkeypatch.setattr(d3r, "fast3r_size", functools.partial(d3r.fast3r_size, long_side=128))
     weights, photos = write_fast3r(tmp_path / "fast3r"), tmp_path / "photos"
@@ -1331,6 +1360,39 @@ def test_fast3r_teaches_through_the_cache(rooms_dir, tmp_path, monkeypatch):
     main("train", "--max_steps", 20, "--warmup", 2, *common)  # finds the photos by the cache
     losses = [line["total"] for line in log_of(tmp_path / "out")]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    capsys.readouterr()
+    forward = d3r.Fast3R.forward  # points before the camera, as those of a trained one
+    ahead = lambda m: m._replace(points_local=m.points_local + torch.tensor([0, 0, 5.0]), conf_local=m.conf_local + 5)
+    monkeypatch.setattr(d3r.Fast3R, "forward", lambda self, *a, **k: [ahead(m) for m in forward(self, *a, **k)])
+    main("infer", "--images", photos, "--teacher", weights, "--out", tmp_path / "out", "--device", "cpu")
+    said, (scene,) = capsys.readouterr().out, data.load_scenes(tmp_path / "out/scene")
+    assert re.search(r"^Fast3R, 4 views: about 0\.\d GB and \d+ s on cpu\n", said)
+    assert len(scene) == 4 and scene.view(0).image.shape == (3, 96, 128)
+    assert "agreement" in json.loads((tmp_path / "out/scene/transforms.json").read_text())
+
+
+def test_more_views_than_ids_are_asked_in_groups_of_one_frame_and_unit(rooms):
+    views = views_of(rooms[0], range(12))
+    units = iter([1.0, 3.0, 0.2, 5.0])
+
+    def network(views, generator):
+        unit = next(units)
+        assert len(views) <= 5
+        return [m._replace(points_global=unit * m.points_global) for m in exact_maps(views)]
+    maps = d3r.ask_in_groups(network, views, seeded(), most=5)
+    assert len(maps) == 12 and next(units, None) == 5.0
+    for m, exact in zip(maps, exact_maps(views)):
+        assert (m.points_global - exact.points_global).abs().max() < 1e-4
+
+
+def test_memory_is_foretold():
+    """GB at the peak in fp32, added up from the sizes of all tensors alive: 2.72, 4.67, 4.94 and 8.75."""
+    with torch.device("meta"):
+        networks = {"student": (d3r.Student(), (378, 518)), "Fast3R": (d3r.Fast3R(), (384, 512))}
+    for name, views, measured in (("student", 8, 2.72), ("student", 128, 4.67), ("Fast3R", 8, 4.94), ("Fast3R", 128, 8.75)):
+        model, size = networks[name]
+        said = d3r.forecast(model, [size] * views, "cpu")
+        assert float(re.search(r"about ([\d.]+) GB and \d+ (s|minutes) on cpu", said)[1]) == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("flags,how", [
@@ -1383,6 +1445,69 @@ def test_a_step_is_the_mean_of_its_samples_with_ids_of_their_own(cached, tmp_pat
                         learn(batch, model, args, seeds, world))
     main("train", *cached, "--max_steps", 2, "--batch", 2, "--seed", 3, "--out", tmp_path)
     assert used == [3, 4, 5, 6]
+
+
+def test_three_training_steps_are_those_by_hand(cached, tmp_path):
+    """AdamW with its betas, decay and two rates, warm-up, and clipping, in plain torch; every tensor that is saved."""
+    main("train", *cached, "--max_steps", 3, "--batch", 2, "--warmup", 2, "--lr", 2e-3, "--out", tmp_path)
+    args = d3r.parse(["train", *map(str, cached), "--max_steps", "3", "--batch", "2"])
+    student, log = d3r.new_student(args), log_of(tmp_path)
+    samples = {sample.name: sample for sample in d3r.CachedViews(args.scene_dir, args.cache)}
+    parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
+    rates = [1e-3, 2e-3, 2e-3]  # two steps of warm-up, then the cosine's top
+    for step, rate in enumerate(rates):
+        student.zero_grad()
+        for n, name in enumerate(log[step]["samples"]):
+            maps = student(samples[name].images, generator=seeded(args.seed + 2 * step + n))
+            (d3r.pointmap_loss(maps, samples[name].targets, samples[name].masks).total / 2).backward()
+        norm = torch.stack([p.grad.norm() for p in parameters.values()]).norm()
+        assert norm > 1 and log[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and log[step]["lr"] == rate
+        with torch.no_grad():
+            for name, p in parameters.items():
+                m, v = moments[name]
+                g, lr = p.grad / norm, rate * (0.1 if name.startswith("encoder.") else 1)
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.95).add_(0.05 * g * g)
+                p.mul_(1 - 0.01 * lr)
+                p.sub_(lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
+    _, _, stored = distill.read_run(tmp_path / "checkpoint.safetensors")
+    order = [name for encoder in (False, True) for name in parameters if name.startswith("encoder.") == encoder]
+    assert len(stored) == 4 * len(order)
+    for i, name in enumerate(order):
+        for value, key in zip((parameters[name], *moments[name]),
+                              (f"student.{name}", f"optimiser.{i}.exp_avg", f"optimiser.{i}.exp_avg_sq")):
+            assert error_to(stored[key], value.detach()) < 1e-2, key
+            assert (stored[key] - value).norm() < 1e-3 * value.norm(), key
+
+
+FAKE = ROOT.parent / "shared/tools/fake_cuda.py"
+COUNT_SYNCS = """
+import fake_cuda, importlib, sys, torch
+device = fake_cuda.install()
+d3r = importlib.import_module("06_distill3r")
+args = d3r.parse(["train", "--preset", "tiny", "--device", "cuda"])
+student = d3r.new_student(args).to("cuda")
+for views in (3, 20):
+    m = d3r.Pointmap(*torch.rand(2, 48, 64, 3) + 1, *torch.rand(2, 48, 64) + 2)
+    sample = d3r.CachedSample("s", [torch.rand(3, 48, 64)] * views, [m] * views, [m.conf_local > 2.2] * views)
+    d3r.learn([sample], student, args, [0])
+    with fake_cuda.watch() as seen:
+        d3r.learn([sample], student, args, [0])
+    print("synchronisations", sum(seen.syncs.values()))
+"""
+
+
+@pytest.mark.skipif(not FAKE.exists(), reason=f"{FAKE}, the pretended CUDA device, is not here")
+def test_on_a_pretended_gpu_all_commands_run_and_a_sample_waits_for_it_three_times(few_rooms, tmp_path):
+    environment = os.environ | {"FAKE_CUDA_PROJECT": str(ROOT), "PYTHONPATH": f"{FAKE.parent}:{ROOT}"}
+    run = lambda *command: subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, text=True,
+                                          capture_output=True, timeout=280)
+    done = run("-c", COUNT_SYNCS)
+    assert done.stdout.split() == ["synchronisations", "3"] * 2, done.stderr
+    done = run(FAKE, "06_distill3r.py", "--scene_dir", few_rooms, "--out", tmp_path, "--preset", "tiny", *TOY[:-1], "cuda",
+               "--size", 24, 32, "--max_steps", 1, "--warmup", 1, "--batch", 2)
+    assert done.returncode == 0 and "samples written" in done.stdout and "cloud.ply" in done.stdout, done.stderr[-3000:]
 
 
 def test_half_of_the_samples_are_mirrored_and_are_the_same_scene_in_a_mirror(rooms, cached, monkeypatch):
