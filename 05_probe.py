@@ -432,6 +432,8 @@ class Rows:
     def __getitem__(self, which) -> Tensor:
         # Mapped anew each time, because pages of a mapping that stays open count as memory of the process.
         mapped = np.memmap(self.path, self.dtype, "r", shape=self.shape)
+        plain = lambda x: x.numpy() if isinstance(x, Tensor) else x  # NumPy takes a tensor of one index for a number
+        which = tuple(map(plain, which)) if isinstance(which, tuple) else plain(which)
         return torch.from_numpy(np.array(mapped[which]))
 
     def whole_rows(self):
