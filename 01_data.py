@@ -8,7 +8,7 @@ Out     `load_scenes(path) -> [Scene]`, `Scene.view(i, size) -> View`; a report 
 Run     python 01_data.py                        built-in rooms -> data/, 20 s on a 2-core CPU
         python 01_data.py --scene_dir my_scene   what is in a folder, before anything is trained
 Copy    01_data.py (and tiny/rooms.py, if rooms are to be made)
-Read    View, Scene, depth_range, frustum_points, overlap, context_pairs, sample_triplet, split, show_triplets
+Read    View, Scene, depth_range, project, frustum_points, overlap, context_pairs, sample_triplet, split, show_triplets
 Try     LEVELS = ((0.9, 0.4),): context baselines in nine rooms shrink from 0.55 to 0.37 m (medians), and each picture
         of a triplet shows nearly the same; LEVELS = ((0.1, 2.0),): 1.01 m, and much is seen by one context only.
         --near 0.1 --far 1: frustums end before the furniture, and four of nine rooms have no triplet left.
@@ -32,6 +32,7 @@ import re
 import struct
 import sys
 import threading
+import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -94,7 +95,8 @@ class Scene:
         K = torch.from_numpy(to_view @ undistorted_K(frame)).float()
         image = kept(("image", size), frame, lambda: read_image(frame, size))  # a photo is decoded once a run
         found = kept(("maps", size), frame, lambda: read_maps(self, frame, size)) if maps else {}
-        return View(frame.name, image.float() / 255, K, self.c2w[i], **{kind: values + 0 for kind, values in found.items()})
+        found = {kind: values.clone() for kind, values in found.items()}
+        return View(frame.name, image.float() / 255, K, self.c2w[i], **found)
 
     @cached_property
     def depth_range(self):
@@ -114,12 +116,12 @@ class Scene:
 
 
 def depth_range(scene):  # -> near, far, where they come from
-    """Measured depth tells best; then the sparse points that fall inside a picture; else the camera layout must do."""
+    """Measured depth tells best; then the sparse points that a picture shows; else the camera layout must do."""
     # Differs: the official code takes 1 and 100 in the data set's unit, so that nothing nearer than a metre exists;
     # here near and far come from the scene.
     some = [scene.frames[i] for i in np.linspace(0, len(scene) - 1, min(8, len(scene))).astype(int)]
     measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]
-    sparse = [depth_in_view(scene.points, frame) for frame in some if scene.points is not None]
+    sparse = [project(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
     for depths, source in ((measured, "measured depth"), (sparse, "sparse points")):
         seen = np.concatenate(depths) if depths else np.zeros(0)
         seen = seen[seen > 0]
@@ -129,15 +131,21 @@ def depth_range(scene):  # -> near, far, where they come from
     return *layout_depth_range(np.stack([frame.c2w for frame in scene.frames])), "the camera layout"
 
 
-def depth_in_view(points, frame):  # (M, 3) world -> z-depth (M,) in the frame's camera, 0 outside of its picture
+# ---------------------------------------------------------------------------------- 3. Which views see the same place?
+
+
+def project(points, frame):
+    """(M, 3) world -> x, y in pixels of the frame, z-depth; z is 0 for points outside of its picture."""
     seen = (points - frame.c2w[:3, 3]) @ frame.c2w[:3, :3]  # world -> camera
     z = seen[:, 2]
     with np.errstate(divide="ignore", invalid="ignore"):
         x, y = frame.K[0, 0] * seen[:, 0] / z + frame.K[0, 2], frame.K[1, 1] * seen[:, 1] / z + frame.K[1, 2]
-        return np.where((z > 0) & (x > 0) & (x < frame.size[1]) & (y > 0) & (y < frame.size[0]), z, 0)
+    return x, y, np.where((z > 0) & (x > 0) & (x < frame.size[1]) & (y > 0) & (y < frame.size[0]), z, 0)
 
 
-# ---------------------------------------------------------------------------------- 3. Which views see the same place?
+def unproject(x, y, z, frame):  # pixels and z-depth -> (M, 3) world
+    rays = np.stack([(x - frame.K[0, 2]) / frame.K[0, 0], (y - frame.K[1, 2]) / frame.K[1, 1], np.ones_like(x)], -1)
+    return (rays * z[..., None]).reshape(-1, 3) @ frame.c2w[:3, :3].T + frame.c2w[:3, 3]
 
 
 def frustum_points(scene, i):
@@ -146,8 +154,7 @@ def frustum_points(scene, i):
     height, width = frame.size
     x, y, inverse = np.meshgrid((np.arange(8) + 0.5) / 8 * width, (np.arange(6) + 0.5) / 6 * height,
                                 np.linspace(1 / far, 1 / near, 5)[1:-1], indexing="ij")
-    rays = np.stack([(x - frame.K[0, 2]) / frame.K[0, 0], (y - frame.K[1, 2]) / frame.K[1, 1], np.ones_like(x)], -1)
-    return (rays / inverse[..., None]).reshape(-1, 3) @ frame.c2w[:3, :3].T + frame.c2w[:3, 3]
+    return unproject(x, y, 1 / inverse, frame)
 
 
 def overlap(scene, i, j):
@@ -155,7 +162,7 @@ def overlap(scene, i, j):
 
     Walls are not considered: two cameras with a wall between them overlap, too, if they look the same way.
     """
-    share = lambda a, b: (depth_in_view(frustum_points(scene, a), scene.frames[b]) > 0).mean()
+    share = lambda a, b: (project(frustum_points(scene, a), scene.frames[b])[2] > 0).mean()
     return min(share(i, j), share(j, i))
 
 
@@ -282,7 +289,8 @@ class Frame:
     normal: Path | None = None
     label: Path | None = None
     two_regions: bool = False  # the mask says which pixels are valid: its two sides are two regions
-    upright: bool = False  # the picture is turned as its EXIF tag says, because its camera is that of the upright picture
+    seen: object = ...  # which of the scene's sparse points were found in the picture; `...`: nobody says it, any
+    upright: bool = False  # its camera is that of the picture turned as EXIF says
     problem: str | None = None  # why it cannot be used, where its reader found that out
     notes: tuple = ()  # what was changed to make it fit
     kept: dict = field(default_factory=dict, init=False, repr=False)  # its views, see `kept`
@@ -364,8 +372,9 @@ def load_scenes(path, skip_bad_frames=False) -> list[Scene]:
     if not scenes and error:
         raise error
     if not scenes:
-        raise DataError(f"{path}: no scene in here (looked for transforms*.json, sparse/0, frame-*.pose.txt and poses_bounds"
-                        ".npy, three levels deep); for photos without poses run COLMAP first and put its model in sparse/0")
+        raise DataError(f"{path}: no scene in here (looked for transforms*.json, sparse/0, frame-*.pose.txt and "
+                        "poses_bounds.npy, three levels deep); for photos without poses run COLMAP first and put its "
+                        "model in sparse/0")
     return scenes
 
 
@@ -442,9 +451,11 @@ def problem_of(frame, thorough=False):
 
 
 def fit_camera(frame, stored, upright):
-    """Makes size and K of a frame those of its picture, where the data set describes the picture at another size or (EXIF)
-    in another orientation. `stored` and `upright` are the picture's (H, W) as it lies in the file and as it is to be seen.
-    -> what is wrong, or None."""
+    """Makes size and K of a frame those of its picture, if its camera is for another size of it or, by EXIF, another
+    orientation. -> what is wrong, or None
+
+    `stored` and `upright` are the picture's (H, W) as it lies in the file and as it is to be seen.
+    """
     (height, width), declared = stored, frame.size or centred_size(frame)
     guessed = frame.size is None and declared is not None
     frame.size = stored
@@ -457,8 +468,8 @@ def fit_camera(frame, stored, upright):
                 zoom = np.array([size[1] / declared[1], size[0] / declared[0], 1])
                 frame.K = zoom[:, None] * frame.K
                 what = "intrinsics seem to be" if guessed else "cameras are"
-                frame.notes += (f"{what} for pictures of {declared[1]}x{declared[0]}: scaled to the {size[1]}x{size[0]} of "
-                                f"{frame.image.parent.name}/",)
+                frame.notes += (f"{what} for pictures of {declared[1]}x{declared[0]}: "
+                                f"scaled to the {size[1]}x{size[0]} of {frame.image.parent.name}/",)
             if frame.upright:
                 frame.notes += ("pictures are turned upright, as EXIF says and as their cameras expect",)
             return None
@@ -469,16 +480,17 @@ def fit_camera(frame, stored, upright):
             "which is another shape: use the pictures that the cameras were made for")
 
 
-def same_shape(declared, size):  # whether one is the other, scaled evenly and rounded to whole pixels
+def same_shape(declared, size):  # whether one is the other, scaled evenly and rounded to whole or even pixels
     zoom = math.sqrt(size[0] * size[1] / (declared[0] * declared[1]))
-    return all(abs(have - zoom * want) <= max(1, zoom) for want, have in zip(declared, size))
+    close = all(abs(have - zoom * want) <= 2 * max(1, zoom) for want, have in zip(declared, size))
+    return close and abs(size[0] * declared[1] / (size[1] * declared[0]) - 1) < 0.01
 
 
 def centred_size(frame):
     """(H, W) of the picture that K seems to be made for, where nobody says it, or None.
 
-    Its centre gives it away: twice the principal point is about the size of the picture. That of a real camera is off by
-    some pixels, so a depth map of about this size settles it, and otherwise only an exact proportion is believed.
+    Its centre gives it away: twice the principal point is about the size of the picture. Real cameras are off by some
+    pixels, so a depth map of about this size settles it, and otherwise only an exact proportion is believed.
     """
     stored, (cx, cy) = stored_size(frame.image), frame.K[:2, 2]
     if not (np.isfinite([cx, cy]).all() and min(cx, cy) > 8):
@@ -520,9 +532,9 @@ def problem_of_camera(frame):
         return f"{frame.image}: its intrinsics are singular (focal lengths {frame.K[0, 0]:g}, {frame.K[1, 1]:g})"
     (height, width), (cx, cy) = frame.size, frame.K[:2, 2]
     zooms = np.array([2 * cx / width, 2 * cy / height])
-    if not (0 < cx < width and 0 < cy < height) or (abs(zooms[0] / zooms[1] - 1) < 0.02 and abs(zooms[0] - 1) > 0.2):
-        return (f"{frame.image} is {width}x{height}, but its intrinsics put the centre at ({cx:g}, {cy:g}), as for a picture "
-                f"of about {2 * cx:.0f}x{2 * cy:.0f}: scale them to the size of the image")
+    if not (0 < cx < width and 0 < cy < height) or (abs(zooms[0] / zooms[1] - 1) < 0.02 and abs(zooms[0] - 1) > 0.12):
+        return (f"{frame.image} is {width}x{height}, but its intrinsics put the centre at ({cx:g}, {cy:g}), as for a "
+                f"picture of about {2 * cx:.0f}x{2 * cy:.0f}: scale them to the size of the image")
     if abs(scale - 1) > 0.02:
         frame.c2w[:3, :3] /= scale
         frame.notes += (f"the rotation of poses was scaled by {scale:.3g}, which is taken out",)
@@ -599,7 +611,7 @@ def find_file(root, name, where, folders=(), endings=()):
         return next((path for path in found if path.is_file()), root / parts[-1])
     first = inside(root / name, root, where)
     relative = Path(os.path.relpath(first, root))
-    smaller = [Path(f"{relative.parts[0]}_{n}", *relative.parts[1:]) for n in (2, 4, 8)] if len(relative.parts) > 1 else []
+    smaller = [Path(f"{relative.parts[0]}_{n}", *relative.parts[1:]) for n in (2, 4, 8) if len(relative.parts) > 1]
     for path in (relative, *(Path(folder) / relative for folder in folders), *smaller):
         if found := look_for(root, path, endings):
             return found
@@ -607,26 +619,30 @@ def find_file(root, name, where, folders=(), endings=()):
 
 
 def look_for(root, path, endings):  # -> the file at root / path, exact or nearly so; None
-    if (root / path).is_file():
+    if (root / path).is_file() and path.suffix.lower() not in UNREADABLE:
         return root / path
     folder = root
     for part in path.parts[:-1]:
-        folder = folder / part if (folder / part).is_dir() else listing(folder).get(part.lower())
+        folder = folder / part if (folder / part).is_dir() else listing(folder).get(plain(part))
         if folder is None:
             return None
-    there, name = listing(folder), path.name.lower()
-    stem = Path(name).stem if Path(name).suffix in endings else name
+    there, name = listing(folder), plain(path.name)
+    stem = Path(name).stem if Path(name).suffix in (*endings, *UNREADABLE) else name
     near = (there.get(candidate) for candidate in (name, *(stem + end for end in endings)))
     return next((file for file in near if file is not None and file.is_file()), None)
 
 
-def listing(folder):  # -> {name in lower case: path}
+def plain(name):  # alike for names that only the disk's file system tells apart: case, composed and decomposed accents
+    return unicodedata.normalize("NFC", name).lower()
+
+
+def listing(folder):  # -> {plain name: path}
     return listed(folder, folder.stat().st_mtime_ns) if folder.is_dir() else {}
 
 
 @lru_cache(maxsize=64)
 def listed(folder, _changed):
-    return {path.name.lower(): path for path in folder.iterdir()}
+    return {plain(path.name): path for path in folder.iterdir()}
 
 
 def look_alike(path):  # -> words that name a file which may be meant
@@ -644,25 +660,32 @@ def left_out(paths):  # -> sentences that count the pictures among `paths` that 
             for end in sorted(set(endings))]
 
 
-def folders_not_read(folder, frames):  # -> sentences that name folders which look like maps but are called otherwise
-    words = ("depth", "mask", "normal", "label", "segment", "semantic", "instance")
-    used = {path.parent for f in frames for path in (f.image, f.mask, f.depth, f.normal, f.label) if path}
-    home = {frame.image.parent.parent for frame in frames} | {folder}
-    others = [d for place in home if place.is_dir() for d in place.iterdir() if d.is_dir() and d.name[0] != "."]
-    others = [d for d in others if any(w in d.name.lower() for w in words) and not any(u.is_relative_to(d) for u in used)]
-    return [f"ignored: {d.name}/ (maps are read from depth/ masks/ normals/ labels/, with the names of the images)"
-            for d in sorted(set(others)) if any(is_picture(p) or p.suffix == ".npy" for p in d.iterdir())]
+def folders_not_read(folder, frames):
+    """Sentences that name folders which seem to hold maps that some frame lacks, but have other names than those read."""
+    words = dict(depth=["depth"], mask=["mask", "instance", "segment"], normal=["normal"], label=["label", "semantic"])
+    lacking = [word for kind in MAPS if any(getattr(f, kind) is None for f in frames) for word in words[kind]]
+    homes = {frame.image.parent.parent for frame in frames} | {folder}
+    files = [path for f in frames for path in (f.image, f.mask, f.depth, f.normal, f.label) if path]
+    used = {parent for path in files for parent in path.parents}
+    found = set()
+    for place in (d for home in homes if home.is_dir() for d in home.iterdir() if d.is_dir() and d not in used):
+        if any(word in place.name.lower() for word in lacking):
+            found |= {place.name for p in place.iterdir() if p.suffix in (*IMAGE_TYPES, ".npy", ".npz", ".exr", ".pfm")}
+    return [f"ignored: {name}/ (maps are read from depth/ masks/ normals/ labels/, with the names of the images)"
+            for name in sorted(found)]
 
 
 def maps_beside(image, root):
     """The maps of an image, in folders beside that of the images: -> {kind: path or None}.
 
-    For scene/images/cam0/7.jpg a mask is looked for at scene/masks/cam0/7.jpg.png, then 7.png there (or .npy, .tif); for an image in the scene folder itself at scene/masks/. A scene whose images lie deeper
-    (scene/dslr/images/7.jpg) may also have the folders beside these (scene/dslr/masks/).
+    For scene/images/cam0/7.jpg a mask is looked for at scene/masks/cam0/7.jpg.png, then 7.png there (or .npy, .tif);
+    for an image in the scene folder itself at scene/masks/. A scene whose images lie deeper (scene/dslr/images/7.jpg)
+    may also have the folders beside these (scene/dslr/masks/).
     """
     folders = Path(os.path.relpath(image.parent, root)).parts  # ("images", "cam0"); () for images in the scene folder
     homes = (root, image.parent.parent if folders else root)
-    names = [Path(*folders[1:], f"{name}.{end}") for name in (image.name, image.stem) for end in ("png", "npy", "tif", "tiff")]
+    endings = ("png", "npy", "tif", "tiff")
+    names = [Path(*folders[1:], f"{name}.{end}") for name in (image.name, image.stem) for end in endings]
 
     def first(*kinds):
         paths = (home / kind / name for kind in kinds for home in homes for name in names)
@@ -693,9 +716,9 @@ def read_transforms(folder):
         raise DataError(f"{file}: has no list 'frames'; is it a nerfstudio file?")
     root = transforms_root(file, meta)
     frames = [transforms_frame(meta, entry, root, f"{file}: frame {n}") for n, entry in enumerate(meta["frames"])
-              if not (isinstance(entry, dict) and entry.get("is_bad") is True)]
+              if not (isinstance(entry, dict) and entry.get("is_bad") in (True, "true", "True"))]
     bad = len(meta["frames"]) - len(frames)
-    without_masks = any(f.two_regions for f in frames) and not any(f.two_regions and f.mask.exists() for f in frames)
+    without_masks = bool(frames) and all(f.two_regions and not f.mask.exists() for f in frames)
     for frame in frames if without_masks else ():
         frame.mask, frame.two_regions = None, False
     unit = next((key for key in ("depth_unit_scale_factor", "integer_depth_scale") if meta.get(key) is not None), None)
@@ -724,8 +747,12 @@ IMAGE_FOLDERS = ("images", "undistorted_images", "resized_undistorted_images", "
 MASK_FOLDERS = ("undistorted_anon_masks", "resized_anon_masks", "masks")  # the first two are ScanNet++'s
 
 
+def image_folder(folder):
+    return next((there for name in IMAGE_FOLDERS if (there := listing(folder).get(name)) and there.is_dir()), None)
+
+
 def transforms_root(file, meta):
-    """The folder that names are relative to: the file's own, or for dslr/nerfstudio/transforms.json (ScanNet++) dslr/."""
+    """The folder that names are relative to: that of the file, or dslr/ for dslr/nerfstudio/transforms.json."""
     first = next((entry["file_path"] for entry in meta["frames"] if isinstance(entry, dict)
                   and isinstance(entry.get("file_path"), str)), "")
     for root in (file.parent, file.parent.parent) if file.parent.name == "nerfstudio" else (file.parent,):
@@ -739,14 +766,15 @@ def transforms_root(file, meta):
 
 def transforms_frame(meta, entry, root, where):
     """One frame; what is wrong with it alone becomes its `problem`."""
-    settings = meta | {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else meta
+    own = entry if isinstance(entry, dict) else {}
+    settings = meta | {key: value for key, value in own.items() if value is not None}
     model = str(settings.get("camera_model", "")).upper()
     if settings.get("is_fisheye") or any(word in model for word in ("FISHEYE", "EQUIRECT", "ORTHO")):
         raise DataError(f"{where}: {model or 'fisheye'} cameras are not read; undistort first "
                         "(ScanNet++ ships transforms_undistorted.json)")
     unusable = lambda problem: Frame(where, root / where, np.eye(3), np.full((4, 4), np.nan), None, problem=problem)
     for key, kind in (("file_path", str), ("transform_matrix", list)):
-        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+        if not isinstance(own.get(key), kind):
             return unusable(f"{where} lacks '{key}'; add it or remove the frame")
     image = find_file(root, entry["file_path"], where, IMAGE_FOLDERS, READABLE)
     try:
@@ -794,9 +822,9 @@ def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None,
 
 
 def colmap_models(folder):  # -> the folders of all models of a scene, the one of most images first
-    places = [folder / "sparse", folder / "colmap" / "sparse"]
-    places = [place for home in places if home.is_dir()
-              for place in (home, *sorted((d for d in home.iterdir() if d.is_dir()), key=natural))]
+    homes = [home for home in (folder / "sparse", folder / "colmap" / "sparse") if home.is_dir()]
+    places = [place for home in homes
+              for place in (home, *sorted((d for d in home.iterdir() if d.is_dir()), key=natural))] + [folder]
     models = [p for p in places for kind in ("bin", "txt") if (p / f"cameras.{kind}").exists()]
     return sorted(dict.fromkeys(models), key=colmap_size, reverse=True)
 
@@ -804,9 +832,10 @@ def colmap_models(folder):  # -> the folders of all models of a scene, the one o
 def colmap_size(model):  # about the number of its images, for comparing models
     try:
         if (model / "images.bin").exists():
-            return struct.unpack("<Q", (model / "images.bin").open("rb").read(8))[0]
-        return sum(line.count(" ") == 9 for line in (model / "images.txt").read_text(errors="replace").splitlines())
-    except (OSError, struct.error):
+            with open(model / "images.bin", "rb") as file:
+                return struct.unpack("<Q", file.read(8))[0]
+        return sum(not are_2d_points(words) for words in colmap_lines(model / "images.txt", 9))
+    except (OSError, ValueError, struct.error):
         return 0
 
 
@@ -814,16 +843,17 @@ def read_colmap(folder):
     """A COLMAP model: world-to-camera quaternions (w, x, y, z), OpenCV axes, pixel (0, 0) at the top-left corner."""
     model, *others = colmap_models(folder)
     try:
-        cameras, poses, points = (colmap_binary if (model / "cameras.bin").exists() else colmap_text)(model)
+        cameras, poses, place = (colmap_binary if (model / "cameras.bin").exists() else colmap_text)(model)
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist; a COLMAP model is cameras and images") from None
     except (struct.error, ValueError, IndexError):
         raise DataError(f"{model}: the COLMAP model is cut off or damaged; export it again") from None
-    root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder / "images")
+    root = image_folder(folder) or folder / "images"
     if not root.is_dir():
         raise DataError(f"{root} does not exist, but {model} is a COLMAP model of images; put them there")
-    frames = []
-    for name, camera, quaternion, translation in poses:
+    points = None if place is None else np.array(list(place.values()), float).reshape(-1, 3)
+    frames, row_of = [], {n: row for row, n in enumerate(place or ())}
+    for name, camera, quaternion, translation, ids in poses:
         if camera not in cameras:
             raise DataError(f"{model}: image {name} uses camera {camera}, which the model lacks; export it again")
         image = find_file(root, name, str(model), endings=READABLE)
@@ -831,7 +861,9 @@ def read_colmap(folder):
         w2c = np.eye(4)
         w2c[:3, :3], w2c[:3, 3] = rotation_of(quaternion), translation
         c2w = np.linalg.inv(w2c) if np.isfinite(w2c).all() else w2c  # a pose that is not finite is named later
+        seen = [row_of[n] for n in ids if n in row_of]
         frames.append(Frame(name, image, K, c2w, size, distortion, **maps_beside(image, folder)))
+        frames[-1].seen = seen if len(seen) > 9 else ...
     frames.sort(key=lambda frame: natural(frame.name))
     notes = [f"ignored: {other.relative_to(folder)}, another model ({colmap_size(other)} images; "
              f"{model.relative_to(folder)} has {len(poses)})" for other in others]
@@ -887,8 +919,9 @@ class Bytes:
         return word
 
 
-def colmap_binary(model):  # -> {id: (name, W, H, params)}, [(image, camera, quaternion, translation)], (M, 3)
-    file, cameras, poses, points = Bytes(model / "cameras.bin"), {}, [], []
+def colmap_binary(model):
+    """-> {id: (name, W, H, params)}, [(image, camera, quaternion, translation, ids of its points)], {id: (x, y, z)}"""
+    file, cameras, poses, points = Bytes(model / "cameras.bin"), {}, [], {}
     for _ in range(file.take("Q")[0]):
         identity, kind, width, height = file.take("iiQQ")
         if kind not in COLMAP_MODELS:
@@ -898,16 +931,18 @@ def colmap_binary(model):  # -> {id: (name, W, H, params)}, [(image, camera, qua
     file = Bytes(model / "images.bin")
     for _ in range(file.take("Q")[0]):
         _, *pose, camera = file.take("i7di")
-        poses.append((file.text(), camera, pose[:4], pose[4:]))
-        file.take(f"{24 * file.take('Q')[0]}x")  # its 2D points are not needed
+        name, count = file.text(), file.take("Q")[0]
+        in_picture = np.frombuffer(file.data, "<f8, <f8, <i8", count, file.at)  # x, y, id of the point or -1
+        file.at += 24 * count
+        poses.append((name, camera, pose[:4], pose[4:], in_picture["f2"].tolist()))
     if not (model / "points3D.bin").exists():
         return cameras, poses, None
     file = Bytes(model / "points3D.bin")
     for _ in range(file.take("Q")[0]):
-        _, x, y, z, _, _, _, _, track = file.take("Q3d3BdQ")
-        points.append((x, y, z))
+        number, x, y, z, _, _, _, _, track = file.take("Q3d3BdQ")
+        points[number] = x, y, z
         file.take(f"{8 * track}x")
-    return cameras, poses, np.array(points).reshape(-1, 3)
+    return cameras, poses, points
 
 
 def colmap_text(model):
@@ -916,15 +951,26 @@ def colmap_text(model):
     In images.txt an image is one line, and its 2D points are the next one, which may be empty. Programs that write such
     files leave lines out or add some, so a line is told by what is in it: 2D points are numbers in threes.
     """
-    def lines(name, columns):
-        rows = (line.strip() for line in (model / name).read_text().splitlines())
-        return [row.split(None, columns) for row in rows if row and row[0] != "#"]
     numbers = lambda words: tuple(map(float, words))
-    cameras = {int(w[0]): (w[1], round(float(w[2])), round(float(w[3])), numbers(w[4:])) for w in lines("cameras.txt", -1)}
-    poses = [(w[9], int(w[8]), numbers(w[1:5]), numbers(w[5:8])) for w in lines("images.txt", 9) if not are_2d_points(w)]
+    cameras = {int(w[0]): (w[1], round(float(w[2])), round(float(w[3])), numbers(w[4:]))
+               for w in colmap_lines(model / "cameras.txt")}
+    poses = []
+    for w in colmap_lines(model / "images.txt", 9):
+        if not are_2d_points(w):
+            poses.append((w[9], int(w[8]), numbers(w[1:5]), numbers(w[5:8]), []))
+        elif poses:
+            poses[-1][4].extend(int(float(number)) for number in " ".join(w).split()[2::3])
     if not (model / "points3D.txt").exists():
         return cameras, poses, None
-    return cameras, poses, np.array([numbers(w[1:4]) for w in lines("points3D.txt", -1)]).reshape(-1, 3)
+    points = {int(w[0]): numbers(w[1:4]) for w in colmap_lines(model / "points3D.txt")}
+    if any(len(xyz) < 3 for xyz in points.values()):
+        raise ValueError("a line of points3D.txt is cut off")
+    return cameras, poses, points
+
+
+def colmap_lines(file, columns=-1):  # -> the words of each line; behind `columns` words the rest is one
+    rows = (line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines())
+    return [row.split(None, columns) for row in rows if row and row[0] != "#"]
 
 
 def are_2d_points(words):
@@ -958,8 +1004,8 @@ def read_rgbd(folder):
         sizes = {shape[1::-1] for path in images if path.exists() and (shape := header(path))}
         if K is None and sizes and sizes != {(640, 480)}:
             width, height = min(sizes)
-            raise DataError(f"{folder}: no intrinsics for its pictures of {width}x{height}; write K as three rows of three "
-                            f"into {folder / 'camera-intrinsics.txt'}")
+            raise DataError(f"{folder}: no intrinsics for its pictures of {width}x{height}; "
+                            f"write K as three rows of three into {folder / 'camera-intrinsics.txt'}")
         K = np.array([[KINECT_COLOUR_F, 0, 320.5], [0, KINECT_COLOUR_F, 240.5], [0, 0, 1]])  # + 0.5: it counts centres
     frames = []
     for file, image in zip(poses, images):
@@ -967,7 +1013,8 @@ def read_rgbd(folder):
         try:
             pose = np.array(file.read_text(errors="replace").split(), float).reshape(4, 4)
         except ValueError:
-            pose, problem = np.full((4, 4), np.nan), f"{file}: not sixteen numbers; restore the pose or remove the frame"
+            pose = np.full((4, 4), np.nan)
+            problem = f"{file}: not sixteen numbers; restore the pose or remove the frame"
         c2w = pose @ np.linalg.inv(KINECT_DEPTH_TO_COLOUR) if kinect and np.isfinite(pose).all() else pose
         maps = maps_beside(image, folder) | {"depth": depth if depth.exists() else None}
         frames.append(Frame(image.name, image, K, c2w, (480, 640) if kinect else size, problem=problem, **maps))
@@ -986,7 +1033,8 @@ def rgbd_intrinsics(folder):
     """-> K, (H, W) that it is for or None, the file; three times None where there is none, here or one level up."""
     names = ("camera-intrinsics.txt", "camera_intrinsics.txt", "intrinsics.txt", "intrinsic_color.txt",
              "intrinsic/intrinsic_color.txt", "info.txt", "_info.txt")
-    file = next((home / name for home in (folder, folder.absolute().parent) for name in names if (home / name).is_file()), None)
+    homes = (folder, folder.absolute().parent)
+    file = next((home / name for home in homes for name in names if (home / name).is_file()), None)
     if file is None:
         return None, None, None
     text, size = file.read_text(errors="replace"), None
@@ -1024,15 +1072,15 @@ def register_kinect_depth(depth):  # (480, 640) of the depth camera -> the same,
 
 
 def read_llff(folder):
-    """LLFF: `poses_bounds.npy` (V, 17). A row is a 3x5 matrix [R | t | (H, W, f)], whose camera axes are down, right and
-    backwards, then near and far. Its pictures are those of images/ (or images_4, images_8) in the order of their names."""
+    """LLFF: `poses_bounds.npy` (V, 17). A row is a 3x5 matrix [R | t | (H, W, f)], whose camera axes are down, right
+    and backwards, then near and far. The pictures are those of images/ (or images_4/) in the order of their names."""
     file = folder / "poses_bounds.npy"
     table = np.asarray(decode_map(file), float)
-    root = next((folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()), folder)
+    root = image_folder(folder) or folder
     images = sorted((path for path in root.iterdir() if is_picture(path)), key=natural)
     if table.ndim != 2 or table.shape[1] != 17 or len(table) != len(images):
-        raise DataError(f"{file}: of shape {table.shape}, but {root} has {len(images)} pictures; it must be one row of 17 "
-                        "numbers for each picture")
+        raise DataError(f"{file}: of shape {table.shape}, but {root} has {len(images)} pictures; "
+                        "it must be one row of 17 numbers for each picture")
     frames = []
     for image, row in zip(images, table):
         (down, right, back, at, (height, width, f)), c2w = row[:15].reshape(3, 5).T, np.eye(4)
@@ -1066,10 +1114,10 @@ def settle_depth_unit(scene):
     units = scene.depth_scale * np.geomspace(1e-4, 1e4, 161)
     error = {unit: view_disagreement(scene, frames, unit) for unit in (scene.depth_scale, *units)}
     best = min(error, key=error.get)
-    if error[scene.depth_scale] > 0.1 and error[best] < 0.4 * error[scene.depth_scale]:
-        scene.notes.append(f"warning: depth of neighbouring views differs by {100 * error[scene.depth_scale]:.0f} %; "
-                           f"its unit seems wrong: \"depth_unit_scale_factor\": {best:.2g} in transforms.json would give "
-                           f"{100 * error[best]:.0f} %")
+    if error[scene.depth_scale] > 0.015 and error[best] < 0.5 * error[scene.depth_scale]:
+        scene.notes.append(f"warning: depth of neighbouring views differs by {100 * error[scene.depth_scale]:.1f} %; "
+                           f"its unit seems wrong: \"depth_unit_scale_factor\": {best:.2g} in transforms.json "
+                           f"would give {100 * error[best]:.1f} %")
 
 
 def ratio_to_points(scene, frames):
@@ -1080,11 +1128,8 @@ def ratio_to_points(scene, frames):
     """
     ratios = []
     for frame in frames:
-        depth, z = read_depth(scene, frame), depth_in_view(scene.points, frame)
-        camera = (scene.points[z > 0] - frame.c2w[:3, 3]) @ frame.c2w[:3, :3] @ frame.K.T
-        x, y = camera[:, 0] / camera[:, 2] / frame.size[1], camera[:, 1] / camera[:, 2] / frame.size[0]
-        measured = depth[(y * depth.shape[0]).astype(int), (x * depth.shape[1]).astype(int)]
-        ratios += (measured[measured > 0] / z[z > 0][measured > 0]).tolist()
+        x, y, z = project(scene.points[frame.seen], frame)
+        ratios += depth_ratios(read_depth(scene, frame), x, y, z, frame).tolist()
     if len(ratios) < 30:
         return None
     logs = np.sort(np.log(ratios))
@@ -1093,33 +1138,33 @@ def ratio_to_points(scene, frames):
     return math.exp(np.median(logs[first:first + third])) if logs[first + third] - logs[first] < 0.2 else None
 
 
-def view_disagreement(scene, frames, unit):  # -> the median relative difference of depth between neighbouring views
-    errors = []
-    for a, b in zip(frames[::max(1, len(frames) // 4)], frames[1::max(1, len(frames) // 4)]):
-        first, second = (small_depth(frame) * np.float64(unit) for frame in (a, b))
+def depth_ratios(depth, x, y, z, frame):  # measured depth over z, at points that the frame shows and where it is known
+    x, y, z = x[z > 0], y[z > 0], z[z > 0]
+    row, col = (y / frame.size[0] * depth.shape[0]).astype(int), (x / frame.size[1] * depth.shape[1]).astype(int)
+    measured = depth[row, col]
+    return measured[measured > 0] / z[measured > 0]
+
+
+def view_disagreement(scene, frames, unit):  # -> the median relative difference of depth between views some steps apart
+    ratios, step = [], max(1, len(frames) // 5)
+    for a, b in zip(frames[::step], frames[step::step]):
+        first, second = small_depth(a) * unit, small_depth(b) * unit
         rows, cols = np.nonzero(first)
-        z = first[rows, cols]
-        pixel = np.stack([(cols + 0.5) / first.shape[1] * a.size[1], (rows + 0.5) / first.shape[0] * a.size[0]], 1)
-        rays = np.stack([(pixel[:, 0] - a.K[0, 2]) / a.K[0, 0], (pixel[:, 1] - a.K[1, 2]) / a.K[1, 1], np.ones(len(z))], 1)
-        world = (rays * z[:, None]) @ a.c2w[:3, :3].T + a.c2w[:3, 3]
-        seen = depth_in_view(world, b)
-        camera = (world[seen > 0] - b.c2w[:3, 3]) @ b.c2w[:3, :3] @ b.K.T
-        x, y = camera[:, 0] / camera[:, 2] / b.size[1], camera[:, 1] / camera[:, 2] / b.size[0]
-        there = second[(y * second.shape[0]).astype(int), (x * second.shape[1]).astype(int)]
-        errors += np.abs(np.log(there[there > 0] / seen[seen > 0][there > 0])).tolist()
-    return float(np.median(errors)) if len(errors) > 50 else math.inf
+        x, y = (cols + 0.5) / first.shape[1] * a.size[1], (rows + 0.5) / first.shape[0] * a.size[0]
+        ratios += depth_ratios(second, *project(unproject(x, y, first[rows, cols], a), b), b).tolist()
+    return float(np.median(np.abs(np.log(ratios)))) if len(ratios) > 50 else math.inf
+
+
+def small_depth(frame):  # -> every so-manyth pixel of the stored depth, float64
+    return small_depth_file(frame.depth, frame.depth.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=32)
 def small_depth_file(path, _changed):
-    stored = np.nan_to_num(np.asarray(decode_map(path), np.float32), nan=0, posinf=0, neginf=0)
+    stored = np.nan_to_num(np.asarray(decode_map(path), float), nan=0, posinf=0, neginf=0)
     stored = stored.reshape(stored.shape[:2])
     step = max(1, stored.shape[1] // 48)
     return np.where(stored == 65535, 0, stored)[step // 2::step, step // 2::step].clip(0)
-
-
-def small_depth(frame):
-    return small_depth_file(frame.depth, frame.depth.stat().st_mtime_ns)
 
 
 # ------------------------------------------------------------------------------------------ pictures of a view, lenses
@@ -1142,7 +1187,9 @@ def read_image(frame, size) -> Tensor:
     the time and changes pixels by less than 1/255 on average.
     """
     scale, box = covering_crop(frame.size, size)
-    work = tuple(math.ceil(2 * scale * side) for side in frame.size) if scale < 0.5 else frame.size  # (H, W) of the whole
+    work = frame.size  # (H, W) of the whole picture while it is worked on
+    if scale < 0.5:
+        work = tuple(math.ceil(2 * scale * side) for side in frame.size)
     image, shrunk = decode_small(frame, work)  # image pixels = stored pixels * shrunk
     if is_distorted(frame):
         image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
@@ -1151,7 +1198,7 @@ def read_image(frame, size) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def decode_small(frame, work):  # -> the upright RGB picture, at least as large as `work`; (x, y) stored pixels -> its pixels
+def decode_small(frame, work):  # -> the picture, at least as large as `work`, and by how much it is shrunk in (x, y)
     image = decode(frame.image, colour=True, least=work[::-1], upright=frame.upright)
     full = np.array(frame.size[::-1])
     steps = [1, 2, 4, 8]  # a JPEG is decoded at one of these fractions, its last row and column rounded up
@@ -1172,8 +1219,8 @@ def undistorted(image, shrunk, frame, work):  # -> the whole picture at size `wo
 
 
 def stored_position(frame, size, scale, corner=(0, 0)):
-    """-> x, y (H, W) in 0 ... 1: where in the stored picture the centres of `size` pixels lie, if they show the undistorted
-    picture `scale` (x, y) times as large, from its point `corner` on."""
+    """-> x, y (H, W) in 0 ... 1: where in the stored picture the centres of `size` pixels lie, if they show the
+    undistorted picture `scale` (x, y) times as large, from its point `corner` on."""
     rows, cols = np.mgrid[0:size[0], 0:size[1]] + 0.5
     x, y = cols / scale[0] + corner[0], rows / scale[1] + corner[1]
     x, y = distort(x, y, undistorted_K(frame), frame) if is_distorted(frame) else (x, y)
@@ -1194,13 +1241,6 @@ def kept(what, frame, make):
         VIEWS_IN_MEMORY["bytes"] += size
         frame.kept[what] = made
     return made
-
-
-def keep_views(scenes, size_of, maps=True):
-    """Make all views of the scenes at the size (H, W) that `size_of(scene)` gives, with a bar if it takes more than seconds."""
-    todo = [(scene, i, size_of(scene)) for scene in scenes for i in range(len(scene))]
-    for scene, i, size in tqdm(todo, desc="views", unit="view", delay=2):
-        scene.view(i, size, maps)
 
 
 def is_distorted(frame):
@@ -1296,7 +1336,7 @@ def read_normal(frame):  # -> (H, W, 3) float32
 def decode(path, colour=False, least=None, upright=False):
     """The picture at `path`, decoded to the last byte; transparent pixels become white. Raises DataError.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, if that is not below `least` (W, H). `upright` turns it as EXIF says.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is not below `least` (W, H). `upright` turns it by EXIF.
     """
     try:
         with Image.open(path) as image:
@@ -1305,9 +1345,11 @@ def decode(path, colour=False, least=None, upright=False):
             image.load()
             image = ImageOps.exif_transpose(image) if upright else image
     except Image.DecompressionBombError:
-        raise DataError(f"{path}: has more pixels than are read ({2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million); make the "
-                        "picture smaller") from None
+        raise DataError(f"{path}: has more pixels than are read ({2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million); "
+                        "make the picture smaller") from None
     except (OSError, SyntaxError, ValueError) as error:
+        if path.suffix.lower() in UNREADABLE:
+            raise DataError(f"{path}: {path.suffix[1:].upper()} files are not read; save it as JPEG or PNG") from None
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
         raise DataError(f"{path}: cannot be decoded ({reason}); restore the file or pass --skip_bad_frames") from None
     if colour and image.has_transparency_data:
@@ -1430,7 +1472,7 @@ def scene_flags(parser, out, view_memory=2):
     add("--far", type=float, help="farthest depth; python 01_data.py shows the range that is taken")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
     add("--seed", type=int, default=0, help="of everything that is drawn at random")
-    add("--view_memory", type=float, default=view_memory, metavar="GB", help="memory for views, so that each is decoded once")
+    add("--view_memory", type=float, default=view_memory, metavar="GB", help="for views, so that each is decoded once")
 
 
 @contextmanager
@@ -1614,7 +1656,7 @@ def describe_levels(scene, targets=None) -> str:
              for n, (least, widest) in enumerate(LEVELS) if levels.count(n)]
     parts += [f"{levels.count(None)} have none"] if None in levels else []
     poor = sum(level is None or level > 1 for level in levels) > len(levels) / 2
-    advice = "; warning: most views are far apart, and geometry from two of them is poor: add views in between" if poor else ""
+    advice = "; warning: most views are far apart, and two of them tell little: add views in between" if poor else ""
     return f"contexts of {len(targets)} targets: " + ", ".join(parts) + advice
 
 

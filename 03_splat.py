@@ -104,7 +104,7 @@ def rasterize_plainly(
     return Render(image.to(dtype), total.to(dtype), depth.to(dtype))
 
 
-# ------------------------------------------------------------------------------- 2. From the rendered view to tokens
+# ------------------------------------------------------------------------------------------------ 2. From the rendered view to tokens
 
 
 def divide_by_alpha(render: Render) -> tuple[Tensor, Tensor]:
@@ -146,19 +146,6 @@ def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
     return index, torch.stack([first + 1 - centre, centre - first], 1)
 
 
-def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Along one side, all pixels of each patch: index (count, n), and the share of the patch that each fills."""
-    edge = torch.arange(count + 1, dtype=torch.float64) * size / count
-    low, high = edge[:-1, None], edge[1:, None]
-    index = low.floor() + torch.arange(math.ceil(size / count) + 1)
-    overlap = (torch.minimum(index + 1, high) - torch.maximum(index, low)).clamp(min=0)
-    used = (overlap > 1e-9).any(0)
-    return index[:, used].clamp(max=size - 1).long(), (overlap / overlap.sum(1, keepdim=True))[:, used]
-
-
-TAPS = {"bilinear": bilinear_taps, "area": area_taps}
-
-
 def splat_to_tokens(
     features: Tensor,  # (H, W, C)
     valid: Tensor,  # (H, W) bool
@@ -190,20 +177,25 @@ def over_valid_taps(
     return valid / total.clamp(min=0.5), valid
 
 
-# ---------------------------------------------------------------------------- 3. Why that is too slow, and what helps
-# @TRICKS
+# ------------------------------------------------------------------------------------------------ 3. Why that is too slow, and what helps
+# Every Gaussian at every pixel is the product of two large numbers. `rasterize` comes to the same result by four tricks.
+# What each one brings, on one core of the machine in docs/speed.md (`python tests/bench.py --section tricks`):
+#   @T1
+#   1. Blocks with lists. A Gaussian reaches a few pixels only. The view is cut into blocks of 8x8 pixels, and each block
+#      goes down a list of the Gaussians that reach it, nearest first, until its light is used up.    @T2
+#   2. log2 alpha is a quadratic polynomial in the position of the pixel, six numbers for a Gaussian and a block. One
+#      matrix product evaluates it at all pixels of all blocks, exp2 is the only function left, and the light is
+#      taken off in place.                                                                            @T3
+#   3. Weights once, then all channels in one matrix product: (P x S) weights times (S x C) features.  @T4
+#   4. Nothing is kept for the backward pass but inputs and images; it walks down the same lists again. @T5
+# The first is `BlockLists`, the second `polynomial` and `front_to_back`, the third and fourth `Composite`. Memory stays
+# bounded because `walk` takes only as many blocks at a time as max_elements allows, CHUNK Gaussians of each in a step.
 
 
 def rasterize(
-    means: Tensor,  # (G, 3) world
-    covariances: Tensor,  # (G, 3, 3) world
-    opacities: Tensor,  # (G,) in [0, 1]
-    features: Tensor,  # (G, C) float32 or float64, in which compositing is done and the result comes
-    w2c: Tensor,  # (4, 4)
-    K: Tensor,  # (3, 3) pixels
-    height: int,
-    width: int,
-    background: Tensor | None = None,  # (C,)
+    means: Tensor, covariances: Tensor, opacities: Tensor,  # as above
+    features: Tensor,  # (G, C) float32 or float64: the type of the compositing and of the result
+    w2c: Tensor, K: Tensor, height: int, width: int, background: Tensor | None = None,
     max_elements: int | None = None,  # by default 2^20, on a GPU 2^24
 ) -> Render:
     """What `rasterize_plainly` gives, value and gradient, fast and in bounded memory; any number of channels.
@@ -233,17 +225,8 @@ def rasterize(
     return Render(image, alpha[..., 0], depth[..., 0])
 
 
-# --------------------------------------------------------------------------------- 3a. Projection: one row a Gaussian
-
-
 def project(
-    means: Tensor,  # (G, 3) world
-    covariances: Tensor,  # (G, 3, 3) world
-    opacities: Tensor,  # (G,)
-    w2c: Tensor,
-    K: Tensor,
-    height: int,
-    width: int,
+    means: Tensor, covariances: Tensor, opacities: Tensor, w2c: Tensor, K: Tensor, height: int, width: int,
     dtype: torch.dtype,  # of the table
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All that the pixels need to know: a table (G, 8), the depth z (G,) and the box of reached pixels (4, G).
@@ -276,157 +259,6 @@ def project(
     return columns.T.to(dtype), z, reached_pixels(columns.detach(), height, width)
 
 
-def splat_covariance(
-    covariances: Tensor,  # (G, 3, 3) world
-    s: Tensor,  # (2, G) K (x/z, y/z), bounded
-    z: Tensor,  # (G,)
-    W: Tensor,  # (3, 3) rows K R and R_z
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sigma_2d = J Sigma J' = ((a, b), (b, c)) in px^2. A step d in the world moves the pixel by J d, J = (K R - s R_z) / z."""
-    # V = W Sigma W' is linear in Sigma, and W is common to all: one product with a (6, 9) matrix gives the six different
-    # entries of every V. What then depends on the single Gaussian, s and z, is a few differences.
-    i, j = torch.triu_indices(3, 3, device=W.device)
-    products = (W[i, :, None] * W[j, None] + W[j, :, None] * W[i, None]) / 2  # (6, 3, 3)
-    xx, xy, xz, yy, yz, zz = products.flatten(1) @ covariances.flatten(1).T
-    sx, sy = s
-    a = (xx - sx * (2 * xz - sx * zz)) / z**2 + DILATION
-    b = (xy - sx * yz - sy * (xz - sx * zz)) / z**2
-    c = (yy - sy * (2 * yz - sy * zz)) / z**2 + DILATION
-    return a, b, c
-
-
-@torch.no_grad()
-def reached_pixels(columns: Tensor, height: int, width: int) -> Tensor:
-    """First x, y and last x, y of the pixels where alpha >= MIN_ALPHA, (4, G) int32; last < first where there is none."""
-    l11, l21, l22, lo = columns[4:]
-    mean, end = columns[:2] + columns[2:4], columns.new_tensor([[width - 1], [height - 1]])
-    # (l11 dx + l21 dy)^2 + (l22 dy)^2 <= reach^2 is an ellipse; these are half its width and half its height.
-    reach = (lo - math.log2(MIN_ALPHA) + 1e-4).sqrt()  # with room for rounding; NaN if the Gaussian is not seen
-    radius = reach / torch.stack([l11 / (1 + (l21 / l22) ** 2).sqrt(), l22])
-    first = (mean - radius - 0.5).ceil().clamp(min=0)  # pixel i has its centre at i + 0.5
-    last = torch.minimum((mean + radius - 0.5).floor(), end)
-    hit = (first <= last).all(0)  # False for NaN
-    return torch.where(hit, torch.cat([first, last]), columns.new_tensor([[0.0], [0], [-1], [-1]])).int()
-
-
-def project_in_parts(means, covariances, opacities, w2c, K, height, width, dtype, max_elements):
-    """`project`, some Gaussians at a time. The backward pass computes each part again, so no float64 step is kept."""
-    size = max(1, max_elements // 32)
-    parts = zip(means.split(size), covariances.split(size), opacities.split(size))
-    options = dict(use_reentrant=False, preserve_rng_state=False)
-    table, z, box = zip(*(checkpoint(project, *part, w2c, K, height, width, dtype, **options) for part in parts))
-    return torch.cat(table), torch.cat(z), torch.cat(box, 1)
-
-
-# ---------------------------------------------------------------------------------- 3b. Lists: who reaches which block
-
-
-class Blocks(NamedTuple):
-    """The pixels to be rasterised, as rows and columns of equal blocks: for a whole view side by side, but the operator
-    (section 4) also reads views at 2x2 pixels here and there. They may overlap, and reach beyond the view."""
-
-    top: Tensor  # (rows,) the first pixel of each row of blocks, ascending
-    left: Tensor  # (columns,) and of each column
-    shape: tuple[int, int]  # pixels of a block, down and across
-
-    pixels = property(lambda self: self.shape[0] * self.shape[1])  # P
-
-
-def whole_view(height: int, width: int, device) -> Blocks:
-    return Blocks(*(torch.arange(0, size, n, device=device) for size, n in zip((height, width), BLOCK)), BLOCK)
-
-
-def reached_blocks(
-    box: Tensor,  # (4, G) first x, y, last x, y in pixels
-    blocks: Blocks,
-    height: int,
-    width: int,
-) -> Tensor:
-    """The same box in columns and rows of blocks (4, G); last < first where it lies between the blocks."""
-    ends = []
-    for start, n, size, first, last in zip(blocks[1::-1], blocks.shape[::-1], (width, height), box[:2], box[2:]):
-        pixel = torch.arange(-1, size, device=box.device)  # answered for every pixel; the Gaussians only look it up
-        first_block = torch.searchsorted(start + n - 1, pixel).int()  # the first that does not end before the pixel
-        last_block = torch.searchsorted(start, pixel, right=True).int() - 1  # the last that does not start behind it
-        ends.append((first_block.index_select(0, first + 1), last_block.index_select(0, last + 1)))
-    (x0, x1), (y0, y1) = ends
-    return torch.stack([x0, y0, x1, y1])
-
-
-def list_lengths(boxes: Tensor, rows: int, columns: int) -> Tensor:
-    """How many of the boxes (4, G) hold each block, (rows, columns). A box is +1 and -1 at its corners, summed up twice."""
-    x0, y0, x1, y1 = boxes.long()
-    corners = torch.zeros((rows + 1) * (columns + 1), dtype=torch.int32, device=boxes.device)
-    for y, x, sign in ((y0, x0, 1), (y0, x1 + 1, -1), (y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)):
-        corners.index_add_(0, y * (columns + 1) + x, corners.new_full((1,), sign).expand(len(x)))
-    return corners.view(rows + 1, columns + 1).cumsum(0).cumsum(1)[:rows, :columns]
-
-
-class Band(NamedTuple):
-    """Some rows of blocks with their lists: block i has gaussian[start[i] : start[i + 1]], nearest first."""
-
-    rows: slice
-    centre: Tensor  # (2, blocks) x, y in pixels
-    start: Tensor  # (blocks + 1,) int64
-    lengths: Tensor  # (blocks,) of the lists; on the CPU, so that asking for them makes no GPU wait
-    gaussian: Tensor  # (pairs + 1,) int32; the last one, of no list, stands where a list has ended
-
-
-class BlockLists:
-    """For every block the Gaussians that reach it, nearest first; iterating makes them a band at a time."""
-
-    def __init__(self, box, z, blocks: Blocks, height, width, max_pairs: int, max_blocks: int):
-        self.blocks, boxes = blocks, reached_blocks(box, blocks, height, width)
-        order = z.detach().view(torch.int64).argsort(stable=True)  # positive floats sort like their bits, but faster
-        reaching = (boxes[0] <= boxes[2]) & (boxes[1] <= boxes[3])
-        self.order = order.index_select(0, reaching.index_select(0, order).nonzero()[:, 0])
-        self.boxes = boxes.index_select(1, self.order)  # (4, G') nearest first
-        self.lengths = list_lengths(self.boxes, len(blocks.top), len(blocks.left)).cpu()
-        self.bands = bands_of(self.lengths.sum(1).tolist(), len(blocks.left), max_pairs, max_blocks)
-        self.kept = []  # a single band is short enough to be kept for the backward pass
-
-    def __iter__(self) -> Iterator[Band]:
-        if len(self.bands) == 1:
-            self.kept = self.kept or [self.make(*self.bands[0])]
-        return iter(self.kept or map(self.make, *zip(*self.bands)))
-
-    def make(self, top: int, bottom: int) -> Band:
-        """Lists every Gaussian once for each block of its box, nearest Gaussian first, and sorts that by block."""
-        (x0, y0, x1, y1), columns = self.boxes, len(self.blocks.left)
-        lengths = self.lengths[top:bottom].flatten()
-        y0, y1, across = y0.clamp(min=top) - top, y1.clamp(max=bottom - 1) - top, x1 - x0 + 1
-        count = across * (y1 - y0 + 1).clamp(min=0)  # blocks of each box, in this band
-        which = torch.repeat_interleave(count, output_size=int(lengths.sum()))  # (pairs,) the box of each pair
-        nth = torch.arange(len(which), dtype=torch.int32, device=which.device)
-        nth -= (count.cumsum(0) - count).int().index_select(0, which)  # 0, 1, ... within a box, row by row
-        across = across.index_select(0, which)
-        block = (y0 * columns + x0).index_select(0, which) + nth + nth.div(across, rounding_mode="floor") * (columns - across)
-        by_block = block.sort(stable=True).indices  # stable, so every list stays nearest first
-        gaussian = self.order.int().index_select(0, which.index_select(0, by_block))
-        y, x = (start + n / 2 for start, n in zip(self.blocks[:2], self.blocks.shape))
-        centre = torch.stack([x.repeat(bottom - top), y[top:bottom].repeat_interleave(columns)])
-        start = F.pad(lengths.cumsum(0), (1, 0)).to(which.device)
-        return Band(slice(top, bottom), centre, start, lengths, torch.cat([gaussian, gaussian[-1:]]))
-
-
-def bands_of(pairs: list[int], columns: int, max_pairs: int, max_blocks: int) -> list[tuple[int, int]]:
-    """Cuts rows of blocks with so many `pairs` each into bands [top, bottom) below both limits, or of a single row."""
-    bands, top = [], 0
-    for row in range(1, len(pairs)):
-        if sum(pairs[top : row + 1]) > max_pairs or (row + 1 - top) * columns > max_blocks:
-            bands, top = bands + [(top, row)], row
-    return bands + [(top, len(pairs))]
-
-
-# ---------------------------------------------------------------------- 3c. The walk: weights, some blocks at a time
-
-
-def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
-    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
-    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
-
-
 def polynomial(
     columns: Tensor,  # (8, S, B) of the table
     centre: Tensor,  # (2, B) of the blocks, in pixels
@@ -451,20 +283,6 @@ def front_to_back(
     return alpha
 
 
-class Step(NamedTuple):
-    """B blocks, each with the next S Gaussians of its list."""
-
-    blocks: Tensor  # (B,) which of the band, all distinct
-    centre: Tensor  # (2, B)
-    place: Tensor  # (B, S) in the lists; the last place of all, that of no list, where a block's list has ended
-    ids: Tensor  # (B, S) the Gaussians there
-    rows: Tensor  # (B, S, 8 + E) their rows of the table
-    columns: Tensor  # (8, S, B) the first 8 of them once more
-    weight: Tensor  # (S, B, P) w = alpha T
-    light: Tensor | None = None  # (B, P) T before the first of them; this and the next for the backward pass
-    room: Tensor | None = None  # (S, B, P) from alpha up to MAX_ALPHA, not positive where it was clamped
-
-
 def walk(
     table: Tensor,  # (G, 8 + E), which may carry E features behind the geometry
     band: Band,
@@ -486,7 +304,8 @@ def walk(
     ahead = torch.arange(CHUNK, device=device)
     buffers = table.new_empty(1 + backward, CHUNK * min(slots, len(queue)) * P)
     # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights are 0.
-    patience, taken = 8 if table.is_cuda else 1, 0
+    longest = -(-int(band.lengths.max()) // CHUNK)
+    patience, taken = min(8, longest) if table.is_cuda else 1, 0
     blocks = at = queue[:0]
     light = table.new_empty(0, P)
     while taken < len(queue) or len(blocks):
@@ -516,9 +335,6 @@ def make_step(table, band, blocks, centre, place, light, pixels, buffers) -> Ste
     kept = (light.clone(), torch.sub(MAX_ALPHA, alpha, out=room[0])) if room else ()
     weight = front_to_back(alpha.clamp_(max=MAX_ALPHA), light)
     return Step(blocks, centre, place, ids.view(place.shape), rows, columns, weight, *kept)
-
-
-# ----------------------------------------------------------------------- 3d. All channels at once, and the way back
 
 
 class Composite(torch.autograd.Function):
@@ -551,91 +367,6 @@ class Composite(torch.autograd.Function):
     def backward(ctx, *grads):
         with full_precision(grads[0].device):
             return None, None, *gradients(ctx.lists, ctx.max_elements, ctx.saved_tensors, grads, ctx.needs_input_grad[2:])
-
-
-def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
-    """An image (H, W, C) of whole blocks seen as (rows, columns, C, block height, block width)."""
-    return image.unflatten(1, (-1, shape[1])).unflatten(0, (-1, shape[0])).permute(0, 2, 4, 1, 3)
-
-
-def all_channels(
-    band: Band,
-    weights: Tensor,  # (pairs + 1, P) of every place in the lists, the last 0
-    features: Tensor,  # (G, C)
-    max_elements: int,
-) -> Tensor:
-    """sum_k w_k f_k, (blocks, C, P): for each block one product of the weights (P, n) of its list with features (n, C)."""
-    P, C, blocks = weights.shape[1], features.shape[1], len(band.lengths)
-    out = features.new_empty(blocks, P, C)
-    if not C:
-        return out.mT
-    seen = weights.amax(1).nonzero()[:, 0]  # the places whose Gaussian has any weight: about three in four
-    start = torch.searchsorted(seen, band.start)
-    lengths, seen = start.diff().tolist(), torch.cat([seen, seen.new_tensor([len(weights) - 1])])
-    ahead = torch.arange(max(lengths), device=seen.device)
-    for part in pieces(blocks, blocks * max_elements // (4 * len(seen) * C)):
-        nth = start[:-1][part, None] + ahead[: max(lengths[part])]  # (b, n)
-        place = seen.index_select(0, nth.where(nth < start[1:][part, None], len(seen) - 1).flatten())
-        f = features.index_select(0, band.gaussian.index_select(0, place)).view(*nth.shape, C)
-        torch.bmm(weights.index_select(0, place).view(*nth.shape, P).mT, f, out=out[part])
-    return out.mT
-
-
-def gradients(lists: BlockLists, max_elements, saved, grads, needed):
-    """dL/d table, few and many of `Composite`. A table that needs none, as where geometry is frozen, saves most of it."""
-    (table, features, *images), (geometry, _, many), shape = saved, needed, lists.blocks.shape
-    E, C, pixels = table.shape[1] - 8, features.shape[1], monomials(shape, table)
-    # Of the whole row, geometry and few; index_add_ is twice as fast with 16 columns or more, 20 times slower with int32.
-    grad_row = table.new_zeros(len(table), max(16, 8 + E))
-    grad_features = torch.zeros_like(features) if many else None
-    for band in lists:
-        cut = lambda image: in_blocks(image, shape)[band.rows].flatten(0, 1).flatten(2).contiguous()
-        grad_few, grad_many = map(cut, grads)  # (blocks, E or C, P)
-        # What a pixel still receives, sum_j w_j h_j over the Gaussians not yet passed, where h_j = dL/dw_j.
-        behind = (grad_few * cut(images[0])).sum(1) + (grad_many * cut(images[1])).sum(1)
-        for step in walk(table, band, shape, max_elements, backward=geometry):
-            g, ids = grad_few.index_select(0, step.blocks), step.ids.long()
-            rows = grad_row.new_zeros(*ids.shape, grad_row.shape[1])
-            rows[..., 8 : 8 + E] = (g @ step.weight.permute(1, 2, 0)).mT
-            h = step.rows[..., 8:] @ g if geometry else None  # (B, S, P)
-            for part in pieces(len(ids) if C else 0, max_elements // (CHUNK * max(1, C))):
-                g, gaussian = grad_many.index_select(0, step.blocks[part]), ids[part].flatten()
-                if geometry:
-                    h[part].baddbmm_(features.index_select(0, gaussian).view(-1, CHUNK, C), g)
-                if many:
-                    grad_features.index_add_(0, gaussian, (step.weight[:, part].transpose(0, 1) @ g.mT).flatten(0, 1))
-            if geometry:
-                rows[..., :8] = column_gradients(step, slopes(step, h, behind), pixels).permute(2, 1, 0)
-            grad_row.index_add_(0, ids.flatten(), rows.flatten(0, 1))
-    return grad_row[:, :8] if geometry else None, grad_row[:, 8 : 8 + E], grad_features
-
-
-def slopes(
-    step: Step,
-    h: Tensor,  # (B, S, P) dL/dw
-    behind: Tensor,  # (blocks, P) sum of w_j h_j over this step and all behind it; the step is taken off
-) -> Tensor:
-    """alpha_k dL/d alpha_k (S, B, P), which is dL/d log2 alpha_k but for a factor ln 2; in place of the weights.
-
-    As w_j = alpha_j T_j and every T_j behind k has the factor 1 - alpha_k, it is w_k (h_k - sum_{j>k} w_j h_j / T_{k+1}).
-    """
-    left = behind.index_select(0, step.blocks)
-    light = step.light.clamp_(min=MIN_LIGHT)  # where a pixel has stopped, w is 0, and this must only not be 0
-    for w, h in zip(step.weight, h.unbind(1)):
-        left.addcmul_(w, h, value=-1)
-        light.sub_(w)
-        w.mul_(h.addcdiv_(left, light, value=-1))  # left / light: what the light behind k brings, on average
-    behind.index_copy_(0, step.blocks, left)
-    return where_positive_(step.weight, step.room)  # a clamped alpha does not change
-
-
-def column_gradients(step: Step, slope: Tensor, pixels: Tensor) -> Tensor:
-    """dL/d columns of the table (8, S, B) from the `slopes` (S, B, P), by way of the coefficients of `polynomial`."""
-    with torch.enable_grad():
-        columns = step.columns.requires_grad_()
-        coefficients = polynomial(columns, step.centre)
-    grad = math.log(2) * (pixels @ slope.flatten(0, 1).T).view(coefficients.shape)  # (6, S, B)
-    return torch.autograd.grad(coefficients, columns, grad)[0]
 
 
 # ------------------------------------------------------------------------------------------------ 4. The splat operator
@@ -725,15 +456,344 @@ def splat_operator(
     return SplatOperator(*(sparse(*matrix, size) for matrix, size in zip((S, L, M), sizes)), valid)
 
 
-def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape, check_invariants=False).coalesce()
+# ---- Workshop: not needed to understand the method ----
 
 
-def pixels_of(image: Tensor, blocks: Blocks) -> Tensor:
-    """An image (H, W) at the pixels of each block (blocks, P), 0 beyond the view."""
-    y, x = (start[:, None] + torch.arange(n, device=image.device) for start, n in zip(blocks[:2], blocks.shape))
-    image = F.pad(image, (0, blocks.shape[1], 0, blocks.shape[0]))
-    return image[y[:, None, :, None], x[None, :, None, :]].flatten(0, 1).flatten(1)
+# ------------------------------------------------------------------------------------------------ small things
+
+
+def elements_at_once(like: Tensor) -> int:
+    return 2**24 if like.is_cuda else 2**20
+
+
+def pieces(count: int, size: int) -> list[slice]:
+    """0, 1, ... count - 1 in slices of `size`, but at least 1."""
+    return [slice(i, i + max(1, size)) for i in range(0, count, max(1, size))]
+
+
+def where_positive_(x: Tensor, by: Tensor) -> Tensor:
+    """In place, x where `by` > 0, else 0. This is what ReLU's backward pass does, in half the time of a mask."""
+    return torch.ops.aten.threshold_backward.grad_input(x, by, 0.0, grad_input=x)
+
+
+class Precision:  # who is inside `full_precision`, and what was set outside
+    lock, users, outside = threading.Lock(), 0, "none"
+
+
+@contextmanager
+def full_precision(device: torch.device):
+    """Matrix products in whole float32, whatever is set outside: under bfloat16 autocast log2 alpha would be off by whole
+    units, and TF32 on a GPU moves alpha by up to 0.01. The setting of TF32 is one for the process, so the first thread
+    to come in changes it, and the last one to leave puts it back."""
+    matmul, count = torch.backends.cuda.matmul, int(device.type == "cuda")
+    with Precision.lock:
+        if count and not Precision.users:
+            Precision.outside, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        Precision.users += count
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        with Precision.lock:
+            Precision.users -= count
+            if count and not Precision.users:
+                matmul.fp32_precision = Precision.outside
+
+
+def check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements):
+    G, C = len(means), features.shape[-1]
+    shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
+    assert shapes == [(G, 3), (G, 3, 3), (G,), (G, C)], f"need (G, 3), (G, 3, 3), (G,), (G, C) with one G, not {shapes}"
+    assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {features.dtype}"
+    sizes = tuple(w2c.shape), tuple(K.shape)
+    assert sizes == ((4, 4), (3, 3)), f"w2c must be (4, 4) and K (3, 3), not {sizes[0]}, {sizes[1]}"
+    assert background is None or background.shape == (C,), f"background must be ({C},), one value per channel of the features"
+    assert height > 0 and width > 0 and max_elements != 0, "height, width and max_elements must be at least 1"
+
+
+def check_operator_arguments(means, index, weight, mask, height, width):
+    G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
+    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
+    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
+    assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
+
+
+def companions():
+    """01_data and 02_lift, imported late: part 1 can be copied without them."""
+    return importlib.import_module("01_data"), importlib.import_module("02_lift")
+
+
+def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Along one side, all pixels of each patch: index (count, n), and the share of the patch that each fills."""
+    edge = torch.arange(count + 1, dtype=torch.float64) * size / count
+    low, high = edge[:-1, None], edge[1:, None]
+    index = low.floor() + torch.arange(math.ceil(size / count) + 1)
+    overlap = (torch.minimum(index + 1, high) - torch.maximum(index, low)).clamp(min=0)
+    used = (overlap > 1e-9).any(0)
+    return index[:, used].clamp(max=size - 1).long(), (overlap / overlap.sum(1, keepdim=True))[:, used]
+
+
+TAPS = {"bilinear": bilinear_taps, "area": area_taps}
+
+
+# ------------------------------------------------------------------------------------------------ projection, continued
+
+
+def project_in_parts(means, covariances, opacities, w2c, K, height, width, dtype, max_elements):
+    """`project`, some Gaussians at a time. The backward pass computes each part again, so no float64 step is kept."""
+    size = max(1, max_elements // 32)
+    parts = zip(means.split(size), covariances.split(size), opacities.split(size))
+    options = dict(use_reentrant=False, preserve_rng_state=False)
+    table, z, box = zip(*(checkpoint(project, *part, w2c, K, height, width, dtype, **options) for part in parts))
+    return torch.cat(table), torch.cat(z), torch.cat(box, 1)
+
+
+def splat_covariance(
+    covariances: Tensor,  # (G, 3, 3) world
+    s: Tensor,  # (2, G) K (x/z, y/z), bounded
+    z: Tensor,  # (G,)
+    W: Tensor,  # (3, 3) rows K R and R_z
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sigma_2d = J Sigma J' = ((a, b), (b, c)) in px^2. A step d in the world moves the pixel by J d, J = (K R - s R_z) / z."""
+    # V = W Sigma W' is linear in Sigma, and W is common to all: one product with a (6, 9) matrix gives the six different
+    # entries of every V. What then depends on the single Gaussian, s and z, is a few differences.
+    i, j = torch.triu_indices(3, 3, device=W.device)
+    products = (W[i, :, None] * W[j, None] + W[j, :, None] * W[i, None]) / 2  # (6, 3, 3)
+    xx, xy, xz, yy, yz, zz = products.flatten(1) @ covariances.flatten(1).T
+    sx, sy = s
+    a = (xx - sx * (2 * xz - sx * zz)) / z**2 + DILATION
+    b = (xy - sx * yz - sy * (xz - sx * zz)) / z**2
+    c = (yy - sy * (2 * yz - sy * zz)) / z**2 + DILATION
+    return a, b, c
+
+
+@torch.no_grad()
+def reached_pixels(columns: Tensor, height: int, width: int) -> Tensor:
+    """First x, y and last x, y of the pixels where alpha >= MIN_ALPHA, (4, G) int32; last < first where there is none."""
+    l11, l21, l22, lo = columns[4:]
+    mean, end = columns[:2] + columns[2:4], columns.new_tensor([[width - 1], [height - 1]])
+    # (l11 dx + l21 dy)^2 + (l22 dy)^2 <= reach^2 is an ellipse; these are half its width and half its height.
+    reach = (lo - math.log2(MIN_ALPHA) + 1e-4).sqrt()  # with room for rounding; NaN if the Gaussian is not seen
+    radius = reach / torch.stack([l11 / (1 + (l21 / l22) ** 2).sqrt(), l22])
+    first = (mean - radius - 0.5).ceil().clamp(min=0)  # pixel i has its centre at i + 0.5
+    last = torch.minimum((mean + radius - 0.5).floor(), end)
+    hit = (first <= last).all(0)  # False for NaN
+    return torch.where(hit, torch.cat([first, last]), columns.new_tensor([[0.0], [0], [-1], [-1]])).int()
+
+
+# ------------------------------------------------------------------------------------------------ the lists of the blocks
+
+
+class Blocks(NamedTuple):
+    """The pixels to be rasterised, as rows and columns of equal blocks: for a whole view side by side, but the operator
+    (section 4) also reads views at 2x2 pixels here and there. They may overlap, and reach beyond the view."""
+
+    top: Tensor  # (rows,) the first pixel of each row of blocks, ascending
+    left: Tensor  # (columns,) and of each column
+    shape: tuple[int, int]  # pixels of a block, down and across
+
+    pixels = property(lambda self: self.shape[0] * self.shape[1])  # P
+
+
+def whole_view(height: int, width: int, device) -> Blocks:
+    return Blocks(*(torch.arange(0, size, n, device=device) for size, n in zip((height, width), BLOCK)), BLOCK)
+
+
+def reached_blocks(
+    box: Tensor,  # (4, G) first x, y, last x, y in pixels
+    blocks: Blocks,
+    height: int,
+    width: int,
+) -> Tensor:
+    """The same box in columns and rows of blocks (4, G); last < first where it lies between the blocks."""
+    ends = []
+    for start, n, size, first, last in zip(blocks[1::-1], blocks.shape[::-1], (width, height), box[:2], box[2:]):
+        pixel = torch.arange(-1, size, device=box.device)  # answered for every pixel; the Gaussians only look it up
+        first_block = torch.searchsorted(start + n - 1, pixel).int()  # the first that does not end before the pixel
+        last_block = torch.searchsorted(start, pixel, right=True).int() - 1  # the last that does not start behind it
+        ends.append((first_block.index_select(0, first + 1), last_block.index_select(0, last + 1)))
+    (x0, x1), (y0, y1) = ends
+    return torch.stack([x0, y0, x1, y1])
+
+
+def list_lengths(boxes: Tensor, rows: int, columns: int) -> Tensor:
+    """How many of the boxes (4, G) hold each block, (rows, columns). A box is +1 and -1 at its corners, summed up twice."""
+    x0, y0, x1, y1 = boxes.long()
+    corners = torch.zeros((rows + 1) * (columns + 1), dtype=torch.int32, device=boxes.device)
+    for y, x, sign in ((y0, x0, 1), (y0, x1 + 1, -1), (y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)):
+        corners.index_add_(0, y * (columns + 1) + x, corners.new_full((1,), sign).expand(len(x)))
+    return corners.view(rows + 1, columns + 1).cumsum(0).cumsum(1)[:rows, :columns]
+
+
+def bands_of(pairs: list[int], columns: int, max_pairs: int, max_blocks: int) -> list[tuple[int, int]]:
+    """Cuts rows of blocks with so many `pairs` each into bands [top, bottom) below both limits, or of a single row."""
+    bands, top = [], 0
+    for row in range(1, len(pairs)):
+        if sum(pairs[top : row + 1]) > max_pairs or (row + 1 - top) * columns > max_blocks:
+            bands, top = bands + [(top, row)], row
+    return bands + [(top, len(pairs))]
+
+
+class Band(NamedTuple):
+    """Some rows of blocks with their lists: block i has gaussian[start[i] : start[i + 1]], nearest first."""
+
+    rows: slice
+    centre: Tensor  # (2, blocks) x, y in pixels
+    start: Tensor  # (blocks + 1,) int64
+    lengths: Tensor  # (blocks,) of the lists; on the CPU, so that asking for them makes no GPU wait
+    gaussian: Tensor  # (pairs + 1,) int32; the last one, of no list, stands where a list has ended
+
+
+class BlockLists:
+    """For every block the Gaussians that reach it, nearest first; iterating makes them a band at a time."""
+
+    def __init__(self, box, z, blocks: Blocks, height, width, max_pairs: int, max_blocks: int):
+        self.blocks, boxes = blocks, reached_blocks(box, blocks, height, width)
+        order = z.detach().view(torch.int64).argsort(stable=True)  # positive floats sort like their bits, but faster
+        reaching = (boxes[0] <= boxes[2]) & (boxes[1] <= boxes[3])
+        self.order = order.index_select(0, reaching.index_select(0, order).nonzero()[:, 0])
+        self.boxes = boxes.index_select(1, self.order)  # (4, G') nearest first
+        self.lengths = list_lengths(self.boxes, len(blocks.top), len(blocks.left)).cpu()
+        self.bands = bands_of(self.lengths.sum(1).tolist(), len(blocks.left), max_pairs, max_blocks)
+        self.kept = []  # a single band is short enough to be kept for the backward pass
+
+    def __iter__(self) -> Iterator[Band]:
+        if len(self.bands) == 1:
+            self.kept = self.kept or [self.make(*self.bands[0])]
+        return iter(self.kept or map(self.make, *zip(*self.bands)))
+
+    def make(self, top: int, bottom: int) -> Band:
+        """Lists every Gaussian once for each block of its box, nearest Gaussian first, and sorts that by block."""
+        (x0, y0, x1, y1), columns = self.boxes, len(self.blocks.left)
+        lengths = self.lengths[top:bottom].flatten()
+        y0, y1, across = y0.clamp(min=top) - top, y1.clamp(max=bottom - 1) - top, x1 - x0 + 1
+        count = across * (y1 - y0 + 1).clamp(min=0)  # blocks of each box, in this band
+        which = torch.repeat_interleave(count, output_size=int(lengths.sum()))  # (pairs,) the box of each pair
+        nth = torch.arange(len(which), dtype=torch.int32, device=which.device)
+        nth -= (count.cumsum(0) - count).int().index_select(0, which)  # 0, 1, ... within a box, row by row
+        across = across.index_select(0, which)
+        block = (y0 * columns + x0).index_select(0, which) + nth + nth.div(across, rounding_mode="floor") * (columns - across)
+        by_block = block.sort(stable=True).indices  # stable, so every list stays nearest first
+        gaussian = self.order.int().index_select(0, which.index_select(0, by_block))
+        y, x = (start + n / 2 for start, n in zip(self.blocks[:2], self.blocks.shape))
+        centre = torch.stack([x.repeat(bottom - top), y[top:bottom].repeat_interleave(columns)])
+        start = F.pad(lengths.cumsum(0), (1, 0)).to(which.device)
+        return Band(slice(top, bottom), centre, start, lengths, torch.cat([gaussian, gaussian[-1:]]))
+
+
+# ------------------------------------------------------------------------------------------------ compositing, continued
+
+
+class Step(NamedTuple):
+    """B blocks, each with the next S Gaussians of its list."""
+
+    blocks: Tensor  # (B,) which of the band, all distinct
+    centre: Tensor  # (2, B)
+    place: Tensor  # (B, S) in the lists; the last place of all, that of no list, where a block's list has ended
+    ids: Tensor  # (B, S) the Gaussians there
+    rows: Tensor  # (B, S, 8 + E) their rows of the table
+    columns: Tensor  # (8, S, B) the first 8 of them once more
+    weight: Tensor  # (S, B, P) w = alpha T
+    light: Tensor | None = None  # (B, P) T before the first of them; this and the next for the backward pass
+    room: Tensor | None = None  # (S, B, P) from alpha up to MAX_ALPHA, not positive where it was clamped
+
+
+def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
+    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
+    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
+
+
+def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
+    """An image (H, W, C) of whole blocks seen as (rows, columns, C, block height, block width)."""
+    return image.unflatten(1, (-1, shape[1])).unflatten(0, (-1, shape[0])).permute(0, 2, 4, 1, 3)
+
+
+def all_channels(
+    band: Band,
+    weights: Tensor,  # (pairs + 1, P) of every place in the lists, the last 0
+    features: Tensor,  # (G, C)
+    max_elements: int,
+) -> Tensor:
+    """sum_k w_k f_k, (blocks, C, P): for each block one product of the weights (P, n) of its list with features (n, C)."""
+    P, C, blocks = weights.shape[1], features.shape[1], len(band.lengths)
+    out = features.new_empty(blocks, P, C)
+    if not C:
+        return out.mT
+    seen = weights.amax(1).nonzero()[:, 0]  # the places whose Gaussian has any weight: about three in four
+    start = torch.searchsorted(seen, band.start)
+    lengths, seen = start.diff().tolist(), torch.cat([seen, seen.new_tensor([len(weights) - 1])])
+    ahead = torch.arange(max(lengths), device=seen.device)
+    for part in pieces(blocks, blocks * max_elements // (4 * len(seen) * C)):
+        nth = start[:-1][part, None] + ahead[: max(lengths[part])]  # (b, n)
+        place = seen.index_select(0, nth.where(nth < start[1:][part, None], len(seen) - 1).flatten())
+        f = features.index_select(0, band.gaussian.index_select(0, place)).view(*nth.shape, C)
+        torch.bmm(weights.index_select(0, place).view(*nth.shape, P).mT, f, out=out[part])
+    return out.mT
+
+
+def gradients(lists: BlockLists, max_elements, saved, grads, needed):
+    """dL/d table, few and many of `Composite`. A table that needs none, as where geometry is frozen, saves most of it."""
+    (table, features, *images), (geometry, _, many), shape = saved, needed, lists.blocks.shape
+    E, C, pixels = table.shape[1] - 8, features.shape[1], monomials(shape, table)
+    # Of the whole row, geometry and few; index_add_ is twice as fast with 16 columns or more, 20 times slower with int32.
+    grad_row = table.new_zeros(len(table), max(16, 8 + E))
+    grad_features = torch.zeros_like(features) if many else None
+    for band in lists:
+        cut = lambda image: in_blocks(image, shape)[band.rows].flatten(0, 1).flatten(2).contiguous()
+        grad_few, grad_many = map(cut, grads)  # (blocks, E or C, P)
+        # What a pixel still receives, sum_j w_j h_j over the Gaussians not yet passed, where h_j = dL/dw_j.
+        behind = (grad_few * cut(images[0])).sum(1) + (grad_many * cut(images[1])).sum(1)
+        for step in walk(table, band, shape, max_elements, backward=geometry):
+            g, ids = grad_few.index_select(0, step.blocks), step.ids.long()
+            rows = grad_row.new_zeros(*ids.shape, grad_row.shape[1])
+            rows[..., 8 : 8 + E] = (g @ step.weight.permute(1, 2, 0)).mT
+            h = step.rows[..., 8:] @ g if geometry else None  # (B, S, P)
+            for part in pieces(len(ids) if C else 0, max_elements // (CHUNK * max(1, C))):
+                g, gaussian = grad_many.index_select(0, step.blocks[part]), ids[part].flatten()
+                if geometry:
+                    h[part].baddbmm_(features.index_select(0, gaussian).view(-1, CHUNK, C), g)
+                if many:
+                    grad_features.index_add_(0, gaussian, (step.weight[:, part].transpose(0, 1) @ g.mT).flatten(0, 1))
+            if geometry:
+                rows[..., 2:8] = column_gradients(step, slopes(step, h, behind), pixels).permute(2, 1, 0)
+            grad_row.index_add_(0, ids.flatten(), rows.flatten(0, 1))
+    return grad_row[:, :8] if geometry else None, grad_row[:, 8 : 8 + E], grad_features
+
+
+def slopes(
+    step: Step,
+    h: Tensor,  # (B, S, P) dL/dw
+    behind: Tensor,  # (blocks, P) sum of w_j h_j over this step and all behind it; the step is taken off
+) -> Tensor:
+    """alpha_k dL/d alpha_k (S, B, P), which is dL/d log2 alpha_k but for a factor ln 2; in place of the weights.
+
+    As w_j = alpha_j T_j and every T_j behind k has the factor 1 - alpha_k, it is w_k (h_k - sum_{j>k} w_j h_j / T_{k+1}).
+    """
+    left = behind.index_select(0, step.blocks)
+    light = step.light.clamp_(min=MIN_LIGHT)  # where a pixel has stopped, w is 0, and this must only not be 0
+    for w, h in zip(step.weight, h.unbind(1)):
+        left.addcmul_(w, h, value=-1)
+        light.sub_(w)
+        w.mul_(h.addcdiv_(left, light, value=-1))  # left / light: what the light behind k brings, on average
+    behind.index_copy_(0, step.blocks, left)
+    return where_positive_(step.weight, step.room)  # a clamped alpha does not change
+
+
+def column_gradients(step: Step, slope: Tensor, pixels: Tensor) -> Tensor:
+    """dL/d columns of the table (8, S, B) from the `slopes` (S, B, P), by way of the coefficients of `polynomial`."""
+    one, x, y, xx, xy, yy = math.log(2) * (pixels @ slope.flatten(0, 1).T).view(6, *slope.shape[:2])
+    x, y, xx, xy, yy = x / -2, y / -2, -xx, xy / -2, -yy
+    dx, dy = step.centre[:, None] - step.columns[:2] - step.columns[2:4]
+    l11, l21, l22, _ = step.columns[4:]
+    u, v = l11 * dx + l21 * dy, l22 * dy
+    sum_u, sum_v = u * one + l11 * x + l21 * y, v * one + l22 * y
+    ux, uy, vy = u * x + l11 * xx + l21 * xy, u * y + l11 * xy + l21 * yy, v * y + l22 * yy
+    gx, gy = 2 * l11 * sum_u, 2 * (l21 * sum_u + l22 * sum_v)
+    return torch.stack([gx, gy, -2 * (ux + dx * sum_u), -2 * (uy + dy * sum_u), -2 * (vy + dy * sum_v), one])
+
+
+# ------------------------------------------------------------------------------------------------ the operator, continued
 
 
 def token_weights(
@@ -792,57 +852,15 @@ def sums_by_row(
     return rows, share[:, None] * (nth[:, None] == each[:, None])
 
 
-# ---- Workshop: not needed to understand the method ----
+def pixels_of(image: Tensor, blocks: Blocks) -> Tensor:
+    """An image (H, W) at the pixels of each block (blocks, P), 0 beyond the view."""
+    y, x = (start[:, None] + torch.arange(n, device=image.device) for start, n in zip(blocks[:2], blocks.shape))
+    image = F.pad(image, (0, blocks.shape[1], 0, blocks.shape[0]))
+    return image[y[:, None, :, None], x[None, :, None, :]].flatten(0, 1).flatten(1)
 
 
-# ------------------------------------------------------------------------------------------------ small things
-
-
-def elements_at_once(like: Tensor) -> int:
-    return 2**24 if like.is_cuda else 2**20
-
-
-def pieces(count: int, size: int) -> list[slice]:
-    """0, 1, ... count - 1 in slices of `size`, but at least 1."""
-    return [slice(i, i + max(1, size)) for i in range(0, count, max(1, size))]
-
-
-def where_positive_(x: Tensor, by: Tensor) -> Tensor:
-    """In place, x where `by` > 0, else 0. This is what ReLU's backward pass does, in half the time of a mask."""
-    return torch.ops.aten.threshold_backward.grad_input(x, by, 0.0, grad_input=x)
-
-
-@contextmanager
-def full_precision(device: torch.device):
-    """float32 stays float32 in here: under autocast log2 alpha would be off by whole units."""
-    with torch.autocast(device.type, enabled=False):
-        yield
-
-
-def check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements):
-    G, C = len(means), features.shape[-1]
-    shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
-    assert shapes == [(G, 3), (G, 3, 3), (G,), (G, C)], f"need (G, 3), (G, 3, 3), (G,), (G, C) with one G, not {shapes}"
-    assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {features.dtype}"
-    sizes = tuple(w2c.shape), tuple(K.shape)
-    assert sizes == ((4, 4), (3, 3)), f"w2c must be (4, 4) and K (3, 3), not {sizes[0]}, {sizes[1]}"
-    assert background is None or background.shape == (C,), f"background must be ({C},), one value per channel of the features"
-    assert height > 0 and width > 0 and max_elements != 0, "height, width and max_elements must be at least 1"
-
-
-def check_operator_arguments(means, index, weight, mask, height, width):
-    G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
-    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
-    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
-    assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
-
-
-def companions():
-    """01_data and 02_lift, imported late: part 1 can be copied without them."""
-    return importlib.import_module("01_data"), importlib.import_module("02_lift")
-
-
-# ------------------------------------------------------------------------------------------------ files
+def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape, check_invariants=False).coalesce()
 
 
 def save_operator(operator: SplatOperator, path: str | Path, dtype: torch.dtype) -> None:
@@ -874,6 +892,9 @@ def load_operator(path: str | Path) -> SplatOperator:
         weight = weight if weight.dtype == torch.float64 else weight.float()
         matrices.append(sparse(torch.repeat_interleave(count.long()), column.long(), weight, (len(count), columns)))
     return SplatOperator(*matrices, stored["valid"])
+
+
+# ------------------------------------------------------------------------------------------------ .ply files
 
 
 PLY_FIELDS = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
@@ -972,6 +993,43 @@ def render_target(gaussians, features: Tensor, triplet: Triplet) -> Render:  # f
     return rasterize(gaussians.means, gaussians.covariances, gaussians.opacities, features, *camera)
 
 
+def psnr(guess: Tensor, truth: Tensor) -> float:  # of values in [0, 1]
+    return -10 * (guess - truth).square().mean().clamp(min=1e-10).log10().item()
+
+
+@torch.no_grad()
+def geometry_carries(gaussians, colours: Tensor, triplet: Triplet) -> tuple[float, float]:
+    """The PSNR of the splatted context colours (G, 3) against the target, and that of the target's mean colour, where the
+    Gaussians cover it. A geometry carries only where the first is the larger one: wrong poses or depths are found so."""
+    image, covered = divide_by_alpha(render_target(gaussians, colours, triplet))
+    truth = triplet.images[2].permute(1, 2, 0)
+    if not covered.any():
+        return 0.0, psnr(truth.mean((0, 1)), truth)
+    return psnr(image[covered], truth[covered]), psnr(truth[covered].mean(0), truth[covered])
+
+
+def warning_of(scores: list[tuple[float, float]]) -> str | None:
+    """One line where the results of `geometry_carries` say that the geometry of some triplets cannot be used."""
+    bad = [(ours, mean) for ours, mean in scores if ours <= mean]
+    if not bad:
+        return None
+    ours, mean = (sum(column) / len(bad) for column in zip(*bad))
+    return (f"warning: in {len(bad)} of {len(scores)} triplets the splatted context views are no nearer to the target than its mean "
+            f"colour (psnr {ours:.1f} against {mean:.1f}): the geometry carries nothing there. Look at the poses and at the depth "
+            "range (--near --far), or try another --geometry")
+
+
+def warning_of(scores: list[tuple[float, float]]) -> str | None:
+    """One line where the results of `geometry_carries` say that the geometry of some triplets cannot be used."""
+    bad = [(ours, mean) for ours, mean in scores if ours <= mean]
+    if not bad:
+        return None
+    ours, mean = (sum(column) / len(bad) for column in zip(*bad))
+    return (f"warning: in {len(bad)} of {len(scores)} triplets the splatted context views are no nearer to the target than its mean "
+            f"colour (psnr {ours:.1f} against {mean:.1f}): the geometry carries nothing there. Look at the poses and at the depth "
+            "range (--near --far), or try another --geometry")
+
+
 # ------------------------------------------------------------------------------------------------ a flight, animated
 
 
@@ -1022,10 +1080,6 @@ def fly(scenes, args) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------ the picture
-
-
-def psnr(guess: Tensor, truth: Tensor) -> float:  # of values in [0, 1]
-    return -10 * (guess - truth).square().mean().clamp(min=1e-10).log10().item()
 
 
 @torch.no_grad()

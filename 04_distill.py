@@ -35,7 +35,7 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -237,9 +237,7 @@ def splat_features(
     # Differs: the official code passes the variances on as scales, which squares them again, and draws reflected frames
     # as spheres; we splat the covariances that the geometry gives.
     render = splat.render_target(gaussians._replace(opacities=opacities), features, t)
-    valid = render.alpha >= splat.COVERED
-    # Differs: the official code does not divide by alpha, so that features fade where few Gaussians are.
-    rendered = render.features / render.alpha.clamp_min(1e-6)[..., None]
+    rendered, valid = splat.divide_by_alpha(render)
     # Blend: each pixel moves towards the mean of its object.
     blended = splat.semantic_blend(rendered, t.masks[2], blend, valid)  # SnD Eq. 4
     return splat.splat_to_tokens(blended, valid, grid, downscale)
@@ -312,6 +310,7 @@ def distil(args, rank=0, world=1):
     # again, so that their operators are computed once.
     count = min(args.triplets, args.max_steps * args.batch)
     triplets = draw_triplets(scenes, count, args.seed, args.target == "context")
+    say_levels(triplets)
     source.make_missing(triplets, run)
     judged = judged_triplets(source, heldout) if run.first else []
     start = agreement(before, judged, args.device) if run.first else None
@@ -407,8 +406,30 @@ def prepare(args):
                                  "use --geometry mvsplat")
     if args.masks == "files" and not any(frame.mask for scene in scenes for frame in scene.frames):
         print("no instance masks: SLIC superpixels stand in (folder masks/ beside images/ is read when it is there)")
+    say_whose_cameras(args.scene_dir)
     source = Source(scenes, args, lift.load_vit(args.model).patch)
-    return *hold_out(scenes, args.heldout, args.seed, whole), source
+    train, measured = hold_out(scenes, args.heldout, args.seed, whole)
+    source.kind = kind_of(train, measured)
+    return train, measured, source
+
+
+def say_whose_cameras(scene_dir):
+    """Repeats the verdict on cameras that 06_distill3r.py has estimated: it stands in the scene as `agreement`."""
+    file = Path(scene_dir) / "transforms.json"
+    agreement = json.loads(file.read_text()).get("agreement") if file.exists() else None
+    if agreement:
+        found, still = agreement  # of neighbouring photos through these cameras, and as if no camera had moved
+        trust = "do not trust them" if found < still + 0.02 else "they explain the photos"
+        print(f"{scene_dir}: its cameras were estimated from photos, {trust} (neighbouring photos agree to "
+              f"{100 * found:.0f} % through them, to {100 * still:.0f} % if no camera had moved)")
+
+
+def say_levels(triplets):
+    """How good the contexts are that `sample_triplet` has found: it asks for less where there are no better ones."""
+    levels = Counter(data.best_pairs(scene, target)[0] for scene, (*_, target) in triplets)
+    parts = [f"{levels[n]} with an overlap from {100 * least:.0f} % and a baseline below {widest:g} of the depth"
+             for n, (least, widest) in enumerate(data.LEVELS) if levels[n]]
+    print(f"{len(triplets)} triplets: {', '.join(parts)}")
 
 
 def draw_triplets(scenes, count, seed, to_context=False):
@@ -435,7 +456,7 @@ def has_triplet(scene, target=None) -> bool:
 
 
 def hold_out(scenes, count, seed, whole=None):
-    """-> training scenes, and triplets [(scene, indices)] whose targets are never trained on.
+    """-> training scenes, and triplets [(scene, indices)] to measure on, whose targets are never trained on.
 
     Held out are the scenes of the part `val`; of a single scene, every eighth view as a target. `whole` are the scenes
     as they were read, where `scenes` lacks some of them or some views: what is held out does not depend on what can be
@@ -453,7 +474,7 @@ def hold_out(scenes, count, seed, whole=None):
     if len(usable) == 1 and not places:
         train, places = hold_out_views(usable[0], next(s for s in whole or scenes if s.name == usable[0].name))
     if not train or not places:
-        print(f"{usable[0].name}: too few views to hold any out, so that what is measured below are training views")
+        print(f"{usable[0].name}: too few views to hold any out; what is measured below are training views")
         train, places = usable, [(scene, None) for scene in usable]
     generator, found = torch.Generator().manual_seed(1000 + seed), []
     for n in range(4 * count):  # distinct triplets, fewer than `count` where the scenes have no more
@@ -462,6 +483,11 @@ def hold_out(scenes, count, seed, whole=None):
         if (scene, triplet) not in found and len(found) < count:
             found.append((scene, triplet))
     return train, found
+
+
+def kind_of(train, measured) -> str:  # what they are called in front of the user
+    seen = {(scene.name, frame.name) for scene in train for frame in scene.frames}
+    return "training" if any((scene.name, scene.frames[t[2]].name) in seen for scene, t in measured) else "held-out"
 
 
 def hold_out_views(scene, as_read):
@@ -516,7 +542,7 @@ class Source:
     """
 
     def __init__(self, scenes, args, patch):
-        self.args, self.patch = args, patch
+        self.args, self.patch, self.kind = args, patch, "held-out"  # of the triplets that are measured
         self.sizes = {scene.name: data.fit_size(scene, args.pixels, patch) for scene in scenes}
         for name, size in self.sizes.items():
             if min(size) < 2 * patch:
@@ -679,8 +705,8 @@ def geometry_loss(net, t: splat.Triplet, depth_weight: float, bf16=False) -> Ten
 def judge(gaussians, colours, t: splat.Triplet) -> dict:
     """PSNR, SSIM and the share covered of the splatted target view; AbsRel of the contexts' depth where measured."""
     render = splat.render_target(gaussians, colours, t)
-    covered, where = render.alpha >= splat.COVERED, judged_pixels(t)
-    image = (render.features / render.alpha.clamp(min=1e-6)[..., None]).permute(2, 0, 1) * covered
+    image, covered = splat.divide_by_alpha(render)
+    image, where = image.permute(2, 0, 1) * covered, judged_pixels(t)
     mse, structure = photometric(image, t.images[2], where)
     scores = {"PSNR": -10 * mse.clamp(min=1e-10).log10().item(), "SSIM": 1 - structure.item(),
               "covered": covered[where].float().mean().item()}
@@ -731,19 +757,19 @@ def train_geometry(source, scenes, heldout, folder):
         optimiser.step()
         run.log(triplet=t.name, loss=loss.item(), lr=optimiser.param_groups[0]["lr"])
     before = lift.load_mvsplat(args.mvsplat).to(args.device)
-    report_geometry(before, net.eval(), [load(place) for place in heldout], folder)
+    report_geometry(before, net.eval(), [load(place) for place in heldout], source.kind, folder)
 
 
 @torch.no_grad()
-def report_geometry(before, net, heldout, folder):
-    """Saves the network; prints the scores of held-out views beside those of the start and of measured depth."""
+def report_geometry(before, net, heldout, kind, folder):
+    """Saves the network; prints its scores beside those of the start and of measured depth."""
     lift.save_tensors(folder / "mvsplat.safetensors", net.state_dict())
     judged = {name: [judge(*splat.reconstruct("mvsplat", t, network), t) for t in heldout]
               for name, network in (("start", before), ("fine-tuned", net))}
     judged["depth"] = [judge(*splat.reconstruct("depth", t), t) for t in heldout if t.depth is not None]
     table = {name: mean_scores(scores) for name, scores in judged.items() if scores}
     data.write_whole(folder / "result.json", json.dumps(table, indent=1).encode())
-    print(f"MVSplat on {len(heldout)} held-out triplets  ->  {folder / 'mvsplat.safetensors'}")
+    print(f"MVSplat on {len(heldout)} {kind} triplets  ->  {folder / 'mvsplat.safetensors'}")
     for name, scores in table.items():
         shown = (f"{key} {value:.{2 if key == 'PSNR' else 3}f}" for key, value in scores.items())
         print(f"  {name:<10} {', '.join(shown)}")
@@ -761,8 +787,10 @@ class Run:
     """`for step in run`: the steps of a training run that can be stopped or killed at any moment, and goes on.
 
     In the folder args.out lie log.jsonl, settings.json and the last two checkpoints. With args.resume it goes on from
-    the newer one that is whole. On a CPU it then comes to the same bits as a run that was never stopped. args.max_steps
-    are the steps in all, and args.save_minutes pass between checkpoints.
+    the newer one that is whole. On a CPU it then comes to the same bits as a run that was never stopped. On CUDA it
+    comes to the same curve to rounding: sparse products and the backward passes of indexing, interpolation and
+    attention add up in an order that changes from run to run. args.max_steps are the steps in all, and
+    args.save_minutes pass between checkpoints.
     """
 
     # What may change when a run goes on; all other settings must stay the same.
@@ -946,6 +974,17 @@ def average_gradients(model, world):
             p.grad /= world
 
 
+def native_precision(args):
+    """Turns --bf16 off on cards older than Ampere, which have bfloat16 by emulation alone, slower than float32.
+
+    float16 is not taken in its place: it needs a loss scale that a run would have to keep and restore, and the largest
+    activations of large ViTs exceed its range.
+    """
+    if args.bf16 and args.device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        print(f"--bf16: {torch.cuda.get_device_name(args.device)} has no bfloat16; everything is computed in float32")
+        args.bf16 = False
+
+
 def few_threads(args):
     """One thread for preset tiny: its tensors are so small that a second one costs time (40 steps: 23 s, not 19 s)."""
     if args.preset == "tiny" and args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -984,7 +1023,7 @@ class Judged(NamedTuple):
 
 def judged_triplets(source, heldout) -> list[Judged]:
     found = []
-    for place in tqdm(heldout, desc="held-out triplets", leave=False):
+    for place in tqdm(heldout, desc=f"{source.kind} triplets", leave=False):
         t = source.load(*place)
         found.append(Judged(place, t.images.cpu(), plain_operator(source, t).to("cpu")))
     return found
@@ -1051,36 +1090,116 @@ def agreement(vit, triplets: list[Judged], device="cpu") -> Agreement:
 
 
 def finish(source, before, adapted, teacher, judged, start: Agreement):
-    """Saves the student; prints the answer beside its baseline, and where everything is."""
+    """Saves the student with its model card; prints the answer beside its baseline, and where everything is."""
     args, out, after = source.args, Path(source.args.out), merge_lora(adapted).eval()
     lift.save_vit(after, out / "student")
     if not args.full_finetune:
         lift.save_tensors(out / "adapters.safetensors", trained(adapted))
     end = agreement(after, judged, args.device)
+    card = model_card(args, after, f"{len(judged)} {source.kind} triplets", start, end)
+    data.write_whole(out / "student" / "README.md", card.encode())
     pictures = [heldout_picture(out / "heldout.png", before, teacher, after, judged, source),
                 curve_picture(out / "curve.png", out / "log.jsonl", start, args)]
     names = [splat.name_of(*t.place) for t in judged]
     result = dict(before=start._asdict(), after=end._asdict(), heldout=names)
     data.write_whole(out / "result.json", json.dumps(result, indent=1).encode())
-    print(f"{len(names)} held-out triplets\n  before: {start}\n  after:  {end}")
+    print(f"{len(names)} {source.kind} triplets\n  before: {start}\n  after:  {end}")
     print("  -> ", ", ".join(map(str, [*pictures, out / "student"])))
 
 
+CARD = """---
+license: {licence}
+pipeline_tag: image-feature-extraction
+---
+# {model}, made 3D-aware by Splat and Distill
+
+A student of Splat and Distill (Shavin and Benaim, ICLR 2026), made by 04_distill.py. It started from `{model}` and was
+distilled for {max_steps} steps of {batch} triplets on `{scenes}`.
+{release}
+
+| on {measured} | matching across views | cosine | effective rank |
+|---|---|---|---|
+| before | {before} |
+| after | {after} |
+
+Settings: {settings}.
+
+Licence: {rights}
+
+```python
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained("path/to/this/folder").eval()
+images = torch.rand(1, 3, {height}, {width})  # in [0, 1]; sides are multiples of {patch}
+mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+tokens = model(pixel_values=(images - mean) / std).last_hidden_state[:, {skip}:]  # (1, patches, {dim})
+```
+"""
+
+
+def model_card(args, vit, measured, start: Agreement, end: Agreement) -> str:
+    """What others need to know of the student: where it comes from, what it is for, how good it is, how to load it."""
+    row = lambda a: f"{100 * a.matching:.1f} % | {a.cosine:.3f} | {a.rank:.1f}"
+    release = "It is an ablation, and corresponds to neither of the paper's two releases."
+    if (args.target, args.loss, args.upscale, args.frozen_teacher) == ("novel", "distill", "masks", False):
+        use = "without blending, for correspondence" if args.blend == 1 else \
+            "with blending, for depth, normals and segmentation"
+        release = f"It corresponds to the paper's release {use}."
+    licence, rights = "other", f"that of the weights it started from, {args.model}."
+    if args.model.startswith("dinov2"):
+        licence, rights = "apache-2.0", "it started from DINOv2's weights, which are under the Apache License 2.0."
+    if args.model == "tiny":
+        licence, rights = "mit", "the project's own, as its start was trained on built-in rooms."
+    names = """geometry finetune_geometry masks blend upscale loss target frozen_teacher full_finetune rank lr head_lr
+        prototypes momentum ema_every tau_student tau_teacher seed""".split()
+    registers = 0 if vit.register_tokens is None else vit.register_tokens.shape[1]
+    return CARD.format(
+        **vars(args), licence=licence, rights=rights, release=release, measured=measured, before=row(start),
+        after=row(end), scenes=Path(args.scene_dir).name, settings=", ".join(f"{n} {getattr(args, n)}" for n in names),
+        height=20 * vit.patch, width=30 * vit.patch, patch=vit.patch, skip=1 + registers, dim=vit.dim)
+
+
 @torch.no_grad()
-def heldout_picture(path, before, teacher, after, triplets: list[Judged], source):
-    """Rows are held-out targets: target | student before | teacher's goal | student after; one PCA basis a row."""
-    rows, of_target = [], {(s.place[0].name, s.place[1][2]): s for s in reversed(triplets)}
-    for place, *_ in list(of_target.values())[:-7:-1]:
-        t = source.load(*place)
-        grid = source.grid(t)
+def heldout_picture(path, before, teacher, after, judged: list[Judged], source):
+    """Rows are held-out targets, as the student before, the teacher's goal and the student after have them.
+
+    Each map is drawn relative to its own mean, all three in one PCA basis. Then the matches, before and after: they are
+    what `agreement` counts.
+    """
+    rows, of_target, device = [], {}, source.args.device
+    for n in reversed(range(len(judged))):
+        scene, indices = judged[n].place
+        of_target[scene.name, indices[2]] = n
+    tokens = [relative_tokens(vit, judged, device) for vit in (before, after)]
+    for n in list(of_target.values())[:-7:-1]:
+        t = source.load(*judged[n].place)
+        grid, size = source.grid(t), t.images.shape[-2:]
         operator = triplet_operator(source.reconstruct(t), t, grid, *source.steps)
         goal, valid = operator(teacher(t.images[:2]).patches.flatten(0, 1)), operator.valid
         maps = [before(t.images[2:]).patches[0], goal, after(t.images[2:]).patches[0]]
-        basis = lift.pca_basis(torch.cat([maps[0], goal[valid], maps[2]]))
-        colours = [lift.pca_colours(m.view(*grid, -1), basis) for m in maps]
+        maps = [x - x[valid].mean(0) for x in maps]
+        basis = lift.pca_basis(torch.cat([x[valid] for x in maps]))
+        colours = [lift.pca_colours(x.view(*grid, -1), basis) for x in maps]
         colours[1] = colours[1] * valid.view(grid)  # black: not seen by the contexts
-        rows.append([t.images[2], *(F.interpolate(c[None], t.images.shape[-2:])[0] for c in colours)])
-    return data.picture_grid(path, ["target view", "student before (PCA)", "teacher target", "student after"], rows)
+        shown = [F.interpolate(c[None], size)[0].cpu() for c in colours]
+        matches = [match_picture(judged[n], x[n], source.patch) for x in tokens]
+        rows.append([t.images[2].cpu(), *shown, *matches])
+    headings = ["target view", "student before (PCA)", "teacher's goal", "student after"]
+    headings += ["matches before", "matches after"]
+    return data.picture_grid(path, headings, rows)
+
+
+def match_picture(t: Judged, x: Tensor, patch) -> Tensor:
+    """The target view, each patch replaced by the one that its token is matched with; where that is right, the view
+    stays as it is. Wrong patches are red, and those that the contexts do not see are black."""
+    at, found, _ = nearest_token(x[2], t.operator(x[:2].flatten(0, 1)), t.operator.valid)
+    patches = F.unfold(t.images[2:], patch, stride=patch)[0]  # (3 patch^2, N)
+    shown = torch.zeros_like(patches)
+    shown[:, at] = patches[:, found]
+    wrong = at[places_off(at, found, t.images.shape[-1] // patch) > 1]
+    red = torch.tensor([0.7, 0.0, 0.0]).repeat_interleave(patch * patch)[:, None]
+    shown[:, wrong] = 0.4 * shown[:, wrong] + 0.6 * red
+    return F.fold(shown[None], t.images.shape[-2:], patch, stride=patch)[0]
 
 
 def curve_picture(path, log, before: Agreement, args):
@@ -1192,6 +1311,7 @@ def main(argv=None):
     with data.explained(args, f"`--resume --out {args.out}` goes on from the last checkpoint"):
         rank, world = processes(args, args.batch)
         few_threads(args)
+        native_precision(args)
         weights = f" ({args.mvsplat} weights)" if args.geometry == "mvsplat" else ""
         print(f"preset {args.preset} ({args.because}): {args.model} ViT at about {args.pixels} pixels, "
               f"{args.max_steps} steps, {args.geometry} geometry{weights}, on {args.device}")

@@ -3,14 +3,14 @@
 Paper   Splat and Distill (SnD) Sec. 4.1 and Appendix A.4, Fig. 3-7 and 13-14. Normals follow Bae et al. 2021,
         correspondence follows Probe3D (El Banani et al. 2024).
 In      ViTs (02_lift), and scenes (01_data) with depth, normals or labels. Also a plain folder of images with such maps
-        (NYUv2, KITTI, ADE20K, Pascal VOC: --help shows the layouts), or a list of pairs in SuperGlue's format.
+        (--help has the layout, docs/reproduce.md converts NYUv2 and others), or a list of pairs in SuperGlue's format.
 Out     a table, one row a model. In out/05_probe/: results.json, report.html (opens offline), features/, views/.
 Run     python 05_probe.py      the built-in ViT and out/04_distill/student if it exists: ~1 minute a model, 2-core CPU
         python 05_probe.py --models start=tiny snd=out/04_distill/student both=tiny+out/04_distill/student
         python 05_probe.py --scene_dir nyuv2/ --models dinov2_vits14 --preset paper --max_depth 10
 Copy    01_data.py 02_lift.py 05_probe.py tiny/vit.safetensors
 Read    depth_metrics normal_metrics segmentation_metrics reprojection_error Whitening LinearHead fit expected_depth
-        depth_probe normal_probe segmentation_probe sample_points match correspondence place_share probe table
+        depth_probe normal_probe segmentation_probe sample_points match correspondence probe table
 Try     --no_cls: depth RMSE 0.526 -> 0.561 m on the built-in rooms; CLS knows something of the size of a room.
         --layer norm: mIoU 26.6 -> 25.3 %; the last LayerNorm removes a little of what heads can read.
 Not     heads that are not linear, several layers of a ViT at once, images of several shapes in one run (all views are
@@ -387,67 +387,46 @@ def correspondence(tokens: Features, views: Views, pairs: list[Pair], device="cp
     return recall([m.error for m in matches]), recall([m.by_chance for m in matches]), matches
 
 
-# ------------------------------------------------------------------------------------------------ 7. Place share
-
-
-def place_share(patches, norm=nn.Identity()) -> dict:
-    """% of the variance of tokens (I, h, w, C) over views that their place in the grid explains: all, its rough part.
-
-    Perspective makes the means of places differ smoothly, as floors are below. The rough part is what a cubic
-    polynomial in row and column leaves of these means: artifacts that are tied to the place in the picture. Both are
-    corrected for the finite number of views, so that tokens of which neither is true have 0. `norm` is applied first.
-    """
-    views, (h, w), squares, total = len(patches), patches.shape[1:3], 0.0, 0.0
-    for tokens in patches:
-        x = norm(tokens.float()).detach().double()
-        total, squares = total + x, squares + x.square().mean().item()
-    place = (total / views).flatten(0, 1)  # (N, C)
-    around = squares / views - place.square().mean()  # variance of tokens around the mean of their place
-    place = place - place.mean(0)
-    chance = around / (views - 1)  # what a mean over so few views varies by itself
-    y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
-    cubic = torch.stack([(x**a * y**b).flatten() for a in range(4) for b in range(4 - a)], 1).double()  # (N, 10)
-    rough = place - cubic @ torch.linalg.lstsq(cubic, place, driver="gelsd").solution
-    everything = around + place.square().mean()
-    share = lambda x: (100 * (x.square().mean() - chance) / everything).item()
-    return {"all": share(place), "rough": share(rough)}
-
-
-# ------------------------------------------------------------------------------------------------ 8. The table
+# ------------------------------------------------------------------------------------------------ 7. The table
 
 PROBES = {"depth": depth_probe, "normals": normal_probe, "segmentation": segmentation_probe}
 TRUTH = {"depth": ("depth", 0), "normals": ("normal", 0), "segmentation": ("label", 255)}  # field of Views, "unknown"
 
 
 def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> dict:
-    """{name: Probed} of models {name: path}, after a row "no features". Heads train on `train` and are scored on `val`.
+    """{name: Probed} of models {name: path}, after a row "no features". Heads train on `train`, are scored on `val`.
 
-    A probe without truth in both splits is left out. With one args.seed the numbers are the same again, on one machine.
+    A probe without truth in both splits is left out. The same args.seed gives the same numbers, on one machine.
     """
     maps, out = truths(train, val), Path(args.out)
     results = {"no features": Probed(baseline(maps), {}, [], None)}
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "log.jsonl", "w") as log:
         for name, path in tqdm(models.items(), desc="models", unit="model"):
-            frozen = lambda views: extract(path, views.images, args.layer, out / "features", args.device)
-            tokens, val_tokens = train and frozen(train), frozen(val)
-            scores, shown, matches = {}, {}, []
-            for kind, (truth, val_truth) in maps.items():
-                log.write(json.dumps(dict(model=name, head=kind)) + "\n")
-                recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log)
-                more = [not args.no_cls] if kind == "depth" else []
-                scores[kind], predict = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
-                views = shown_views(val_truth, TRUTH[kind][1])
-                shown[kind] = torch.stack(list(predict(Features(*(x[views] for x in val_tokens)))))
-            if pairs:
-                scores["correspondence"], chance, matches = correspondence(val_tokens, val, pairs, args.device)
-                results["no features"].scores.setdefault("correspondence", chance)  # of the first model's points
-            if len(parts_of(path)) == 1 < len(val_tokens.patches):
-                norm = nn.Identity() if args.layer == "norm" else lift.load_vit(path).norm
-                scores["place share"] = place_share(val_tokens.patches, norm)
-            drawn = val_tokens.patches[views_of_features(val, pairs)].float()
-            results[name] = Probed(scores, shown, [matches[n] for n in shown_pairs(pairs)], drawn)
+            log.write(json.dumps(dict(model=name)) + "\n")
+            results[name], chance = probe_model(path, train, val, maps, pairs, args, log)
+            if pairs:  # random pairs of the points that the first model matched
+                results["no features"].scores.setdefault("correspondence", chance)
     return results
+
+
+def probe_model(path, train, val, maps, pairs, args, log):  # -> Probed, scores of random matches
+    frozen = lambda views: extract(path, views.images, args.layer, Path(args.out) / "features", args.device)
+    tokens, val_tokens = train and frozen(train), frozen(val)
+    scores, shown, matches, chance = {}, {}, [], None
+    for kind, (truth, val_truth) in maps.items():
+        recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log)
+        more = [not args.no_cls] if kind == "depth" else []
+        scores[kind], predict = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
+        views = shown_views(val_truth, TRUTH[kind][1])
+        shown[kind] = torch.stack(list(predict(Features(*(x[views] for x in val_tokens)))))
+    if pairs:
+        scores["correspondence"], chance, matches = correspondence(val_tokens, val, pairs, args.device)
+    if len(parts_of(path)) == 1 < len(val.images):
+        norm = nn.Identity() if args.layer == "norm" else lift.load_vit(path).norm
+        scores["place share"] = place_share(val_tokens.patches, norm)  # a prediction, see the workshop
+    drawn = val_tokens.patches[views_of_features(val, pairs)].float()
+    return Probed(scores, shown, [matches[n] for n in shown_pairs(pairs)], drawn), chance
 
 
 def table(scores: dict, columns):
@@ -518,7 +497,8 @@ def on_disk(stem, columns, count, make, what) -> dict:
     stem = Path(stem)
     rows = {name: Rows(f"{stem}.{name}", (count, *shape), dtype) for name, (shape, dtype) in columns.items()}
     progress = Path(f"{stem}.done")  # how many rows are whole, written after they are
-    done = min([int(progress.read_text()) if progress.exists() else 0] + [x.whole_rows() for x in rows.values()])
+    said = progress.read_text() if progress.exists() else ""
+    done = min(int(said) if said.isdigit() else 0, *(x.whole_rows() for x in rows.values()))
     missing = (count - done) * sum(x.bytes for x in rows.values())
     stem.parent.mkdir(parents=True, exist_ok=True)
     if missing > 1e8:
@@ -576,7 +556,8 @@ def chosen_views(scenes, args, part) -> list:
     """[(scene, view)]: --views of each scene, evenly spread. What is left out is said."""
     where = []
     for scene in scenes:
-        limit = args.views or (len(scene) if isinstance(scene, Pictures) else PRESETS[args.preset]["views"])
+        plain_images = scene.c2w.isnan().any()  # all of them count, unless told otherwise
+        limit = args.views or (len(scene) if plain_images else PRESETS[args.preset]["views"])
         chosen = np.linspace(0, len(scene) - 1, min(limit, len(scene))).round()
         where += [(scene, int(i)) for i in np.unique(chosen)]
     if len(where) < (total := sum(map(len, scenes))):
@@ -584,7 +565,7 @@ def chosen_views(scenes, args, part) -> list:
     return where
 
 
-def load_views(scenes, size, args, part="val") -> Views:
+def store_views(scenes, size, args, part="val") -> Views:
     """The chosen views of `scenes`, scaled to `size` and kept on disk. --crop counts for the held-out part alone."""
     # Differs: the paper compares truth as it is stored; here it is compared at the size of the views (--pixels), at the
     # nearest stored pixel.
@@ -643,10 +624,6 @@ def outside_crop(size, crop) -> Tensor:  # crop: top, bottom, left, right in sha
     return outside
 
 
-class Pictures(data.Scene):
-    """Images without poses. All of them count, where of a posed scene --views do."""
-
-
 def plain_folder(folder, args):
     """Images without poses, `images/` and beside it `depth/ normals/ labels/` -> those to train on, and the held-out.
 
@@ -654,7 +631,12 @@ def plain_folder(folder, args):
     """
     parts = []
     for root in [folder / "train", folder / "val"] if (folder / "train").is_dir() else [folder]:
-        files = sorted((f for f in (root / "images").rglob("*") if f.suffix in data.IMAGE_TYPES), key=data.natural)
+        files = sorted((f for f in (root / "images").rglob("*") if f.is_file()), key=data.natural)
+        others = [f.name for f in files if f.suffix not in data.IMAGE_TYPES]
+        if others:
+            types = " ".join(data.IMAGE_TYPES)
+            print(f"{root / 'images'}: {len(others)} files are left out, e.g. {others[0]}; read are {types}")
+        files = [f for f in files if f.suffix in data.IMAGE_TYPES]
         K = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # a stand-in: only correspondence uses K
         frames = [data.Frame(f.stem, f, K, np.eye(4), None, **data.maps_beside(f, root)) for f in files]
         if len(files) < 2:
@@ -668,7 +650,7 @@ def plain_folder(folder, args):
         frames, first = parts[0], min(7, len(parts[0]) - 1)
         held_out = range(first, len(frames), 8)
         parts = [[f for i, f in enumerate(frames) if i not in held_out], [frames[i] for i in held_out]]
-    return [[Pictures(name, frames, depth_scale=args.depth_scale)] for name, frames in zip(("train", "val"), parts)]
+    return [[data.Scene(name, frames, depth_scale=args.depth_scale)] for name, frames in zip(("train", "val"), parts)]
 
 
 class ListedPair(data.Scene):
@@ -918,6 +900,46 @@ def baseline(maps: dict) -> dict:
     return scores
 
 
+# ------------------------------------------------------------------------------------------------ place share
+
+
+def place_share(patches, norm=nn.Identity()) -> dict:
+    """% of the variance of tokens (I, h, w, C) over views that their place in the grid explains: all, its rough part.
+
+    Perspective makes the means of places differ smoothly, as floors are below. The rough part is what a cubic
+    polynomial in row and column leaves of these means: artifacts that are tied to the place in the picture. Both are
+    corrected for the finite number of views, so that tokens of which neither is true have 0. `norm` is applied first.
+    """
+    views, (h, w), squares, total = len(patches), patches.shape[1:3], 0.0, 0.0
+    for tokens in patches:
+        x = norm(tokens.float()).detach().double()
+        total, squares = total + x, squares + x.square().mean().item()
+    place = (total / views).flatten(0, 1)  # (N, C)
+    around = squares / views - place.square().mean()  # variance of tokens around the mean of their place
+    place = place - place.mean(0)
+    chance = around / (views - 1)  # what a mean over so few views varies by itself
+    y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
+    cubic = torch.stack([(x**a * y**b).flatten() for a in range(4) for b in range(4 - a)], 1).double()  # (N, 10)
+    rough = place - cubic @ torch.linalg.lstsq(cubic, place, driver="gelsd").solution
+    everything = around + place.square().mean()
+    share = lambda x: (100 * (x.square().mean() - chance) / everything).item()
+    return {"all": share(place), "rough": share(rough)}
+
+
+PLACE_SHARE = (
+    "The rough part is the share of the tokens' variance that is artifacts tied to places in the picture. "
+    "Splatting carries a feature to another place, so Splat and Distill averages such artifacts out: the larger the "
+    "rough part of a start, the more it can gain in depth, normals and segmentation. This was measured on artificial "
+    "artifacts, added to the built-in ViT (rough part 1.3 %: depth gains nothing; 26.5 %: 5.6 %); for any other "
+    "backbone it is a prediction.")
+
+
+def shares_in_words(scores) -> str:
+    shares = {m: s["place share"] for m, s in scores.items() if "place share" in s}
+    listed = "; ".join(f"{m} {x['all']:.1f} %, rough part {x['rough']:.1f} %" for m, x in shares.items())
+    return f"Place share: {listed}. {PLACE_SHARE}" if shares else ""
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 
 
@@ -1081,20 +1103,6 @@ def draw_all(results, train, val, pairs, args):  # -> (title, caption, path) of 
     yield "Features", f"Equal colours of a column are equal features. Columns: image, {columns}.", path
 
 
-PLACE_SHARE = (
-    "The rough part is the share of the tokens' variance that is artifacts tied to places in the picture. "
-    "Splatting carries a feature to another place, so Splat and Distill averages such artifacts out: the larger the "
-    "rough part of a start, the more it can gain in depth, normals and segmentation. This was measured on artificial "
-    "artifacts, added to the built-in ViT (rough part 1.3 %: depth gains nothing; 26.5 %: 5.6 %); for any other "
-    "backbone it is a prediction.")
-
-
-def shares_in_words(scores) -> str:
-    shares = {m: s["place share"] for m, s in scores.items() if "place share" in s}
-    listed = "; ".join(f"{m} {x['all']:.1f} %, rough part {x['rough']:.1f} %" for m, x in shares.items())
-    return f"Place share: {listed}. {PLACE_SHARE}" if shares else ""
-
-
 def model_links(args) -> str:
     """The models as a list, each with a link to the README.md of its folder, if there is one."""
     items = []
@@ -1127,9 +1135,8 @@ def web_page(result, columns, figures) -> str:
         picture = f'<div class="wide"><img src="{source}" style="min-width:{least}px"></div>'  # phones scroll it
         page.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(caption)}</p>{picture}")
     page.append(f"<h2>Command</h2><pre>{html.escape(result['command'])}</pre>")
-    for title, lines in (("Constants that are not the paper's", result["changed"]), ("Settings", result["settings"])):
-        page.append(f"<h2>{title}</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
-    return "".join(page)
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in result["changed"])
+    return "".join(page) + f"<h2>Constants that are not the paper's</h2><ul>{lines}</ul>"
 
 
 def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> str:
@@ -1169,19 +1176,10 @@ in start+start the second start sees mirrored images, so it is as wide as start+
 
 Images without poses: a folder with images/, and beside it depth/ normals/ labels/ (PNG or .npy, named like the image),
 all of that once in train/ and once in val/, or once alone: then every eighth image is held out.
-  NYUv2       images/: the 480x640 frames
-              depth/: 16-bit PNG in millimetres; labels/: class ids, 255 = ignore
-              normals/: unit vectors x right, y down, z forward, towards the camera; .npy, or PNG (-1 to 1 as 0 to 255)
-              --max_depth 10 --crop 0.09375 0.98125 0.0640625 0.9390625   (Eigen's crop)
-  KITTI       images/: the frames of image_02
-              depth/: the 16-bit PNG of the depth benchmark, 256 a metre
-              --depth_scale 0.00390625 --max_depth 80 --crop 0.40810811 0.99189189 0.03594771 0.96405229   (Garg's crop)
-  ADE20K      train/images/, val/images/: images/training, images/validation
-              train/labels/, val/labels/: annotations/training, annotations/validation (150 classes, 0 = other); no crop
-              --ignore_label 0
-  Pascal VOC  train/images/, val/images/: the JPEGImages that ImageSets/Segmentation/train.txt and val.txt name
-              train/labels/, val/labels/: their SegmentationClass (palette PNG, 0 = background, 255 = ignore)
-              no flag, no crop
+  depth    16-bit PNG in millimetres, or other units by --depth_scale; 0 = unknown
+  normals  unit vectors x right, y down, z forward, towards the camera; .npy, or PNG (-1 to 1 as 0 to 255)
+  labels   class ids in a grey or palette PNG; 255 = ignore, and --ignore_label
+docs/reproduce.md converts NYUv2, ScanNet, ADE20K, Pascal VOC and KITTI to it, and has the flags of each.
 Pairs of images: --scene_dir pairs.txt, lines of nameA nameB rotA rotB K_A K_B T_AB as SuperGlue has them, and beside it
 images/ and, if there is one, depth/. Without depth, matches are scored by epipolar distance.
 """
@@ -1255,14 +1253,14 @@ def open_data(args):
     models = named_models(args)
     train, val = open_split(args)
     size = size_of_views(models, val[0], args.pixels)
-    train = load_views(train, size, args, "train") if train else None
-    val = load_views(val, size, args, "val")
+    train = store_views(train, size, args, "train") if train else None
+    val = store_views(val, size, args, "val")
     for name, (key, unknown) in TRUTH.items() if train else ():
         in_train, in_val = (len(views_with_truth(getattr(views, key), unknown)) for views in (train, val))
         if bool(in_train) != bool(in_val):
             print(f"{name}: left out, as only {'training' if in_train else 'held-out'} views have its truth")
     pairs = choose_pairs(val, args.pairs, args.seed)
-    if not pairs and not isinstance(val.where[0][0], Pictures):
+    if not pairs and val.c2w.isfinite().all():
         print(why_no_pairs(val))
     if not pairs and not truths(train, val):
         raise data.DataError(f"{args.scene_dir}: no depth, normals or labels in both splits, and no pairs of views "
@@ -1272,7 +1270,7 @@ def open_data(args):
 
 def main(argv=None):
     args = parse(argv)
-    with data.explained(args, "the same command goes on: features that were finished are kept, heads start again"):
+    with data.explained(args, "the same command goes on: written views and features are kept, heads start again"):
         models, *views = open_data(args)
         print(report(probe(models, *views, args), *views, args))
         print(f"  ->  {Path(args.out) / 'report.html'}, {Path(args.out) / 'results.json'}")

@@ -237,7 +237,7 @@ def rendered(source, pattern, up):
 
 
 def undistorted_depth(depth, dslr):
-    """A depth map as the undistorted camera sees it; the toolkit renders for the fisheye camera. z-depth stays z-depth."""
+    """A depth map as the undistorted camera sees it; the toolkit renders for the fisheye one. z-depth stays z-depth."""
     bent, new = (json.loads(wanted(dslr / "nerfstudio" / name, "download this scene again").read_text())
                  for name in ("transforms.json", "transforms_undistorted.json"))
     stored = np.asarray(Image.open(depth))

@@ -4,6 +4,7 @@ Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/bench.py
         ... python tests/bench.py --preset vits --rounds 3     the same at the paper's setting; 5 minutes
         ... python tests/bench.py --section mvsplat            MVSplat, time and memory; 4 minutes
         ... python tests/bench.py --section splat              rasterize against reference_raster.py, and how it scales; 5 minutes
+        ... python tests/bench.py --section tricks             what each trick of rasterize brings; 2 minutes
         ... python tests/bench.py --section splat --large      the same with 1.02M Gaussians; 15 minutes, 9 GB
         ... python tests/bench.py --section operator           the splat operator at the paper's size, against the dense path; 2 minutes
         ... python tests/bench.py --section student            memory of training Distill3R's student; 10 minutes, 6 GB
@@ -64,14 +65,63 @@ def measure_splat(method, backward, height, width, C, copies, zoom, rounds):
 def measure_garden(method, backward, rounds):
     """The same on points of a real scene, 4,629 Gaussians in 60x80 pixels."""
     f = load_file(GARDEN)
-    axes = torch.from_numpy(splat.quaternion_to_rotation(f["quats"].double().numpy())) * f["scales"].double()[:, None]
+    axes = importlib.import_module("reference_raster").rotation(f["quats"].double()) * f["scales"].double()[:, None]
     gaussians = [f["means"], (axes @ axes.mT).float(), f["opacities"], f["features"]]
     return measured(method, backward, gaussians, f["viewmat"], f["K"], int(f["height"]), int(f["width"]), rounds)
 
 
+def alpha_pixel_by_pixel():
+    """rasterize without the polynomial: the distance to the mean, its quadratic form and exp for every pixel and Gaussian."""
+    def make_step(table, band, blocks, centre, place, light, pixels, buffers):
+        ids = band.gaussian.index_select(0, place.flatten())
+        rows = table.index_select(0, ids).view(*place.shape, -1)
+        columns = rows[..., :8].permute(2, 1, 0)[..., None]
+        l11, l21, l22, lo = columns[4:]
+        dx, dy = (centre[:, None] - columns[:2, ..., 0] - columns[2:4, ..., 0])[..., None] - pixels[1:3, None, None] / 2
+        alpha = torch.exp(lo * 0.6931472 - 0.6931472 * ((l11 * dx + l21 * dy) ** 2 + (l22 * dy) ** 2))
+        alpha = torch.where((place == len(band.gaussian) - 1).T[..., None] | (alpha < splat.MIN_ALPHA), 0.0, alpha).clamp(max=splat.MAX_ALPHA)
+        return splat.Step(blocks, centre, place, ids.view(place.shape), rows, columns, splat.front_to_back(alpha, light))
+    splat.make_step = make_step
+    return splat.rasterize
+
+
+def light_by_cumprod():
+    """rasterize with the light of all Gaussians of a step by cumprod, and the stop by torch.where, instead of one after the other in place."""
+    def front_to_back(alpha, light):
+        after = light * (1 - alpha).cumprod(0)
+        weight = torch.where(after > splat.MIN_LIGHT, torch.cat([light[None], after[:-1]]) * alpha, 0.0)
+        light.copy_(torch.where(after[-1] > splat.MIN_LIGHT, after[-1], 0.0))
+        return weight
+    splat.front_to_back = front_to_back
+    return splat.rasterize
+
+
+def channels_in_passes():
+    """rasterize with 32 channels a pass."""
+    return lambda *x: torch.cat([splat.rasterize(*x[:3], f, *x[4:]).features for f in x[3].split(32, 1)], 2)
+
+
+# What is timed by name: rasterize, its definition, and rasterize with one of its tricks undone.
+UNDONE = {"rasterize": lambda: splat.rasterize, "plainly": lambda: splat.rasterize_plainly, "alpha pixel by pixel": alpha_pixel_by_pixel,
+          "light by cumprod": light_by_cumprod, "32 channels a pass": channels_in_passes}
+
+
+def tricks_section(rounds):
+    """One row a trick: the same render without it and with it."""
+    rows = [  # the trick; without, with; backward, view, channels
+        ("blocks with lists", "plainly", "textbook", False, 73, 110, 3), ("all tricks", "plainly", "rasterize", False, 73, 110, 3),
+        ("log2 alpha as a polynomial", "alpha pixel by pixel", "rasterize", False, 146, 219, 3), ("light taken off in place", "light by cumprod", "rasterize", False, 146, 219, 3),
+        ("weights once for all channels", "32 channels a pass", "rasterize", False, 146, 219, 384), ("walking again in the backward pass", "textbook", "rasterize", True, 146, 219, 3)]
+    print("| trick | view | Gaussians | without | with | times |", "|---" * 6 + "|", sep="\n")
+    for trick, *methods, backward, height, width, C in rows:
+        (slow, slow_mb), (fast, fast_mb) = (apart("measure_splat", method, backward, height, width, C, 1, 1, 1 if method == "plainly" else rounds) for method in methods)
+        what = f"{height}x{width}, C = {C}" + ", with gradients" * backward
+        print(f"| {trick} | {what} | {2 * height * width} | {slow:.3f} s, {slow_mb:.0f} MB | {fast:.3f} s, {fast_mb:.0f} MB | {slow / fast:.1f} |", flush=True)
+
+
 def measured(method, backward, gaussians, w2c, K, height, width, rounds):
     reference = importlib.import_module("reference_raster")
-    function = splat.rasterize if method == "rasterize" else getattr(reference, method)
+    function = UNDONE[method]() if method in UNDONE else getattr(reference, method)
     ctypes.CDLL(None).malloc_trim(0)  # or what making the scene has freed would hide what is allocated next; Linux
     peak, times, done, base = [0.0], [], threading.Event(), resident_mb()
 
@@ -85,7 +135,7 @@ def measured(method, backward, gaussians, w2c, K, height, width, rounds):
         begin = time.perf_counter()
         with torch.set_grad_enabled(backward):
             image = function(*inputs, w2c, K, height, width)
-            image = image.features if method == "rasterize" else image
+            image = image.features if isinstance(image, splat.Render) else image
             if backward:
                 image.square().sum().backward()
         times.append(time.perf_counter() - begin)
@@ -176,8 +226,7 @@ def operator_section(rounds, device, height=574, width=868, patch=14):
     def dense(x, mask):
         features = sum(weight[:, k, None] * x[index[:, k]] for k in range(4))
         render = splat.rasterize(*gaussians, features, w2c, K, height, width)
-        valid = render.alpha >= splat.COVERED
-        rendered = render.features / render.alpha.clamp_min(1e-6)[..., None]
+        rendered, valid = splat.divide_by_alpha(render)
         return splat.splat_to_tokens(rendered if mask is None else splat.semantic_blend(rendered, mask, 0.5, valid), valid, grid)
 
     x = torch.randn(2 * N, 384, generator=torch.Generator().manual_seed(0)).to(device)
@@ -311,7 +360,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Medians of the parts of a training step.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--section", choices=["step", "mvsplat", "splat", "operator", "student"], default="step")
+    parser.add_argument("--section", choices=["step", "mvsplat", "splat", "tricks", "operator", "student"], default="step")
     parser.add_argument("--preset", choices=["tiny", "vits", "vitb"], default="tiny", help="step: whose")
     parser.add_argument("--large", action="store_true", help="splat: also 1.02M Gaussians in 584x876")
     args = parser.parse_args(argv)
@@ -319,6 +368,8 @@ def main(argv=None):
         return mvsplat_section(min(args.rounds, 5))
     if args.section == "splat":
         return splat_section(min(args.rounds, 5), args.large)
+    if args.section == "tricks":
+        return tricks_section(min(args.rounds, 5))
     if args.section == "student":
         return student_section()
     device = torch.device(args.device)

@@ -43,7 +43,7 @@ TABLE_I = {  # views: student's s and GB, Fast3R's s and GB
 
 TOY_FAST3R = 64, 4, 12, 64, 4, 12  # width, heads and depth of encoder and fusion
 
-# ------------------------------------------------------------------------------------------------ rows and what is measured
+# ------------------------------------------------------------------------------------------------ rows, measurements
 
 
 class Report:
@@ -109,6 +109,10 @@ def timed(function, args, rounds=5) -> dict:
     torch.cuda.reset_peak_memory_stats()
     ms = bench.median_ms(function, 1 if args.toy else rounds, args.device)
     return dict(ms=ms, GB=(torch.cuda.max_memory_allocated() - before) / 1e9)
+
+
+def in_all() -> dict:
+    return {"GB in all": torch.cuda.max_memory_allocated() / 1e9}
 
 
 def relative(found, wanted) -> float:
@@ -274,7 +278,7 @@ def beside_limits(found, pairs, height, width, C, backward, args):
 
 def operator(report, args):
     """The splat operator at the paper's size, with and without masks, beside the dense path (as in tests/bench.py)."""
-    size = dict(height=48, width=64, patch=8) if args.toy else {}
+    size = dict(height=24, width=32, patch=8) if args.toy else {}
     bench_rows(report, "", lambda: bench.operator_section(1 if args.toy else 3, args.device, **size))
 
 
@@ -327,11 +331,60 @@ def mvsplat(report, args):
 
 
 def step(report, args):
-    """A training step of 04 at the paper's setting, part by part (tests/bench.py --preset vits)."""
-    for preset in ("tiny",) if args.toy else ("vits", "vitb"):
-        with tempfile.TemporaryDirectory() as folder:
-            run = lambda: bench.step_section(preset, 1 if args.toy else 9, args.device, Path(folder))
-            bench_rows(report, f"{preset}: ", run, "paper: 1.30 s a step of ViT-S on an L40S")
+    """A training step of 04 at the paper's setting, part by part, and what is done once a triplet."""
+    with tempfile.TemporaryDirectory() as folder:
+        data.make_rooms(Path(folder, "rooms"), scenes=1, views=4, size=(48, 64) if args.toy else (584, 876))
+        (scene,) = data.load_scenes(Path(folder, "rooms"))
+        for preset in ("tiny",) if args.toy else ("vits", "vitb"):
+            step_of(report, preset, scene, Path(folder), args)
+
+
+def step_of(report, preset, scene, folder, args):
+    model = "tiny" if args.toy else bench.published_size(preset, folder)
+    settings = distill.parse(["--preset", preset, "--model", model, "--operators", str(folder / "operators"),
+                              "--device", args.device.type, *["--pixels", "3072"] * args.toy])
+    before, student, teacher, optimiser = distill.networks_of(settings)
+    source = distill.Source([scene], settings, before.patch)
+    place = scene, data.sample_triplet(scene, torch.Generator().manual_seed(0))
+    sample = source.sample(*place, 0)
+
+    def whole():
+        optimiser.zero_grad(set_to_none=True)
+        distill.learn([sample], student, teacher, settings)
+        optimiser.step()
+    paper = "paper: 1.30 s on an L40S, reconstruction included" if preset == "vits" else ""
+    report.row(f"{preset}: a step", lambda: timed(whole, args, 9) | in_all(), paper)
+    for what, part in parts_of_step(source, place, sample, student, teacher, settings).items():
+        report.row(f"{preset}: {what}", lambda: timed(part, args, 3 if "once" in what else 9))
+    report.row(f"{preset}: Adam", lambda: timed(optimiser.step, args, 9))
+
+
+def parts_of_step(source, place, sample, student, teacher, settings) -> dict:
+    """{what: a function that does it}."""
+    autocast = lambda: torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16)
+
+    @torch.no_grad()
+    def teach():
+        with autocast():
+            return teacher(sample.context)
+
+    def look():
+        with autocast():
+            seen = student(sample.target)[0]
+        seen.float().square().mean().backward()
+    tokens, t = teach(), source.load(*place)
+    (goal, valid), gaussians, steps = sample.carry(tokens), source.reconstruct(t), (source.grid(t), *source.steps)
+    seen = student(sample.target)[0].detach()[valid]
+
+    def judge():
+        distill.objective(student, teacher, seen.requires_grad_(), goal[valid], settings)[0].backward()
+    return {
+        "teacher, two views": teach, "student, forward + backward": look, "head and loss, forward + backward": judge,
+        "operator on tokens": lambda: sample.carry(tokens),
+        "images and operator from disk (other threads do it)": lambda: source.sample(*place, 0),
+        "once a triplet: geometry by the tiny MVSplat": lambda: source.reconstruct(t),
+        "once a triplet: operator": lambda: distill.triplet_operator(gaussians, t, *steps),
+        "--online instead: lift, splat, blend": lambda: distill.splat_in_blocks(tokens, gaussians, t, *steps)}
 
 
 def table_one(report, args):
@@ -391,7 +444,7 @@ def student_step(report, args):
     for recompute in (False, True):
         student.recompute = recompute
         report.row(f"student, {views} views of {height}x{width}, a training step" + ", --grad_checkpoint" * recompute,
-                   lambda: timed(learn, args, rounds=3) | {"GB in all": torch.cuda.max_memory_allocated() / 1e9},
+                   lambda: timed(learn, args, rounds=3) | in_all(),
                    "paper: cards of 48 GB take four such samples")
 
 

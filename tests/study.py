@@ -200,7 +200,7 @@ def score_targets(name, seed, args):
         generator = torch.Generator().manual_seed(0)
         places = [(scene, data.sample_triplet(scene, generator)) for scene in scenes for _ in range(2)]
         size = data.fit_size(scenes[0], asked.pixels, vit.patch)
-        views.append(probes.load_views([scene.subset(triplet[2:]) for scene, triplet in places], size, asked))
+        views.append(probes.store_views([scene.subset(triplet[2:]) for scene, triplet in places], size, asked))
         rows = [taught(source, vit, *place) for place in places]
         features.append({name: probes.Features(*map(torch.stack, zip(*(row[name] for row in rows)))) for name in rows[0]})
     found = {name: {} for name in features[0]}

@@ -361,6 +361,23 @@ def test_what_the_recipes_convert_is_what_they_use():
             assert folder[0] in made and "/".join(folder[1:]) in ("", "probe", "pairs.txt", "scenes/train"), arguments
 
 
+def test_the_papers_numbers_are_the_papers():
+    """Each number in a table of scores stands in a table of the paper, and in one row with those beside it."""
+    papers = ROOT.parent / "shared/papers"
+    if not papers.is_dir():
+        pytest.skip(f"{papers}, the papers, are not here")
+    rows = [re.findall(r"\d+\.\d+", line) for name in ("splat_and_distill", "distill3r")
+            for line in (papers / f"{name}.txt").read_text().splitlines() if "\t" in line]
+    lines = [line for line in (ROOT / "docs/reproduce.md").read_text().splitlines() if line.startswith("|")]
+    scores = [numbers for line in lines if len(numbers := re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", line)) > 1]
+    assert len(scores) > 40
+    for numbers in scores:
+        missing = set(numbers)
+        for _ in range(3):  # a row of ours may join rows of three tables
+            missing -= max((missing & set(row) for row in rows), key=len)
+        assert not missing, numbers
+
+
 def test_merging_mef(tmp_path):
     """The snippet that merges MEF's LoRA factors, on the built-in ViT and factors in MEF's layout."""
     lift, state = importlib.import_module("02_lift"), {"state_dict": {"refine_conv": {"weight": torch.zeros(1)}}}
