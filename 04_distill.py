@@ -1026,25 +1026,15 @@ class Judged(NamedTuple):
 
 
 def judged_triplets(source, places) -> list[Judged]:
-    found, gains = [], []
+    """Loads them, and warns where the geometry that teaches carries nothing into their targets."""
+    found, carried = [], []
     for place in tqdm(places, desc=f"{source.kind} triplets", leave=False):
         t = source.load(*place)
         found.append(Judged(place, t.images.cpu(), plain_operator(source, t).to("cpu")))
-        gains.append(picture_gain(source, t))
-    # Measured with the tiny MVSplat: +12.7 and +11.4 dB where it reconstructs well (7-Scenes, fox), +0.4 to -1.2 dB on
-    # views that lie far apart (statue, shelf, DTU).
-    if (gain := sum(gains) / len(gains)) < 0 and source.args.target != "image":
-        print(f"the geometry is poor: {source.kind} views, splatted in colour, are {-gain:.1f} dB worse than their "
-              "mean colour; views closer together, --finetune_geometry or --geometry depth help")
+        carried.append(splat.geometry_carries(*splat.reconstruct(source.args.geometry, t, source.net), t))
+    if (warning := splat.warning_of(carried)) and source.args.target != "image":
+        print(warning)
     return found
-
-
-@torch.no_grad()
-def picture_gain(source, t: splat.Triplet) -> float:
-    """By how many dB the target view, splatted in the contexts' colours, is better than its mean colour."""
-    truth = t.images[2][:, judged_pixels(t)]
-    flat = (truth - truth.mean(1, keepdim=True)).square().mean().clamp(min=1e-10)
-    return judge(*splat.reconstruct(source.args.geometry, t, source.net), t)["PSNR"] + 10 * flat.log10().item()
 
 
 def plain_operator(source, t: splat.Triplet) -> splat.SplatOperator:
