@@ -894,7 +894,7 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
                 raise fault(path, f"{name} is in {stored[name].dtype}; save it in float32, float16 or bfloat16")
             if not stored[name].isfinite().all():
                 raise fault(path, f"{name} has values that are not finite; copy it again, or give older ones")
-    model = model.to_empty(device="cpu") if any(p.is_meta for p in model.parameters()) else model
+    model = model.to_empty(device="cpu") if any(p.device.type != "cpu" for p in model.parameters()) else model
     for key, value in model.state_dict().items():
         for name, part in zip(names(key), value.chunk(len(names(key)))):
             part.copy_(stored.pop(name))
