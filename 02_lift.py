@@ -956,6 +956,7 @@ def read_checkpoint(path) -> dict:
     Objects of training frameworks (`HARMLESS`) come back as empty `Inert` ones; their modules are not imported. Raises
     ValueError, one line naming the file, when it is damaged or names any other class or function.
     """
+    path = Path(path)
     try:
         found = load_file(path) if is_safetensors(path) else read_pickled(path)
     except Exception as error:  # a damaged pickle can raise anything
