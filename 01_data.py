@@ -453,8 +453,8 @@ def problem_of(frame, thorough=False):
 
 
 def fit_camera(frame, stored):
-    """Makes size and K of a frame those of its picture, `stored` (H, W), if its camera is for another size or, by EXIF, for
-    another orientation. -> what is wrong, or None"""
+    """Makes size and K of a frame those of its picture, `stored` (H, W), if its camera is for another size or, by EXIF,
+    for another orientation. -> what is wrong, or None"""
     (height, width), declared = stored, frame.size or centred_size(frame, stored)
     guessed = frame.size is None and declared is not None
     frame.size = stored

@@ -275,7 +275,7 @@ def test_rooms_are_exact(rooms, rooms_dir, index):
         normal = normal @ frame.c2w[:3, :3]
         right = (view.mask.numpy().ravel() == instance) & (view.label.numpy().ravel() == label)
         assert (~right).sum() <= 2  # an edge that passes through a pixel's centre may round either way
-        # Stored to a millimetre and to 8 bits. Rays are cast in float32: on legs of 3 cm that adds 0.1 mm and half a step.
+        # Stored to a millimetre and to 8 bits. Rays are float32, which on legs of 3 cm adds 0.1 mm and half a step.
         depth_off = np.abs(view.depth.numpy().ravel() - t)[right]
         normal_off = np.abs(stored - (normal + 1) * 127.5).max(1)[right]
         assert depth_off.max() < 0.6e-3 and (depth_off < 0.502e-3).mean() > 0.999
@@ -650,7 +650,7 @@ def dot_picture(xs, ys, size, sigma=3.0):
 
 
 def dot_offsets(view, points, radius):
-    """Distance from where K and c2w put each point to the centre of mass of the dot there, but for dots near the border."""
+    """Distances from where K and c2w put the points to the centres of mass of their dots, the border left out."""
     K, c2w = numbers(view)
     p = (points - c2w[:3, 3]) @ c2w[:3, :3] @ K.T
     offsets = []
