@@ -898,14 +898,7 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
                 raise fault(path, f"{name} is in {stored[name].dtype}; save it in float32, float16 or bfloat16")
             if not stored[name].isfinite().all():
                 raise fault(path, f"{name} has values that are not finite; copy it again, or give older ones")
-<<<<<<< HEAD
         state[key] = torch.cat([stored.pop(name) for name in names(key)]).to(value.dtype)  # a copy: files may change
-=======
-    model = model.to_empty(device="cpu") if any(p.device.type != "cpu" for p in model.parameters()) else model
-    for key, value in model.state_dict().items():
-        for name, part in zip(names(key), value.chunk(len(names(key)))):
-            part.copy_(stored.pop(name))
->>>>>>> stage7
     if stored:
         name = next(iter(stored))
         raise fault(path, f"has a tensor that no part of the {kind} takes: {name}; save the {kind} without it")
