@@ -453,8 +453,8 @@ def problem_of(frame, thorough=False):
 
 
 def fit_camera(frame, stored):
-    """Makes size and K of a frame those of its picture, which is `stored` (H, W), if its camera is for another size of it
-    or, by EXIF, another orientation. -> what is wrong, or None"""
+    """Makes size and K of a frame those of its picture, `stored` (H, W), if its camera is for another size or, by EXIF,
+    for another orientation. -> what is wrong, or None"""
     (height, width), declared = stored, frame.size or centred_size(frame, stored)
     guessed = frame.size is None and declared is not None
     frame.size = stored
@@ -664,7 +664,7 @@ def left_out(paths):  # -> sentences that count the pictures among `paths` that 
 
 
 def folders_not_read(folder, frames):
-    """Sentences that name folders which seem to hold maps that some frame lacks, but are not called as they are here."""
+    """Sentences that name folders which seem to hold maps that some frame lacks, but are called otherwise than here."""
     words = dict(depth=["depth"], mask=["mask", "instance", "segment"], normal=["normal"], label=["label", "semantic"])
     lacking = [word for kind in MAPS if any(getattr(f, kind) is None for f in frames) for word in words[kind]]
     homes = {frame.image.parent.parent for frame in frames} | {folder}
