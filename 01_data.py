@@ -436,6 +436,9 @@ def checked_scene(name, folder, frames, extra, skip_bad_frames):
     return scene
 
 
+# ------------------------------------------------------------------------------------------ does a frame fit its files?
+
+
 def problem_of(frame, thorough=False):
     """-> what is wrong with this frame, in words, or None. Fills in the size of the picture."""
     if frame.problem:
@@ -444,23 +447,20 @@ def problem_of(frame, thorough=False):
         return f"{frame.image} does not exist, but {frame.name} has a pose{look_alike(frame.image)}"
     try:
         stored = stored_size(frame.image, thorough)
-        upright = upright_size(frame.image, stored)
-        return fit_camera(frame, stored, upright) or problem_of_camera(frame) or problem_of_maps(frame, thorough)
+        return fit_camera(frame, stored) or problem_of_camera(frame) or problem_of_maps(frame, thorough)
     except DataError as error:
         return str(error)
 
 
-def fit_camera(frame, stored, upright):
-    """Makes size and K of a frame those of its picture, if its camera is for another size of it or, by EXIF, another
-    orientation. -> what is wrong, or None
-
-    `stored` and `upright` are the picture's (H, W) as it lies in the file and as it is to be seen.
-    """
-    (height, width), declared = stored, frame.size or centred_size(frame)
+def fit_camera(frame, stored):
+    """Makes size and K of a frame those of its picture, which is `stored` (H, W), if its camera is for another size of it
+    or, by EXIF, another orientation. -> what is wrong, or None"""
+    (height, width), declared = stored, frame.size or centred_size(frame, stored)
     guessed = frame.size is None and declared is not None
     frame.size = stored
     if declared is None or declared == stored:
         return None
+    upright = upright_size(frame.image, stored)
     for size in (stored, upright):
         if same_shape(declared, size):
             frame.size, frame.upright = size, size == upright != stored
@@ -486,20 +486,20 @@ def same_shape(declared, size):  # whether one is the other, scaled evenly and r
     return close and abs(size[0] * declared[1] / (size[1] * declared[0]) - 1) < 0.01
 
 
-def centred_size(frame):
+def centred_size(frame, stored):
     """(H, W) of the picture that K seems to be made for, where nobody says it, or None.
 
     Its centre gives it away: twice the principal point is about the size of the picture. Real cameras are off by some
     pixels, so a depth map of about this size settles it, and otherwise only an exact proportion is believed.
     """
-    stored, (cx, cy) = stored_size(frame.image), frame.K[:2, 2]
+    cx, cy = frame.K[:2, 2]
     if not (np.isfinite([cx, cy]).all() and min(cx, cy) > 8):
         return None
     implied = np.array([2 * cy, 2 * cx])
-    sizes = [stored_size(frame.depth)] if frame.depth and frame.depth.exists() else []
-    sizes += [upright_size(frame.image, stored)]
     if np.abs(implied / stored - 1).max() < 0.08:
         return None
+    sizes = [stored_size(frame.depth)] if frame.depth and frame.depth.exists() else []
+    sizes += [upright_size(frame.image, stored)]
     for size in sizes:
         if np.abs(implied / size - 1).max() < 0.08:
             return size
@@ -589,6 +589,9 @@ def ends_well(path):  # whether a PNG or JPEG ends as it should; of other types 
     return end[4:8] == b"IEND" if start == b"\x89PNG" else path.suffix.lower() not in (".png", ".jpg", ".jpeg")
 
 
+# ---------------------------------------------------------------------------------------------- names of files
+
+
 def inside(path, root, where):
     """`path` as a normal path; a file outside the scene folder is refused, whoever wrote the list."""
     path = Path(os.path.normpath(path))
@@ -661,7 +664,7 @@ def left_out(paths):  # -> sentences that count the pictures among `paths` that 
 
 
 def folders_not_read(folder, frames):
-    """Sentences that name folders which seem to hold maps that some frame lacks, but have other names than those read."""
+    """Sentences that name folders which seem to hold maps that some frame lacks, but are not called as they are here."""
     words = dict(depth=["depth"], mask=["mask", "instance", "segment"], normal=["normal"], label=["label", "semantic"])
     lacking = [word for kind in MAPS if any(getattr(f, kind) is None for f in frames) for word in words[kind]]
     homes = {frame.image.parent.parent for frame in frames} | {folder}
@@ -1183,13 +1186,12 @@ def covering_crop(stored, size):
 def read_image(frame, size) -> Tensor:
     """-> (3, H, W) uint8, undistorted, covering `size`.
 
-    A large photo is decoded and undistorted at twice the size that is needed and no larger, which takes a fraction of
-    the time and changes pixels by less than 1/255 on average.
+    A large photo is decoded and undistorted at two to four times the size that is needed and no larger, which takes a
+    fraction of the time and changes pixels by less than 1/255 on average.
     """
     scale, box = covering_crop(frame.size, size)
-    work = frame.size  # (H, W) of the whole picture while it is worked on
-    if scale < 0.5:
-        work = tuple(math.ceil(2 * scale * side) for side in frame.size)
+    more = scale * min(4, max(2, math.sqrt(2e6 / (size[0] * size[1]))))
+    work = tuple(math.ceil(more * side) for side in frame.size) if more < 1 else frame.size  # (H, W) of all of it
     image, shrunk = decode_small(frame, work)  # image pixels = stored pixels * shrunk
     if is_distorted(frame):
         image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
