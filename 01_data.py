@@ -121,7 +121,7 @@ def depth_range(scene):  # -> near, far, where they come from
     # here near and far come from the scene.
     some = [scene.frames[i] for i in np.linspace(0, len(scene) - 1, min(8, len(scene))).astype(int)]
     measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]
-    sparse = [project(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
+    sparse = [into_picture(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
     for depths, source in ((measured, "measured depth"), (sparse, "sparse points")):
         seen = np.concatenate(depths) if depths else np.zeros(0)
         seen = seen[seen > 0]
@@ -134,7 +134,7 @@ def depth_range(scene):  # -> near, far, where they come from
 # ---------------------------------------------------------------------------------- 3. Which views see the same place?
 
 
-def project(points, frame):
+def into_picture(points, frame):
     """(M, 3) world -> x, y in pixels of the frame, z-depth; z is 0 for points outside of its picture."""
     seen = (points - frame.c2w[:3, 3]) @ frame.c2w[:3, :3]  # world -> camera
     z = seen[:, 2]
@@ -162,7 +162,7 @@ def overlap(scene, i, j):
 
     Walls are not considered: two cameras with a wall between them overlap, too, if they look the same way.
     """
-    share = lambda a, b: (project(frustum_points(scene, a), scene.frames[b])[2] > 0).mean()
+    share = lambda a, b: (into_picture(frustum_points(scene, a), scene.frames[b])[2] > 0).mean()
     return min(share(i, j), share(j, i))
 
 
@@ -1131,7 +1131,7 @@ def ratio_to_points(scene, frames):
     """
     ratios = []
     for frame in frames:
-        x, y, z = project(scene.points[frame.seen], frame)
+        x, y, z = into_picture(scene.points[frame.seen], frame)
         ratios += depth_ratios(read_depth(scene, frame), x, y, z, frame).tolist()
     if len(ratios) < 30:
         return None
@@ -1154,7 +1154,7 @@ def view_disagreement(scene, frames, unit):  # -> the median relative difference
         first, second = small_depth(a) * unit, small_depth(b) * unit
         rows, cols = np.nonzero(first)
         x, y = (cols + 0.5) / first.shape[1] * a.size[1], (rows + 0.5) / first.shape[0] * a.size[0]
-        ratios += depth_ratios(second, *project(unproject(x, y, first[rows, cols], a), b), b).tolist()
+        ratios += depth_ratios(second, *into_picture(unproject(x, y, first[rows, cols], a), b), b).tolist()
     return float(np.median(np.abs(np.log(ratios)))) if len(ratios) > 50 else math.inf
 
 
