@@ -8,7 +8,8 @@ Out     `load_scenes(path) -> [Scene]`, `Scene.view(i, size) -> View`; a report 
 Run     python 01_data.py                        built-in rooms -> data/, 20 s on a 2-core CPU
         python 01_data.py --scene_dir my_scene   what is in a folder, before anything is trained
 Copy    01_data.py (and tiny/rooms.py, if rooms are to be made)
-Read    View, Scene, depth_range, into_picture, frustum_points, overlap, context_pairs, sample_triplet, split, show_triplets
+Read    View, Scene, depth_range, into_picture, frustum_points, overlap, context_pairs, sample_triplet, split,
+        show_triplets
 Try     LEVELS = ((0.9, 0.4),): context baselines in nine rooms shrink from 0.55 to 0.37 m (medians), and each picture
         of a triplet shows nearly the same; LEVELS = ((0.1, 2.0),): 1.01 m, and much is seen by one context only.
         --near 0.1 --far 1: frustums end before the furniture, and four of nine rooms have no triplet left.

@@ -11,8 +11,8 @@ Run     python 06_distill3r.py --preset tiny     cache, train, eval and infer on
         python 06_distill3r.py table                                         Table I: time and memory over the views
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py tiny/rooms.py tiny/teacher.py
         tiny/vit.safetensors
-Read    Pointmap certainty pointmap_loss PointmapNetwork Fusion DPT Fast3R Student write_cache filtered train learn_samples
-        estimate_cameras
+Read    Pointmap certainty pointmap_loss PointmapNetwork Fusion DPT Fast3R Student write_cache filtered train
+        learn_samples estimate_cameras
 Try     TRY1
 Not     training of the teacher, bundle adjustment of the cameras, metric scale where the teacher has none.
 Words   P^g points_global, P^l points_local; C conf; M masks, the valid pixels; tau the least certainty of one; w the
