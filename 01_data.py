@@ -2,8 +2,8 @@
 
 Paper   Splat and Distill (SnD) Sec. 3.1: a scene is S = {(I_i, P_i)}; a step draws two context views and a target.
 In      a folder: nerfstudio / instant-ngp `transforms*.json` (also ScanNet++ and FiT3D preprocessing), a COLMAP
-        model (`sparse/0`, binary or text), an RGB-D sequence (7-Scenes), or a folder of such folders; the files tell
-        which. Optional folders beside `images/`: `masks/ depth/ normals/ labels/`.
+        model (`sparse/0`, binary or text), an RGB-D sequence (7-Scenes), LLFF's `poses_bounds.npy`, or a folder of such
+        folders; the files tell which. Optional folders beside `images/`: `masks/ depth/ normals/ labels/`.
 Out     `load_scenes(path) -> [Scene]`, `Scene.view(i, size) -> View`; a report and one contact sheet a scene.
 Run     python 01_data.py                        built-in rooms -> data/, 20 s on a 2-core CPU
         python 01_data.py --scene_dir my_scene   what is in a folder, before anything is trained
