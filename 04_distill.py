@@ -11,7 +11,9 @@ Run     python 04_distill.py --preset tiny            built-in rooms, no downloa
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py tiny/rooms.py tiny/vit.safetensors tiny/mvsplat.safetensors
 Read    DINOHead, distill_loss, Network, ema_update, add_lora, networks_of, lift_weights, splat_features,
         image_features, Sample, objective, learn, distil
-Try     TRY
+Try     --preset tiny alone: matching of held-out views 58.5 -> 69.2 %, effective rank of the tokens 99 -> 92; then
+        --target image --no_blend --upscale bilinear, no 3D: 59.5 %. So it is the splatting that teaches.
+        --no_blend: 69.1 %, rank 95. Blending adds nothing to matching, and makes the tokens of an object alike.
 Not     centering or temperature schedules (the paper has none either); the head is not sharded over GPUs.
 Words   context views: the two that the teacher sees and that are splatted; target view: what the student sees.
         Tokens are a ViT's patch features (N, C), N = h w of the grid. Prototypes are the K directions of the head.
@@ -1026,25 +1028,15 @@ class Judged(NamedTuple):
 
 
 def judged_triplets(source, places) -> list[Judged]:
-    found, gains = [], []
+    """Loads them, and warns where the geometry that teaches carries nothing into their targets."""
+    found, carried = [], []
     for place in tqdm(places, desc=f"{source.kind} triplets", leave=False):
         t = source.load(*place)
         found.append(Judged(place, t.images.cpu(), plain_operator(source, t).to("cpu")))
-        gains.append(picture_gain(source, t))
-    # Measured with the tiny MVSplat: +12.7 and +11.4 dB where it reconstructs well (7-Scenes, fox), +0.4 to -1.2 dB on
-    # views that lie far apart (statue, shelf, DTU).
-    if (gain := sum(gains) / len(gains)) < 0 and source.args.target != "image":
-        print(f"the geometry is poor: {source.kind} views, splatted in colour, are {-gain:.1f} dB worse than their "
-              "mean colour; views closer together, --finetune_geometry or --geometry depth help")
+        carried.append(splat.geometry_carries(*splat.reconstruct(source.args.geometry, t, source.net), t))
+    if (warning := splat.warning_of(carried)) and source.args.target != "image":
+        print(warning)
     return found
-
-
-@torch.no_grad()
-def picture_gain(source, t: splat.Triplet) -> float:
-    """By how many dB the target view, splatted in the contexts' colours, is better than its mean colour."""
-    truth = t.images[2][:, judged_pixels(t)]
-    flat = (truth - truth.mean(1, keepdim=True)).square().mean().clamp(min=1e-10)
-    return judge(*splat.reconstruct(source.args.geometry, t, source.net), t)["PSNR"] + 10 * flat.log10().item()
 
 
 def plain_operator(source, t: splat.Triplet) -> splat.SplatOperator:
@@ -1317,11 +1309,11 @@ def settle(args):
     taken = "a CUDA machine" if cuda else "no CUDA device; vits is the paper's setting"
     args.because = "asked for" if args.preset else taken
     args.preset = args.preset or ("vits" if cuda else "tiny")
+    if not args.mvsplat and not Path(PRESETS[args.preset]["mvsplat"]).exists():
+        args.mvsplat = "tiny"  # stands in where none was asked for; the first line that is printed says so
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.mvsplat == "re10k.ckpt" and not Path("re10k.ckpt").exists():
-        args.mvsplat = "tiny"
     args.blend = 1.0 if args.no_blend else args.blend
     args.eval_every = args.eval_every or max(1, args.max_steps // 6)
     return args

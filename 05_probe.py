@@ -422,6 +422,7 @@ class Rows:
     def __init__(self, path, shape, dtype):
         self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
         self.bytes = math.prod(self.shape[1:]) * self.dtype.itemsize  # of a row
+        self.facts = {}  # what `once` has found
 
     def __len__(self):
         return self.shape[0]
@@ -456,6 +457,14 @@ class SideBySide(Rows):
 
     def __getitem__(self, which):
         return torch.cat([x[which] for x in self.parts], -1)
+
+
+def once(array, name, find):
+    """What find() gives. It looks at all of an array, which takes long for one on disk, so that is done only once."""
+    facts = getattr(array, "facts", {})
+    if name not in facts:
+        facts[name] = find()
+    return facts[name]
 
 
 def on_disk(stem, columns, count, make, what) -> dict:
@@ -667,14 +676,9 @@ def open_split(args):
     return [scenes[0].subset([i for i in range(len(scenes[0])) if i not in hidden])], [scenes[0].subset(hidden)]
 
 
-def views_with_truth(truth, unknown) -> Tensor:
-    """Indices of the views of which something is known. Arrays on disk are searched once."""
-    known = getattr(truth, "known", None)
-    if known is None:
-        known = torch.tensor([i for i, view in enumerate(truth) if (view != unknown).any()], dtype=torch.long)
-    if isinstance(truth, Rows):
-        truth.known = known
-    return known
+def views_with_truth(truth, unknown) -> Tensor:  # indices of the views of which something is known
+    find = lambda: torch.tensor([i for i, view in enumerate(truth) if (view != unknown).any()], dtype=torch.long)
+    return once(truth, "known", find)
 
 
 def truths(train: Views | None, val: Views) -> dict:  # {probe: its maps of both splits}, where both know something
@@ -853,7 +857,8 @@ def spread_tokens(x, count=2**16) -> Tensor:
 
 
 def pixels_of_classes(labels) -> Tensor:  # (I, H, W) -> how many pixels each class id has, unknown ones left out
-    return sum(view[view != 255].long().bincount(minlength=NO_CLASS) for view in labels)
+    count = lambda view: view[view != 255].long().bincount(minlength=NO_CLASS)
+    return once(labels, "classes", lambda: sum(map(count, labels)))
 
 
 def class_count(*labels):  # one more than the largest id
@@ -892,8 +897,8 @@ def baseline(maps: dict) -> dict:
     scores = {}
     for name, (truth, val) in maps.items():
         if name == "depth":
-            mean = sum(z.double().sum() for z in truth) / sum((z > 0).sum() for z in truth)
-            scores[name] = depth_metrics(mean.float().expand(val.shape), val)
+            total, known = sum(torch.stack([z.double().sum(), (z > 0).sum().double()]) for z in truth)
+            scores[name] = depth_metrics((total / known).float().expand(val.shape), val)
         elif name == "normals":
             mean = F.normalize(sum(n.float().sum((0, 1)) for n in truth), dim=0)
             scores[name] = normal_metrics(mean.expand(val.shape), val)
