@@ -135,7 +135,7 @@ def bilinear_upscale(tokens: Tensor, mask: Tensor, grid) -> Tensor:
 
 
 def lift_features(gaussians: Gaussians, tokens: Tensor, masks: Tensor, grid) -> Gaussians:
-    """The lift, SnD Sec. 3.3: tokens (V, N, C), masks (V, H, W) -> the Gaussians, each with the feature of its pixel."""
+    """The lift (SnD Sec. 3.3): tokens (V, N, C), masks (V, H, W) -> Gaussians, each with the feature of its pixel."""
     maps = [mask_aware_upscale(view_tokens, mask, grid) for view_tokens, mask in zip(tokens, masks)]
     return gaussians._replace(features=torch.cat([features.flatten(0, 1) for features in maps]))
 
@@ -956,6 +956,7 @@ def read_checkpoint(path) -> dict:
     Objects of training frameworks (`HARMLESS`) come back as empty `Inert` ones; their modules are not imported. Raises
     ValueError, one line naming the file, when it is damaged or names any other class or function.
     """
+    path = Path(path)
     try:
         found = load_file(path) if is_safetensors(path) else read_pickled(path)
     except Exception as error:  # a damaged pickle can raise anything

@@ -1309,11 +1309,11 @@ def settle(args):
     taken = "a CUDA machine" if cuda else "no CUDA device; vits is the paper's setting"
     args.because = "asked for" if args.preset else taken
     args.preset = args.preset or ("vits" if cuda else "tiny")
+    if not args.mvsplat and not Path(PRESETS[args.preset]["mvsplat"]).exists():
+        args.mvsplat = "tiny"  # stands in where none was asked for; the first line that is printed says so
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.mvsplat == "re10k.ckpt" and not Path("re10k.ckpt").exists():
-        args.mvsplat = "tiny"
     args.blend = 1.0 if args.no_blend else args.blend
     args.eval_every = args.eval_every or max(1, args.max_steps // 6)
     return args

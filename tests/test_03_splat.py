@@ -524,7 +524,7 @@ def patchwork(height, width, seed, pieces=5):
 
 
 def lifted(height, width, grid, context=None, dtype=torch.float64, masks=True, holes=True):
-    """Arguments of splat_operator: Gaussians of two views, thinned, with a hole; `context` is the grid of their tokens."""
+    """Arguments of splat_operator: two views' Gaussians, thinned, with a hole; `context` is the grid of tokens."""
     *gaussians, _, w2c, K = (x.to(dtype) for x in reference.pixel_aligned(height, width, 1))
     if holes:
         g = torch.Generator().manual_seed(7)
