@@ -3,18 +3,18 @@
 Paper   Splat and Distill (SnD) Sec. 3.2 (Eq. 1, geometry from two views) and Sec. 3.3 (Eq. 2-3, mask-aware upscaling),
         Fig. 11. The networks: DINOv2 (Oquab et al. 2023), DUNE (Sariyildiz et al. 2025), MVSplat (Chen et al. 2024).
 In      two posed context images, their instance masks or superpixels; measured depth, where there is some.
-Out     patch tokens (B, N, C); one Gaussian a pixel (G = V*H*W); features of every pixel (H, W, C).
-Run     python 02_lift.py     held-out rooms: depth and features as pictures, Gaussians as .ply files; 5 s on 2 cores
+Out     patch tokens (V, N, C); one Gaussian per pixel (G = V*H*W), which carries the feature of its pixel (G, C).
+Run     python 02_lift.py     held-out rooms: depth and features as pictures, Gaussians as .ply files; ~5 s on 2 cores
         python 02_lift.py --scene_dir photos/ --model dinov2_vits14 --mvsplat re10k.ckpt     published weights
 Copy    02_lift.py alone; its command needs 01_data.py and 03_splat.py too, `tiny` its weights in tiny/vit.safetensors
         and tiny/mvsplat.safetensors.
-Read    Gaussians, pixel_rays, upscale_weights, mask_aware_upscale, depth_gaussians, VisionTransformer, Block,
-        Attention, MVSplat.forward, FeatureCNN, MultiViewTransformer, WindowAttention, cost_volume, UNet,
-        gaussian_adapter, mvsplat_gaussians
+Read    Gaussians, pixel_rays, upscale_weights, mask_aware_upscale, lift_features, depth_gaussians. This is the method;
+        the two networks that it stands on may be read later: VisionTransformer, Block, Attention, MVSplat.forward,
+        cost_volume, gaussian_adapter, mvsplat_gaussians.
 Try     Four held-out pairs of rooms; MVSplat's mean error of depth is 6.5 %, one plane at the median depth has 25.9 %.
         --near 0.3 --far 20: the D candidate depths spread over far more than a room, 12.7 %.
         --pixels 3072: half the resolution, 10.5 %; --pixels 49152: twice the resolution, 6.4 %.
-        In MVSplat.forward, `disparity` in place of `disparity + delta` (no step 4): 9.2 %.
+        In MVSplat.forward, `coarse` in place of `coarse + delta` (no step 4): 9.2 %.
 Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT.
 Words   F_low tokens, F_high features of the pixels, w_uv upscaling weights; mu, Sigma, alpha: mean, covariance and
         opacity of a Gaussian; V views, C channels, D candidate depths, h x w the small grid of tokens or features.
@@ -39,7 +39,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -47,17 +46,17 @@ from torch.utils.checkpoint import checkpoint
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that the networks have seen
 WEIGHTS = Path(__file__).parent / "tiny"  # the built-in weights
 
-# ------------------------------------------------------------------------ 1. What is lifted to: one Gaussian a pixel
+# ------------------------------------------------------------------------ 1. What is lifted to: one Gaussian per pixel
 
 
 class Gaussians(NamedTuple):
     """Pixel (row, col) of view v owns Gaussian (v * H + row) * W + col. This order is the pixel-to-Gaussian
-    correspondence of SnD Sec. 3.2: the feature of that pixel becomes the feature of that Gaussian."""
+    correspondence of SnD Sec. 3.2, by which `lift_features` gives each Gaussian the feature of its pixel."""
 
     means: Tensor  # (G, 3) mu, world frame
     covariances: Tensor  # (G, 3, 3) Sigma, world frame
     opacities: Tensor  # (G,) alpha in [0, 1]
-    features: Tensor | None = None  # (G, C)
+    features: Tensor | None = None  # (G, C), once they are lifted
 
 
 def pixel_rays(K: Tensor, height, width) -> Tensor:
@@ -71,29 +70,32 @@ def pixel_rays(K: Tensor, height, width) -> Tensor:
 
 # ----------------------------------------------------------------------- 2. From tokens to pixels: mask-aware upscaling
 #
-# The ViT gives one token a patch, and the Gaussians need one feature a pixel. Bilinear interpolation between the four
-# nearest tokens would mix the features of an object with those of whatever stands behind it. SnD therefore uses only
-# those of the four that lie on the same instance as the pixel, and scales their weights so that they sum to 1 again.
+# The ViT (section 4) gives one token per patch, and the Gaussians need one feature per pixel. Bilinear interpolation
+# between the four nearest tokens would mix the features of an object with those of whatever stands behind it. SnD
+# therefore uses only those of the four that lie on the same instance as the pixel, and scales their weights so that
+# they sum to 1 again.
 
 
 def bilinear_axis(size, count, device):
     """One axis of bilinear interpolation from `count` patches to `size` pixels. A token sits at its patch's centre.
 
-    Returns, for each pixel, the two patches around it (size, 2) and their weights (size, 2); and, for each patch, the
-    pixel that holds its centre (count,).
+    Returns the two patches around each pixel (size, 2), their weights (size, 2), and, for each patch, the pixel that
+    holds its centre (count,).
     """
-    centres = lambda n: torch.arange(n, device=device, dtype=torch.float64) + 0.5
-    position = (centres(size) * count / size - 0.5).clamp(0, count - 1)  # of each pixel, where patch i is at i
+    pixel = torch.arange(size, device=device, dtype=torch.float64) + 0.5
+    position = (pixel * count / size - 0.5).clamp(0, count - 1)  # on an axis on which patch i has its centre at i
     first = position.floor()
-    patches = torch.stack([first, (first + 1).clamp_max(count - 1)], -1).long()
     fraction = position - first
-    return patches, torch.stack([1 - fraction, fraction], -1), (centres(count) * size / count).long()
+    patches = torch.stack([first, (first + 1).clamp_max(count - 1)], -1).long()
+    weights = torch.stack([1 - fraction, fraction], -1)
+    centres = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) * size / count
+    return patches, weights, centres.long()
 
 
 def upscale_weights(
     mask: Tensor,  # (H, W) int64 instance ids; 0, unlabelled, counts as an id like any other
     grid,  # (h, w) of the tokens
-    drop_unmatched=False,  # True: a pixel without a token of its id gets no feature, instead of a bilinear one
+    drop_unmatched=False,  # True: a pixel without a token of its id gets weights of 0, instead of bilinear ones
 ):
     """SnD Eq. 3 in sparse form: each pixel is a weighted sum of four tokens.
 
@@ -102,6 +104,7 @@ def upscale_weights(
     (H, W), (h, w) = mask.shape, grid
     rows, row_weight, centre_row = bilinear_axis(H, h, mask.device)
     cols, col_weight, centre_col = bilinear_axis(W, w, mask.device)
+    # Two rows and two columns of patches make four tokens: (H, W, 2, 2) -> (H*W, 4)
     index = (rows[:, None, :, None] * w + cols[None, :, None, :]).reshape(H * W, 4)  # N(u), the four tokens around u
     bilinear = (row_weight[:, None, :, None] * col_weight[None, :, None, :]).reshape(H * W, 4)  # w~_uv
     # Differs: the official code reads the id of a token at row linspace(0, H-1, h) of the mask (columns likewise), up
@@ -111,7 +114,8 @@ def upscale_weights(
     shared = bilinear * same_id
     total = shared.sum(1, keepdim=True)
     # Differs: where none of the four tokens has the pixel's id, Eq. 3 is 0/0. The official code gives such a pixel a
-    # zero feature and lifts it all the same. We keep its bilinear weights, or drop the pixel with `--drop_unmatched`.
+    # zero feature and lifts it all the same. We keep its bilinear weights. With 04's `--drop_unmatched` its weights are
+    # 0, by which 04 knows not to lift the pixel.
     unmatched = torch.zeros_like(bilinear) if drop_unmatched else bilinear
     weight = torch.where(total > 1e-9, shared / total.clamp_min(1e-9), unmatched)  # SnD Eq. 3
     return index, weight.float()
@@ -130,10 +134,16 @@ def bilinear_upscale(tokens: Tensor, mask: Tensor, grid) -> Tensor:
     return mask_aware_upscale(tokens, torch.zeros_like(mask), grid)
 
 
+def lift_features(gaussians: Gaussians, tokens: Tensor, masks: Tensor, grid) -> Gaussians:
+    """The lift (SnD Sec. 3.3): tokens (V, N, C), masks (V, H, W) -> Gaussians, each with the feature of its pixel."""
+    maps = [mask_aware_upscale(view_tokens, mask, grid) for view_tokens, mask in zip(tokens, masks)]
+    return gaussians._replace(features=torch.cat([features.flatten(0, 1) for features in maps]))
+
+
 # ------------------------------------------------------------------------ 3. Gaussians from measured depth
 #
-# The simplest geometry, and the upper bound for any network that has to find the depth. A pixel of known depth sees a
-# small piece of surface. Its Gaussian lies on that surface like a coin: as wide as the pixel's footprint, and thin.
+# The simplest geometry, and what a network that has to find the depth should come close to. A pixel of known depth sees
+# a small piece of surface. Its Gaussian lies on that surface like a coin: as wide as the pixel's footprint, and thin.
 
 
 def depth_gaussians(
@@ -141,28 +151,33 @@ def depth_gaussians(
     K: Tensor,  # (V, 3, 3) pixels
     c2w: Tensor,  # (V, 4, 4)
     opacity=0.95,
-    spread=0.35,  # standard deviation in pixels: 0.6 blurs a novel view (2 dB less PSNR), 0.3 opens holes in it
+    spread=0.35,  # standard deviation in pixels: 0.6 blurs a novel view, 0.3 opens holes in it
 ) -> Gaussians:
-    """One flat Gaussian a pixel, on the surface that the depth maps show."""
+    """One flat Gaussian per pixel, on the surface that the depth maps show."""
     parts = []
     for z, k, pose in zip(depth, K, c2w):
         known, rays = z > 0, pixel_rays(k, *z.shape)
+        # From differences of depth; at most 75 degrees off the ray, as the footprint would get too long beyond that.
         normal = limit_slant(surface_normals(z, k), rays)
         z = torch.where(known, z, 1.0)[..., None]  # any depth will do where the opacity is 0
-        # The point z * ray stays on its tangent plane, so z * (normal . ray) is constant. When a step of one pixel
-        # (x or y) changes the ray by a column of K^-1, the point therefore changes by z * (d_ray - slope * ray).
+        # The point p = z r stays on its tangent plane, where n . p is constant. If a step of one pixel (x or y) changes
+        # the ray r by d (a column of K^-1), then z changes by -z (n . d) / (n . r), and therefore
+        # dp = z (d - slope r) with slope = (n . d) / (n . r).
         d_ray = torch.linalg.inv(k)[:, :2].T  # (2, 3)
         slope = (normal @ d_ray.T) / (normal * rays).sum(-1, keepdim=True)  # (H, W, 2)
         d_point = z[..., None] * (d_ray - slope[..., None] * rays[..., None, :])  # (H, W, 2, 3)
         thickness = 0.1 * z / k[0, 0] * normal  # a tenth of a pixel
-        axes = torch.cat([spread * d_point, thickness[..., None, :]], -2)  # (H, W, 3 axes, 3)
-        axes = axes @ pose[:3, :3].T  # world frame
+        axes = torch.cat([spread * d_point, thickness[..., None, :]], -2).mT  # (H, W, 3, 3), an axis in each column
+        axes = pose[:3, :3] @ axes  # to the world frame
+        covariances = axes @ axes.mT  # the sum of a a^T over the three axes a
         means = (rays * z) @ pose[:3, :3].T + pose[:3, 3]
-        parts.append((means.flatten(0, 1), (axes.mT @ axes).flatten(0, 1), (opacity * known).to(z).flatten()))
+        parts.append((means.flatten(0, 1), covariances.flatten(0, 1), (opacity * known).to(z).flatten()))
     return Gaussians(*(torch.cat(column) for column in zip(*parts)))
 
 
 # ------------------------------------------------------------------------ 4. Where the features come from: the ViT
+#
+# Sections 1 to 3 are the method. This section and the next are the two networks that it stands on.
 
 
 class Tokens(NamedTuple):
@@ -172,21 +187,28 @@ class Tokens(NamedTuple):
 
 
 class VisionTransformer(nn.Module):
-    """The ViT of DINOv2 and DUNE; the names of its modules are those of Meta's code, so that published weights load.
+    """The ViT of DINOv2 and DUNE; the names of its modules are those of Meta's code, so that published weights load."""
 
-    `grid` is the side of the square patch grid that the position embedding was trained for, and `positions` is the way
-    in which the embedding is interpolated to other grids (see `interpolate_positions`), by default Meta's.
-    """
-
-    def __init__(self, patch=14, dim=384, depth=12, heads=6, registers=0, grid=37, mlp_ratio=4, layer_scale=1.0,
-                 swiglu=False, positions=None):
+    def __init__(
+        self,
+        patch=14,  # P, in pixels
+        dim=384,  # C
+        depth=12,  # number of blocks
+        heads=6,
+        registers=0,  # R
+        grid=37,  # side of the square patch grid that the position embedding was trained for
+        mlp_ratio=4,
+        layer_scale=1.0,
+        swiglu=False,  # True in ViT-g: a gated MLP
+        positions=None,  # how positions are interpolated to other grids (see `interpolate_positions`); None: as Meta
+    ):
         super().__init__()
         self.patch, self.dim, self.heads, self.grid = patch, dim, heads, grid
         self.mlp_ratio, self.swiglu = mlp_ratio, swiglu
         self.positions = positions or ("antialiased" if registers else "scale")
         assert self.positions in POSITIONS, f"positions cannot be interpolated by {self.positions!r}"
         self.checkpointing = False  # True: the backward pass computes each block again, which saves most of its memory
-        self.patch_embed = PatchEmbed(patch, dim)
+        self.patch_embed = PatchEmbed(patch, dim)  # a convolution whose stride is its size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, dim))  # for pretraining alone, but part of the published weights
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
@@ -196,23 +218,23 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tokens:
         """images (B, 3, H, W) in [0, 1], both sides multiples of the patch -> tokens after the final norm."""
-        x = self.embed(images)  # (B, 1 + N, C)
-        count = 0
+        x, R = self.embed(images), 0  # (B, 1 + N, C)
         if self.register_tokens is not None:  # they have no position, and go between the class token and the patches
-            count = self.register_tokens.shape[1]
+            R = self.register_tokens.shape[1]
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
         for block in self.blocks:
             again = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         x = self.norm(x)
-        return Tokens(x[:, 0], x[:, 1:1 + count], x[:, 1 + count:])
+        return Tokens(x[:, 0], x[:, 1:1 + R], x[:, 1 + R:])
 
     def embed(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> class token and patches, their positions added, (B, 1 + N, C)."""
         B, _, H, W = images.shape
         P = self.patch
         assert H % P == 0 and W % P == 0, f"image {H}x{W} is no multiple of the patch size {P}"
-        x = torch.cat([self.cls_token.expand(B, -1, -1), self.patch_embed(normalised(images))], 1)
+        patches = self.patch_embed(normalised(images))  # normalised: minus ImageNet's mean, over its deviation
+        x = torch.cat([self.cls_token.expand(B, -1, -1), patches], 1)
         return x + interpolate_positions(self.pos_embed, (H // P, W // P), self.positions)
 
 
@@ -223,7 +245,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.mlp = SwiGLU(dim, (int(hidden * 2 / 3) + 7) // 8 * 8) if swiglu else Mlp(dim, hidden)
-        self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)
+        self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)  # a factor per channel
 
     def forward(self, x):  # (B, N, C)
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -246,13 +268,15 @@ class Attention(nn.Module):
 
 # ------------------------------------------------------------------------ 5. Geometry from two views: MVSplat
 #
-# Chen et al. 2024, "MVSplat", Sec. 3. This is exactly the published network, its quirks included. Its five steps:
+# Chen et al. 2024, "MVSplat", Sec. 3. This is the published network, quirks included, without its colours. Five steps:
 #
-#   1  features         a CNN sees each view alone; a transformer then compares each view with itself and the others
-#   2  cost volume      how well a pixel's features match the other views, for each of D candidate depths
+#   1  features         a CNN sees each view alone; a transformer then compares each view with itself and the other
+#   2  cost volume      how well a pixel's features match the other view, for each of D candidate depths
 #   3  coarse depth     a U-Net cleans the cost volume; its softmax is a distribution over the candidates
 #   4  refined depth    a second U-Net, at full resolution, corrects the coarse depth by what the images show
 #   5  Gaussians        the mean lies on the pixel's ray at that depth; shape and opacity are read off the features
+#
+# The CNN, the transformer and the U-Nets are built of standard parts, and come near the end of this file.
 
 
 class MVSplatConfig(NamedTuple):
@@ -262,16 +286,18 @@ class MVSplatConfig(NamedTuple):
     num_depth_candidates: int = 128  # planes D of the cost volume
     costvolume_unet_feat_dim: int = 128  # width of U-Net 1, which cleans the cost volume
     depth_unet_feat_dim: int = 32  # width of U-Net 2, which refines the depth at full resolution
-    sh_degree: int = 4  # of the colours
+    sh_degree: int = 4  # of the colours, which are not computed
     cnn_widths: tuple = (64, 96, 128)  # fixed in the official code, as is the number of layers
     transformer_layers: int = 6
 
 
-MVSplatConfig.tiny = MVSplatConfig(32, 48, 32, 16, 0, (32, 48, 64), 4)
+MVSplatConfig.tiny = MVSplatConfig(
+    d_feature=32, num_depth_candidates=48, costvolume_unet_feat_dim=32, depth_unet_feat_dim=16, sh_degree=0,
+    cnn_widths=(32, 48, 64), transformer_layers=4)
 
 
 class MVSplat(nn.Module):
-    """Two or more posed images -> one Gaussian a pixel, in one pass. The names of the modules are the official ones."""
+    """Two posed images -> one Gaussian per pixel, in one pass. The names of the modules are the official ones."""
 
     def __init__(self, config=MVSplatConfig()):
         super().__init__()
@@ -282,24 +308,29 @@ class MVSplat(nn.Module):
             "backbone": FeatureCNN(config.cnn_widths, C),
             "transformer": MultiViewTransformer(C, config.transformer_layers)})
         self.depth_predictor = nn.ModuleDict({
+            # step 3, from the cost volume and the features
             "corr_refine_net": nn.Sequential(conv(D + C, m1), group_norm(m1), nn.GELU(), UNet(m1, 3), conv(m1, D)),
             "regressor_residual": conv(D + C, D, 1),
             "depth_head_lowres": nn.Sequential(conv(D, 2 * D), nn.GELU(), conv(2 * D, D)),
+            # step 4; U-Net 2 sees the image (3 channels), the coarse depth, its certainty, and m2 channels of features
             "upsampler": nn.Sequential(conv(2 * C, C), nn.UpsamplingBilinear2d(scale_factor=4), nn.GELU()),
             "proj_feature": conv(C, m2),
             "refine_unet": nn.Sequential(conv(m2 + 5, m2), group_norm(m2, 4), nn.GELU(), UNet(m2, 5)),
-            "to_gaussians": nn.Sequential(conv(m2 + 3 + C, 2 * raw), nn.GELU(), conv(2 * raw, raw)),
-            "to_disparity": nn.Sequential(conv(m2, 2 * m2), nn.GELU(), conv(2 * m2, 2))})
+            "to_disparity": nn.Sequential(conv(m2, 2 * m2), nn.GELU(), conv(2 * m2, 2)),
+            # step 5, from the output of U-Net 2, the image and the features
+            "to_gaussians": nn.Sequential(conv(m2 + 3 + C, 2 * raw), nn.GELU(), conv(2 * raw, raw))})
 
     def forward(
         self,
-        images: Tensor,  # (V, 3, H, W) in [0, 1], V >= 2, any size
+        images: Tensor,  # (V, 3, H, W) in [0, 1], V = 2, any size
         K: Tensor,  # (V, 3, 3) pixels
         c2w: Tensor,  # (V, 4, 4)
         near,  # (V,) or float, in the scene's unit
         far,
     ) -> Gaussians:
         V, _, height, width = images.shape
+        # Differs: MVSplat takes two or more views. SnD gives it two, and we take no more.
+        assert V == 2, f"{V} views, but MVSplat takes two here"
         # The U-Nets halve the image four times, so it is padded to multiples of 16. The padding is cut off in step 5.
         images = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
         near, far = (torch.as_tensor(bound).to(images).expand(V) for bound in (near, far))
@@ -307,20 +338,20 @@ class MVSplat(nn.Module):
         disparities = 1 / far[:, None] + planes * (1 / near - 1 / far)[:, None]  # (V, D): 1 / depth, far first
 
         # Steps 1 to 3, at a quarter of the resolution
-        cnn, features, _, probability = self.match(images, K, c2w, disparities)
+        cnn, features, probability = self.match(images, K, c2w, disparities)
         coarse = (probability * disparities[:, :, None, None]).sum(1, keepdim=True)  # expected disparity (V, 1, h, w)
         certainty = probability.amax(1, keepdim=True)
 
         # Step 4
         upsampled = self.depth_predictor["upsampler"](torch.cat([features, cnn], 1))  # (V, C, H, W)
-        refined, disparity = self.refine(images, upsampled, coarse, certainty)
-        delta, logit = self.depth_predictor["to_disparity"](refined).chunk(2, 1)
+        hints, coarse = self.refine(images, upsampled, coarse, certainty)  # hints: the output of U-Net 2
+        delta, logit = self.depth_predictor["to_disparity"](hints).chunk(2, 1)
         bounds = (1 / far).view(V, 1, 1, 1), (1 / near).view(V, 1, 1, 1)
-        depth = 1 / (disparity + delta).clamp(*bounds)
+        depth = 1 / (coarse + delta).clamp(*bounds)
 
         # Step 5; one view at a time, because no other tensors are as wide as these
-        seen = zip(refined.split(1), images.split(1), upsampled.split(1))
-        raw = torch.cat([self.raw_gaussians(torch.cat(maps, 1)) for maps in seen])
+        views = zip(hints.split(1), images.split(1), upsampled.split(1))
+        raw = torch.cat([self.raw_gaussians(torch.cat(maps, 1)) for maps in views])
         crop = lambda x: x[:, :, :height, :width].permute(0, 2, 3, 1).to(images)
         depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(raw)  # (V, height, width, 1 or 9)
         with no_autocast(images):
@@ -330,19 +361,19 @@ class MVSplat(nn.Module):
             return Gaussians(means.flatten(0, 2), (axes @ axes.mT).flatten(0, 2), opacity.flatten())
 
     def match(self, images, K, c2w, disparities):
-        """Steps 1 to 3 -> features (V, C, h, w) before and after the transformer, the cost volume, and the probability
-        of each candidate depth, both (V, D, h, w)."""
+        """Steps 1 to 3 -> features (V, C, h, w) before and after the transformer, and the probability of each
+        candidate depth (V, D, h, w)."""
         cnn = self.backbone["backbone"](images)
         features = self.backbone["transformer"](cnn)
-        with no_autocast(images):
+        with no_autocast(images):  # in bfloat16 a camera would be half a pixel off
             small_K = K / K.new_tensor([4, 4, 1])[:, None]
             volume = cost_volume(features.to(images), small_K, c2w, disparities)
         net, x = self.depth_predictor, torch.cat([volume, features], 1)
         cleaned = net["corr_refine_net"](x) + net["regressor_residual"](x)
-        return cnn, features, volume, net["depth_head_lowres"](cleaned).softmax(1)
+        return cnn, features, net["depth_head_lowres"](cleaned).softmax(1)
 
     def refine(self, images, upsampled, coarse, certainty):
-        """Step 4 -> what U-Net 2 says of each pixel (V, m2, H, W), and the coarse disparity there (V, 1, H, W)."""
+        """Step 4 -> the output of U-Net 2 (V, m2, H, W), and the coarse disparity enlarged to pixels (V, 1, H, W)."""
         coarse = F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)
         certainty = F.interpolate(certainty, scale_factor=4, mode="nearest")
         projected = self.depth_predictor["proj_feature"](upsampled)
@@ -355,85 +386,6 @@ class MVSplat(nn.Module):
         return F.conv2d(gelu(first(x)), last.weight[:9], last.bias[:9], padding=1)
 
 
-# ------- Step 1: features
-
-
-class FeatureCNN(nn.Module):  # (V, 3, H, W) in [0, 1] -> (V, C, H / 4, W / 4)
-    def __init__(self, widths, channels):
-        super().__init__()
-        a, b, c = widths
-        self.conv1 = conv(3, a, 7, 2, bias=False)
-        self.layer1 = nn.Sequential(CnnBlock(a, a, 1), CnnBlock(a, a, 1))
-        self.layer2 = nn.Sequential(CnnBlock(a, b, 2), CnnBlock(b, b, 1))
-        self.layer3 = nn.Sequential(CnnBlock(b, c, 1), CnnBlock(c, c, 1))
-        self.conv2 = conv(c, channels, 1)
-
-    def forward(self, images):
-        x = F.relu(F.instance_norm(self.conv1(normalised(images))))
-        return self.conv2(self.layer3(self.layer2(self.layer1(x))))
-
-
-class MultiViewTransformer(nn.Module):
-    """In each layer every view looks at itself, then at the others, so that a feature knows what it could be confused
-    with. Attention stays within windows, and in every second layer the windows lie across the borders of the others."""
-
-    def __init__(self, dim, layers):
-        super().__init__()
-        layer = lambda: nn.ModuleDict({
-            "self_attn": WindowAttention(dim, ffn=False), "cross_attn_ffn": WindowAttention(dim, ffn=True)})
-        self.layers = nn.ModuleList(layer() for _ in range(layers))
-
-    def forward(self, features):  # (V, C, h, w) -> the same
-        V, C, h, w = features.shape
-        x = (features + window_positions(C, h, w).to(features)).permute(0, 2, 3, 1)  # (V, h, w, C)
-        for number, layer in enumerate(self.layers):
-            shifted = number % 2 == 1
-            others = [torch.stack([x[u] for u in range(V) if u != v], -2) for v in range(V)]
-            others = torch.stack(others)  # (V, h, w, V - 1, C), as they were before this layer: so it was published
-            x = layer["self_attn"](x, x[..., None, :], shifted)
-            x = layer["cross_attn_ffn"](x, others, shifted)
-        return x.permute(0, 3, 1, 2)
-
-
-class WindowAttention(nn.Module):
-    """Attention with one head, from the tokens of each view to the tokens of `target` in the same window."""
-
-    def __init__(self, dim, ffn):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.merge = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        self.norm1 = nn.LayerNorm(dim)
-        if ffn:
-            wider, narrower = nn.Linear(2 * dim, 8 * dim, bias=False), nn.Linear(8 * dim, dim, bias=False)
-            self.mlp = nn.Sequential(wider, nn.GELU(), narrower)
-            self.norm2 = nn.LayerNorm(dim)
-
-    def forward(self, x, target, shifted):  # (V, h, w, C), (V, h, w, M, C) -> (V, h, w, C)
-        q, k, v = self.q_proj(x), self.k_proj(target), self.v_proj(target)
-        if shifted and target.shape[3] > 1:
-            k, v = misplaced(k), misplaced(v)  # a quirk of the published network
-        message = torch.empty_like(q)
-        for rows, cols in windows(*x.shape[1:3], shifted):
-            query = q[:, None, rows, cols].flatten(2, 3)  # (V, 1 head, L, C)
-            key, value = (y[:, None, rows, cols].flatten(2, 4) for y in (k, v))  # (V, 1 head, L * M, C)
-            mixed = F.scaled_dot_product_attention(query, key, value)
-            message[:, rows, cols] = mixed.view_as(q[:, rows, cols])
-        message = self.norm1(self.merge(message))
-        if hasattr(self, "mlp"):
-            message = self.norm2(self.mlp(torch.cat([x, message], -1)))
-        return x + message
-
-
-def windows(h, w, shifted):
-    """The rows and columns of each window: the four quadrants, or nine windows that lie across their borders.
-
-    The official code makes the nine by rolling the image, and adds -100 to the logit of two tokens that only the
-    rolling has brought together. Leaving such pairs out is the same up to a factor of exp(-100), and needs no mask.
-    """
-    cuts = lambda n: (0, n // 4, 3 * n // 4, n) if shifted else (0, n // 2, n)
-    parts = lambda n: [slice(a, b) for a, b in zip(cuts(n), cuts(n)[1:])]
-    return [(rows, cols) for rows in parts(h) for cols in parts(w)]
-
-
 # ------- Step 2: cost volume
 
 
@@ -443,92 +395,25 @@ def cost_volume(
     c2w: Tensor,  # (V, 4, 4)
     disparities: Tensor,  # (V, D) the candidates, as 1 / depth
 ) -> Tensor:
-    """How well each candidate depth of a pixel matches the other views, (V, D, h, w) (MVSplat Sec. 3.1).
+    """How well each candidate depth of a pixel matches the other view, (V, D, h, w) (MVSplat Sec. 3.1).
 
-    If the pixel had the candidate depth, it would be seen at a certain place in each other view. The match is the
-    correlation of the features there with its own, and 0 outside the view. Candidates go in blocks to bound the memory.
+    If the pixel had the candidate depth, it would be seen at a certain place in the other view. The match is the
+    correlation of the features there with its own, and 0 outside the view.
     """
     V, C, h, w = features.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], -1).to(features)  # (h, w, 3); whole numbers, as published
     volume = []
-    for r in range(V):
-        total = 0
-        for s in (v % V for v in range(r + 1, r + V)):
-            to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
-            rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
-            correlations = []
-            for disparity in disparities[r].split(max(1, 2**24 // features[r].numel())):
-                point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (block, h, w, 3)
-                uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
-                grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
-                warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
-                correlations.append((warped * features[r]).sum(1) / C**0.5)
-            total = total + torch.cat(correlations)
-        volume.append(total / (V - 1))
-    return torch.stack(volume)
-
-
-# ------- Steps 3 and 4: the U-Nets
-
-
-class UNet(nn.Module):
-    """A U-Net over all views, with one width at all levels and cross-view attention at the coarsest (MVSplat Sec. 3.1).
-
-    On the way down there is one convolution, and then, for each level, a residual block and (except at the last level)
-    a convolution that halves the size. The outputs of these 2 * levels input blocks are kept. On the way up there are
-    as many output blocks, two for each level; each takes one of the kept outputs beside its input, the latest first.
-    """
-
-    def __init__(self, width, levels):
-        super().__init__()
-        named = lambda **modules: nn.Sequential(OrderedDict(modules))  # gives the modules their published names
-        halve = lambda: named(op=conv(width, width, 3, 2))
-        double = lambda: named(up=nn.Upsample(scale_factor=2), conv=conv(width, width))
-
-        def block(c_in, level, *more):
-            attention = [CrossViewAttention(width)] if level == levels - 1 else []
-            return nn.Sequential(ResidualBlock(c_in, width), *attention, *more)
-
-        self.input_blocks = nn.ModuleList([nn.Sequential(conv(width, width))])
-        for level in range(levels):
-            self.input_blocks.append(block(width, level))
-            if level < levels - 1:
-                self.input_blocks.append(nn.Sequential(halve()))
-        self.middle_block = nn.Sequential(ResidualBlock(width, width), nn.Identity(), ResidualBlock(width, width))
-        self.output_blocks = nn.ModuleList()
-        for level in reversed(range(levels)):
-            self.output_blocks.append(block(2 * width, level))
-            self.output_blocks.append(block(2 * width, level, *([double()] if level > 0 else [])))
-        self.out = nn.Sequential(conv(width, width), group_norm(width), nn.SiLU())
-
-    def forward(self, x):  # (V, width, h, w) -> the same
-        kept = []
-        for block in self.input_blocks:
-            x = block(x)
-            kept.append(x)
-        x = self.middle_block(x)
-        for block in self.output_blocks:
-            x = block(torch.cat([x, kept.pop()], 1))
-        return self.out(x)
-
-
-class CrossViewAttention(nn.Module):
-    """Attention among the pixels of all views at once."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.heads = max(1, dim // 32)
-        self.qkv, self.proj_out, self.norm = nn.Conv1d(dim, 3 * dim, 1), nn.Conv1d(dim, dim, 1), group_norm(dim)
-
-    def forward(self, x):  # (V, m, h, w) -> the same
-        V, m, h, w = x.shape
-        pixels = x.transpose(0, 1).reshape(1, m, V * h * w)  # all views in one row
-        qkv = self.qkv(pixels).view(self.heads, 3, m // self.heads, V * h * w)
-        q, k, v = qkv.permute(1, 0, 3, 2).contiguous()[:, None]  # each (1, heads, V*h*w, m / heads)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        mixed = self.proj_out(mixed.mT.reshape(1, m, V * h * w))
-        return x + self.norm(mixed.view(m, V, h, w).transpose(0, 1))
+    for r, s in (0, 1), (1, 0):
+        to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
+        rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
+        for disparity in disparities[r].split(max(1, 2**24 // features[r].numel())):  # in blocks, to bound the memory
+            point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (block, h, w, 3)
+            uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
+            grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
+            warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
+            volume.append((warped * features[r]).sum(1) / C**0.5)
+    return torch.cat(volume).view(V, -1, h, w)
 
 
 # ------- Step 5: Gaussians
@@ -547,9 +432,10 @@ def gaussian_adapter(
     rays = torch.stack([pixel_rays(k, H, W) for k in K])
     rays = rays + (raw[..., :2].sigmoid() - 0.5) @ inverse[:, None, :, :2].mT  # anywhere in the pixel
     unit = F.normalize(rays, dim=-1) @ c2w[:, None, :3, :3].mT
-    means = c2w[:, None, None, :3, 3] + depth * unit  # the depth is taken as a distance along the ray, as published
-    pixel = inverse[:, :2, :2].sum((1, 2)).view(V, 1, 1, 1)  # its size at depth 1
-    scales = (0.5 + 14.5 * raw[..., 2:5].sigmoid()) * depth * 0.1 * pixel
+    # As published, the depth is taken as a distance along the ray here, although step 2 searched z-depth.
+    means = c2w[:, None, None, :3, 3] + depth * unit
+    pixel = inverse[:, :2, :2].sum((1, 2)).view(V, 1, 1, 1)  # width + height of a pixel at depth 1, as published
+    scales = (0.5 + 14.5 * raw[..., 2:5].sigmoid()) * depth * 0.1 * pixel  # 0.05 to 1.5 times that
     quaternions = raw[..., 5:9] / (raw[..., 5:9].norm(dim=-1, keepdim=True) + 1e-8)
     return means, scales, quaternions
 
@@ -660,9 +546,7 @@ def interpolate_positions(pos_embed: Tensor, size, way) -> Tensor:
 
     All implementations interpolate bicubically, but not alike. `way` is "scale": by the factor (h + 0.1) / grid (Meta
     without registers, DUNE); "size": to h x w (transformers >= 4.45 without registers); or "antialiased": to h x w with
-    antialiasing (timm; Meta and transformers with registers). With random weights, the tokens by "size" differ from
-    those by "scale" by 6.5 % (rel. RMS, ViT-S at 224x224) or 9.6 % (126x182), those by "antialiased" by 21 % or 22 %.
-    Trained positions are smoother and differ less.
+    antialiasing (timm; Meta and transformers with registers). With random weights, the tokens differ by 6 to 22 %.
     """
     grid, (h, w) = math.isqrt(pos_embed.shape[1] - 1), size
     if h == w == grid:
@@ -713,6 +597,9 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+# ------------------------------------------------------------------------ parts of MVSplat
+
+
 def conv(c_in, c_out, kernel=3, stride=1, bias=True):
     return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=bias)
 
@@ -733,15 +620,74 @@ class CnnBlock(nn.Module):  # of FeatureCNN
         return F.relu((x if self.downsample is None else F.instance_norm(self.downsample(x))) + y)
 
 
-class ResidualBlock(nn.Module):  # of UNet
-    def __init__(self, c_in, c_out):
+class FeatureCNN(nn.Module):  # (V, 3, H, W) in [0, 1] -> (V, C, H / 4, W / 4)
+    def __init__(self, widths, channels):
         super().__init__()
-        self.in_layers = nn.Sequential(conv(c_in, c_out), group_norm(c_out), nn.SiLU())
-        self.out_layers = nn.Sequential(conv(c_out, c_out), group_norm(c_out), nn.SiLU())
-        self.skip_connection = nn.Identity() if c_in == c_out else conv(c_in, c_out, 1)
+        a, b, c = widths
+        self.conv1 = conv(3, a, 7, 2, bias=False)
+        self.layer1 = nn.Sequential(CnnBlock(a, a, 1), CnnBlock(a, a, 1))
+        self.layer2 = nn.Sequential(CnnBlock(a, b, 2), CnnBlock(b, b, 1))
+        self.layer3 = nn.Sequential(CnnBlock(b, c, 1), CnnBlock(c, c, 1))
+        self.conv2 = conv(c, channels, 1)
 
-    def forward(self, x):
-        return self.skip_connection(x) + self.out_layers(self.in_layers(x))
+    def forward(self, images):
+        x = F.relu(F.instance_norm(self.conv1(normalised(images))))
+        return self.conv2(self.layer3(self.layer2(self.layer1(x))))
+
+
+class MultiViewTransformer(nn.Module):
+    """In each layer every view looks at itself, then at the other, so that a feature knows what it could be confused
+    with. Attention stays within windows, and in every second layer the windows lie across the borders of the others."""
+
+    def __init__(self, dim, layers):
+        super().__init__()
+        layer = lambda: nn.ModuleDict({
+            "self_attn": WindowAttention(dim, ffn=False), "cross_attn_ffn": WindowAttention(dim, ffn=True)})
+        self.layers = nn.ModuleList(layer() for _ in range(layers))
+
+    def forward(self, features):  # (V, C, h, w) -> the same
+        x = (features + window_positions(*features.shape[1:]).to(features)).permute(0, 2, 3, 1)  # (V, h, w, C)
+        for number, layer in enumerate(self.layers):
+            other, shifted = x.flip(0), number % 2 == 1  # the other view as it was before this layer: so published
+            x = layer["self_attn"](x, x, shifted)
+            x = layer["cross_attn_ffn"](x, other, shifted)
+        return x.permute(0, 3, 1, 2)
+
+
+class WindowAttention(nn.Module):
+    """Attention with one head, from the features of each view to those of `other` in the same window."""
+
+    def __init__(self, dim, ffn):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.merge = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.norm1 = nn.LayerNorm(dim)
+        if ffn:
+            wider, narrower = nn.Linear(2 * dim, 8 * dim, bias=False), nn.Linear(8 * dim, dim, bias=False)
+            self.mlp = nn.Sequential(wider, nn.GELU(), narrower)
+            self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x, other, shifted):  # (V, h, w, C) twice -> (V, h, w, C)
+        qkv = self.q_proj(x), self.k_proj(other), self.v_proj(other)
+        message = torch.empty_like(qkv[0])
+        for rows, cols in windows(*x.shape[1:3], shifted):
+            q, k, v = (y[:, None, rows, cols].flatten(2, 3) for y in qkv)  # (V, 1 head, L, C)
+            mixed = F.scaled_dot_product_attention(q, k, v)
+            message[:, rows, cols] = mixed.view_as(message[:, rows, cols])
+        message = self.norm1(self.merge(message))
+        if hasattr(self, "mlp"):
+            message = self.norm2(self.mlp(torch.cat([x, message], -1)))
+        return x + message
+
+
+def windows(h, w, shifted):
+    """The rows and columns of each window: the four quadrants, or nine windows that lie across their borders.
+
+    The official code makes the nine by rolling the image, and adds -100 to the logit of two tokens that only the
+    rolling has brought together. Leaving such pairs out is the same up to a factor of exp(-100), and needs no mask.
+    """
+    cuts = lambda n: (0, n // 4, 3 * n // 4, n) if shifted else (0, n // 2, n)
+    parts = lambda n: [slice(a, b) for a, b in zip(cuts(n), cuts(n)[1:])]
+    return [(rows, cols) for rows in parts(h) for cols in parts(w)]
 
 
 def window_positions(channels, h, w) -> Tensor:
@@ -757,19 +703,78 @@ def window_positions(channels, h, w) -> Tensor:
     return torch.cat([rows, cols]).tile(1, 2, 2)
 
 
-def misplaced(x: Tensor) -> Tensor:
-    """A quirk of the published MVSplat with three or more views: the keys of a shifted window run pixel by pixel (M
-    views each), but its mask runs view by view. Key number i is let through as if it stood where number i of the other
-    order stands, so that is where it is put here, within each quadrant of the rolled image. (V, h, w, M, C) -> same."""
-    V, h, w, M, C = x.shape
-    x = x.roll((-(h // 4), -(w // 4)), (1, 2)).view(V, 2, h // 2, 2, w // 2, M, C).transpose(2, 3)
-    x = x.reshape(V, 2, 2, M, h // 2, w // 2, C).movedim(3, 5)
-    x = x.transpose(2, 3).reshape(V, h, w, M, C)
-    return x.roll((h // 4, w // 4), (1, 2))
-
-
 def no_autocast(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+class ResidualBlock(nn.Module):  # of UNet
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.in_layers = nn.Sequential(conv(c_in, c_out), group_norm(c_out), nn.SiLU())
+        self.out_layers = nn.Sequential(conv(c_out, c_out), group_norm(c_out), nn.SiLU())
+        self.skip_connection = nn.Identity() if c_in == c_out else conv(c_in, c_out, 1)
+
+    def forward(self, x):
+        return self.skip_connection(x) + self.out_layers(self.in_layers(x))
+
+
+class UNet(nn.Module):
+    """A U-Net over all views, with one width at all levels and cross-view attention at the coarsest (MVSplat Sec. 3.1).
+
+    On the way down there is one convolution, and then, for each level, a residual block and (except at the last level)
+    a convolution that halves the size. The outputs of these 2 * levels input blocks are kept. On the way up there are
+    as many output blocks, two for each level; each takes one of the kept outputs beside its input, the latest first.
+    """
+
+    def __init__(self, width, levels):
+        super().__init__()
+        named = lambda **modules: nn.Sequential(OrderedDict(modules))  # gives the modules their published names
+        halve = lambda: named(op=conv(width, width, 3, 2))
+        double = lambda: named(up=nn.Upsample(scale_factor=2), conv=conv(width, width))
+
+        def block(c_in, level, *more):
+            attention = [CrossViewAttention(width)] if level == levels - 1 else []
+            return nn.Sequential(ResidualBlock(c_in, width), *attention, *more)
+
+        self.input_blocks = nn.ModuleList([nn.Sequential(conv(width, width))])
+        for level in range(levels):
+            self.input_blocks.append(block(width, level))
+            if level < levels - 1:
+                self.input_blocks.append(nn.Sequential(halve()))
+        self.middle_block = nn.Sequential(ResidualBlock(width, width), nn.Identity(), ResidualBlock(width, width))
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(levels)):
+            self.output_blocks.append(block(2 * width, level))
+            self.output_blocks.append(block(2 * width, level, *([double()] if level > 0 else [])))
+        self.out = nn.Sequential(conv(width, width), group_norm(width), nn.SiLU())
+
+    def forward(self, x):  # (V, width, h, w) -> the same
+        kept = []
+        for block in self.input_blocks:
+            x = block(x)
+            kept.append(x)
+        x = self.middle_block(x)
+        for block in self.output_blocks:
+            x = block(torch.cat([x, kept.pop()], 1))
+        return self.out(x)
+
+
+class CrossViewAttention(nn.Module):
+    """Attention among the pixels of all views at once."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.heads = max(1, dim // 32)
+        self.qkv, self.proj_out, self.norm = nn.Conv1d(dim, 3 * dim, 1), nn.Conv1d(dim, dim, 1), group_norm(dim)
+
+    def forward(self, x):  # (V, m, h, w) -> the same
+        V, m, h, w = x.shape
+        pixels = x.transpose(0, 1).reshape(1, m, V * h * w)  # all views in one row
+        qkv = self.qkv(pixels).view(self.heads, 3, m // self.heads, V * h * w)
+        q, k, v = qkv.permute(1, 0, 3, 2).contiguous()[:, None]  # each (1, heads, V*h*w, m / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = self.proj_out(mixed.mT.reshape(1, m, V * h * w))
+        return x + self.norm(mixed.view(m, V, h, w).transpose(0, 1))
 
 
 # ------------------------------------------------------------------------ weights: networks from files
@@ -882,25 +887,22 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
     """`model` with the tensors of `stored`, in evaluation mode. names(our key) lists the stored tensors that, one after
     the other, make it up. ValueError names one that is missing, left over or misshapen."""
     # Differs: SnD's README loads its weights with strict=False, which hides errors. Here, every tensor must fit.
-    kind = type(model).__name__
+    kind, state = type(model).__name__, {}
     for key, value in model.state_dict().items():
         for name, part in zip(names(key), value.chunk(len(names(key)))):
             found = tuple(stored[name].shape) if name in stored else "missing"
             if found != part.shape:
                 raise fault(path, f"{name} is {found}, but {tuple(part.shape)} was expected; give the whole "
                                   f"weights of one {kind}")
-            floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-            if part.is_floating_point() and stored[name].dtype not in floats:
+            if stored[name].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 raise fault(path, f"{name} is in {stored[name].dtype}; save it in float32, float16 or bfloat16")
             if not stored[name].isfinite().all():
                 raise fault(path, f"{name} has values that are not finite; copy it again, or give older ones")
-    model = model.to_empty(device="cpu") if any(p.is_meta for p in model.parameters()) else model
-    for key, value in model.state_dict().items():
-        for name, part in zip(names(key), value.chunk(len(names(key)))):
-            part.copy_(stored.pop(name))
+        state[key] = torch.cat([stored.pop(name) for name in names(key)]).to(value.dtype)  # a copy: files may change
     if stored:
         name = next(iter(stored))
         raise fault(path, f"has a tensor that no part of the {kind} takes: {name}; save the {kind} without it")
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
@@ -949,21 +951,14 @@ class InertDict:  # in place of a defaultdict and the like, which are filled aft
 
 
 def read_checkpoint(path) -> dict:
-    """What a .safetensors or torch file (.pth, .pt, .ckpt, .bin) holds, or several that an .index.json lists, on the
-    CPU. No code that a file names is run.
+    """What a .safetensors or torch file (.pth, .pt, .ckpt, .bin) holds, on the CPU. No code that it names is run.
 
     Objects of training frameworks (`HARMLESS`) come back as empty `Inert` ones; their modules are not imported. Raises
     ValueError, one line naming the file, when it is damaged or names any other class or function.
     """
     path = Path(path)
-    if path.name.endswith(".index.json"):
-        return read_shards(path)
     try:
         found = load_file(path) if is_safetensors(path) else read_pickled(path)
-    except SafetensorError as error:
-        raise fault(path, f"not a whole safetensors file ({error}); {remedy(path)}") from None
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise fault(path, f"cannot be read ({error.strerror}); give a file that can") from None
     except Exception as error:  # a damaged pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
@@ -978,21 +973,6 @@ def read_checkpoint(path) -> dict:
     return found
 
 
-def read_shards(index):
-    """The tensors of the files that a Hugging Face index lists."""
-    try:
-        files = {Path(file).name for file in read_json(index)["weight_map"].values()}
-    except (KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise fault(index, f"lists no files of weights ({reason}); copy it again") from None
-    state = {}
-    for file in sorted(files):
-        if not index.with_name(file).is_file():
-            raise fault(index.with_name(file), f"does not exist, but {index.name} names it; copy it there")
-        state |= read_checkpoint(index.with_name(file))
-    return state
-
-
 def read_json(path):
     try:
         return json.loads(path.read_text())
@@ -1002,8 +982,7 @@ def read_json(path):
 
 def is_safetensors(path):  # by what it holds: people rename files
     with open(path, "rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" or path.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80"))
+        return file.read(9)[8:] == b"{"
 
 
 def read_pickled(path):
@@ -1049,18 +1028,14 @@ def refuse_hollow(found, path):
 
 def remedy(path):
     """What to do about a file that cannot be read, by what it holds."""
-    with open(path, "rb") as file:
+    start = b""
+    with suppress(OSError), open(path, "rb") as file:
         start = file.read(64).lstrip()
-    names = set()
-    with suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as held:
-        names = {Path(name).name for name in held.namelist()}
-    if "constants.pkl" in names:
-        return "it is TorchScript; save the state_dict() of its model"
-    if names and "data.pkl" not in names or start[:2] == b"\x1f\x8b":
-        return "it is an archive; unpack it and give the weights in it"
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
-    return "it is a web page; download the file itself" if start[:1] == b"<" else "copy it again"
+    if start[:1] == b"<":
+        return "it is a web page; download the file itself"
+    return "if it is an archive or TorchScript, save the model's state_dict(); else copy it again"
 
 
 # ------------------------------------------------------------------------ weights: saving, names and addresses
@@ -1106,21 +1081,16 @@ PUBLISHED = (
 
 
 def weights_in(path: Path) -> Path:
-    """The file of weights in a folder: one that transformers writes, or the only one there. A file is handed back."""
+    """The file of weights in a folder: one that transformers or 04 writes, or the only one. A file is handed back."""
     if not path.is_dir():
         return path
-    snapshots = sorted(path.glob("snapshots/*/"))  # the cache of Hugging Face
-    folder = snapshots[0] if len(snapshots) == 1 else path
-    usual = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
-             "student/model.safetensors")  # the last one is in the folder of a run of 04_distill.py
-    found = [folder / name for name in usual if (folder / name).is_file()]
-    endings = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
-    others = sorted(file for file in folder.iterdir() if file.suffix in endings)
+    usual = [path / "model.safetensors", path / "pytorch_model.bin", path / "student/model.safetensors",
+             *path.glob("snapshots/*/model.safetensors")]  # the last is the cache of Hugging Face
+    found = [file for file in usual if file.is_file()]
+    others = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt"))
     if not found and len(others) > 1:
-        parts = any(re.search(r"-\d+-of-\d+\.", file.name) for file in others)
-        hint = "copy the .index.json that lists them" if parts else "give one of them"
-        raise fault(path, f"has several files of weights ({', '.join(f.name for f in others[:5])}); {hint}")
-    return (found + others + [path / usual[0]])[0]
+        raise fault(path, f"has several files of weights ({', '.join(f.name for f in others[:5])}); give one of them")
+    return (found + others + usual)[0]
 
 
 def find_weights(name: str) -> Path:
@@ -1150,13 +1120,10 @@ def find_weights(name: str) -> Path:
 def pca_basis(features: Tensor):
     """features (M, C) -> (mean, axes (C, 3), low, high): the three directions that vary most, as red, green, blue."""
     mean = features.mean(0)
-    gram = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
-    for part in features.split(2**16):  # C x C instead of M x C: M is the number of pixels
-        part = (part - mean).double()
-        gram += part.T @ part
-    axes = torch.linalg.eigh(gram)[1][:, -3:].flip(1).to(features)
+    centred = features - mean
+    axes = torch.linalg.eigh((centred.T @ centred).double())[1][:, -3:].flip(1).to(features)
     axes = axes * torch.sign(axes.sum(0) + 1e-12)  # the sign of an axis is arbitrary; pictures should not be
-    low, high = ((features - mean) @ axes).quantile(torch.tensor([0.02, 0.98]).to(features), dim=0)
+    low, high = (centred @ axes).quantile(torch.tensor([0.02, 0.98]).to(features), dim=0)
     return mean, axes, low, high
 
 
@@ -1191,40 +1158,44 @@ def depth_of_points(points, view) -> Tensor:
     return torch.where(depth.isfinite(), depth, 0.0)
 
 
-@torch.no_grad()
-def depths_of_pair(scene, views, mvsplat, device):
-    """Depth of two views by each geometry -> Gaussians {geometry: G}, z-depth {geometry: (2, H, W)}, and mean relative
-    errors {what: error} against measured depth or, where there is none, COLMAP's points."""
-    images, K, c2w = (torch.stack([getattr(v, key) for v in views]).to(device) for key in ("image", "K", "c2w"))
-    found, where, truth = {"mvsplat": mvsplat_gaussians(mvsplat, images, K, c2w, *scene.depth_range)}, "", None
+def depth_errors(depth, scene, views):
+    """{what: mean relative error} of a depth (2, H, W), and of one plane at the median depth, against measured depth
+    or, where there is none, COLMAP's points."""
     if all(view.depth is not None for view in views):
-        truth = torch.stack([view.depth for view in views])
-        found["measured"] = depth_gaussians(truth.to(device), K, c2w)
+        truth, where = torch.stack([view.depth for view in views]), ""
     elif scene.points is not None and len(scene.points):
         truth, where = torch.stack([depth_of_points(scene.points, view) for view in views]), " (at COLMAP's points)"
-    depths = {name: view_depth(g, c2w, *images.shape[-2:]).cpu() for name, g in found.items()}
-    if truth is None or not (known := truth > 0).any():
-        return found, depths, {}
-    guesses = {"mvsplat": depths["mvsplat"], "one plane": truth[known].median()}
-    errors = {name + where: ((guess - truth).abs() / truth)[known].mean().item() for name, guess in guesses.items()}
-    return found, depths, errors
+    else:
+        return {}
+    known = truth > 0
+    guesses = {"mvsplat": depth, "one plane": truth[known].median()}
+    return {name + where: ((guess - truth).abs() / truth)[known].mean().item()
+            for name, guess in guesses.items() if known.any()}
 
 
 @torch.no_grad()
-def pictures_of_pair(views, gaussians, depths, vit, device):
-    """One row of the picture: {heading: (3, H, W)}."""
+def lifted_pair(scene, views, vit, mvsplat, device):
+    """-> the Gaussians of two views with their features, the views' depth (2, H, W), and {heading: picture (3, H, W)}
+    of the first view."""
     data = importlib.import_module("01_data")
-    image, size = views[0].image, views[0].image.shape[1:]
-    grid = tuple(side // vit.patch for side in size)
-    tokens, mask = vit(image[None].to(device)).patches[0], data.regions(views[0]).to(device)
-    nearest = F.interpolate(tokens.T.view(1, -1, *grid), size)[0].permute(1, 2, 0)
-    solid = {name: depths[name][0] * (g.opacities.view(2, *size)[0] >= 0.5).cpu() for name, g in gaussians.items()}
-    scale, basis = depths["measured" if "measured" in depths else "mvsplat"][0], pca_basis(tokens)
-    return {"context": image, "other context": views[1].image,
-            **{f"depth: {name}": data.colour_depth(depth, scale) for name, depth in solid.items()},
-            "mask": data.colour_ids(mask.cpu()), "nearest (PCA)": pca_colours(nearest, basis),
-            "bilinear": pca_colours(bilinear_upscale(tokens, mask, grid), basis),
-            "mask-aware": pca_colours(mask_aware_upscale(tokens, mask, grid), basis)}
+    images, K, c2w = (torch.stack([getattr(v, key) for v in views]).to(device) for key in ("image", "K", "c2w"))
+    masks = torch.stack([data.regions(view) for view in views]).to(device)
+    size, grid = images.shape[2:], tuple(side // vit.patch for side in images.shape[2:])
+    tokens = vit(images).patches
+    gaussians = lift_features(mvsplat_gaussians(mvsplat, images, K, c2w, *scene.depth_range), tokens, masks, grid)
+
+    depth, measured = view_depth(gaussians, c2w, *size).cpu(), views[0].depth
+    solid = depth[0] * (gaussians.opacities.view(2, *size)[0] >= 0.5).cpu()
+    scale = depth[0] if measured is None else measured
+    pictures = {"context": views[0].image, "other context": views[1].image, "mask": data.colour_ids(masks[0].cpu()),
+                "depth: mvsplat": data.colour_depth(solid, scale)}
+    if measured is not None:
+        pictures["depth: measured"] = data.colour_depth(measured, scale)
+    maps = {"nearest": F.interpolate(tokens[0].T.view(1, -1, *grid), size)[0].permute(1, 2, 0),
+            "bilinear": bilinear_upscale(tokens[0], masks[0], grid),
+            "mask-aware": gaussians.features.view(2, *size, -1)[0]}
+    basis = pca_basis(tokens[0])
+    return gaussians, depth, pictures | {f"{name} (PCA)": pca_colours(x, basis) for name, x in maps.items()}
 
 
 def main(argv=None):
@@ -1234,7 +1205,6 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", default="tiny", help="ViT weights: 'tiny', a published name such as dinov2_vits14, a file or folder")
     add("--mvsplat", default="tiny", help="MVSplat weights: 'tiny' or the official re10k.ckpt")
-    add("--geometry", default="mvsplat", choices=("mvsplat", "depth"), help="whose Gaussians are in the .ply files")
     add("--pixels", type=data.positive, default=96 * 128, help="pixels a view; raise it for larger models")
     args = parser.parse_args(argv)
     with data.explained(args, "the same command starts again"):
@@ -1243,15 +1213,13 @@ def main(argv=None):
         rows, errors, files = [], {}, []
         for scene, a, b in held_out_pairs(scenes, args.seed):
             views = [scene.view(i, data.fit_size(scene, args.pixels, vit.patch)) for i in (a, b)]
-            gaussians, depths, wrong = depths_of_pair(scene, views, mvsplat, args.device)
-            [errors.setdefault(name, []).append(error) for name, error in wrong.items()]
-            chosen = args.geometry.replace("depth", "measured")
-            if chosen not in gaussians:
-                raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use --geometry mvsplat")
+            gaussians, depth, pictures = lifted_pair(scene, views, vit, mvsplat, args.device)
+            rows.append(pictures)
+            for name, error in depth_errors(depth, scene, views).items():
+                errors.setdefault(name, []).append(error)
             files.append(Path(args.out) / f"{scene.name.replace('/', '_')}_{a}_{b}.ply")
             colours = torch.cat([view.image.permute(1, 2, 0).flatten(0, 1) for view in views])
-            splat.save_ply(files[-1], gaussians[chosen], colours)
-            rows.append(pictures_of_pair(views, gaussians, depths, vit, args.device))
+            splat.save_ply(files[-1], gaussians, colours)
         headings = list(max(rows, key=len))  # a row without measured depth has one picture less
         rows = [[row.get(heading) for heading in headings] for row in rows]
         path = data.picture_grid(Path(args.out) / "lift.png", headings, rows)

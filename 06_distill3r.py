@@ -11,8 +11,8 @@ Run     python 06_distill3r.py --preset tiny     cache, train, eval and infer on
         python 06_distill3r.py table                                         Table I: time and memory over the views
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py tiny/rooms.py tiny/teacher.py
         tiny/vit.safetensors
-Read    Pointmap certainty pointmap_loss PointmapNetwork Fusion DPT Fast3R Student write_cache filtered train learn
-        estimate_cameras
+Read    Pointmap certainty pointmap_loss PointmapNetwork Fusion DPT Fast3R Student write_cache filtered train
+        learn_samples estimate_cameras
 Try     after --preset tiny: eval --models mean student --views 1      accuracy 0.218 m, by the mean pointmap 0.245
         cache --scene_dir data_small/room_007 --tau 0.9 --out out/sure    69 % of the pixels are valid, not 99.6 %
 Not     training of the teacher, bundle adjustment of the cameras, metric scale where the teacher has none.
@@ -520,7 +520,7 @@ def train(args, rank, world):
             for group in optimiser.param_groups:
                 group["lr"] = group["share"] * rate
             optimiser.zero_grad(set_to_none=True)
-            loss = learn(batch, model, args, [args.seed + n for n in draws(step)[rank::world]], world)
+            loss = learn_samples(batch, model, args, [args.seed + n for n in draws(step)[rank::world]], world)
             loss = Loss(*distill.averaged(loss, world, args.device))
             names = [cached.samples[order[n]][0] for n in draws(step)]
             run.check(loss.total, ", ".join(names))
@@ -535,7 +535,7 @@ def train(args, rank, world):
         write_card(args, cached, Path(args.out, "student"))
 
 
-def learn(batch, model, args, seeds, world=1) -> list[float]:
+def learn_samples(batch, model, args, seeds, world=1) -> list[float]:
     """The samples of a step go through the student one by one and add up gradients; -> the mean of their losses."""
     sums = [0.0] * len(Loss._fields)
     for n, (sample, seed) in enumerate(zip(batch, seeds)):
@@ -1811,7 +1811,7 @@ def parse(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torchrun gives each process its own")
     add("--seed", type=int, default=0)
     add_training_flags(parser)
-    return settle(parser.parse_args(argv))
+    return settle_flags(parser.parse_args(argv))
 
 
 def add_training_flags(parser):
@@ -1853,7 +1853,7 @@ def below_one(text):
     return float(text)
 
 
-def settle(args):  # fills in what the preset sets
+def settle_flags(args):  # fills in what the preset sets
     cuda = torch.cuda.is_available()
     args.preset = args.preset or ("full" if cuda else "tiny")
     preset = dict(PRESETS[args.preset])

@@ -918,6 +918,17 @@ def test_measured_depth_is_the_best_geometry_and_has_no_error(sample):
     assert judge("depth", bent)["PSNR"] < best["PSNR"] - 1
 
 
+def test_geometry_that_carries_nothing_is_said_to(rooms, sample, capsys):
+    source = source_of(rooms, "--geometry", "depth", "--pixels", 3072)
+    distill.judged_triplets(source, [place_of(rooms)])
+    assert "warning" not in capsys.readouterr().out
+    upside_down = torch.cat([sample.images[:2], sample.images[2:].flip(2, 3)])  # as with a wrong pose
+    wrong = sample._replace(images=upside_down, masks=0 * sample.depth.long())
+    with mock.patch.object(splat, "load_triplet", lambda *_: wrong):
+        distill.judged_triplets(source, [place_of(rooms)])
+    assert "warning: in 1 of 1 triplets" in capsys.readouterr().out
+
+
 def test_without_depth_the_whole_view_counts(sample):
     where = lambda depth: distill.judged_pixels(sample._replace(depth=depth))
     assert where(None).all() and not where(sample.depth).all()

@@ -1434,14 +1434,14 @@ def test_a_step_is_the_mean_of_its_samples_with_ids_of_their_own(cached, tmp_pat
 
     def learned(batch, seeds):
         student.zero_grad()
-        return d3r.learn(batch, student, args, seeds), student.decoder.dec_norm.weight.grad.clone()
+        return d3r.learn_samples(batch, student, args, seeds), student.decoder.dec_norm.weight.grad.clone()
     (one, a), (two, b) = learned([samples[0]], [5]), learned([samples[1]], [6])
     both, c = learned([samples[0], samples[1]], [5, 6])
     assert torch.allclose((a + b) / 2, c, rtol=1e-3, atol=1e-5 * c.abs().max())
     assert both == pytest.approx([(x + y) / 2 for x, y in zip(one, two)])
     assert learned([samples[0]], [6])[0] != one  # other ids of the views
-    used, learn = [], d3r.learn
-    monkeypatch.setattr(d3r, "learn", lambda batch, model, args, seeds, world: used.extend(seeds) or
+    used, learn = [], d3r.learn_samples
+    monkeypatch.setattr(d3r, "learn_samples", lambda batch, model, args, seeds, world: used.extend(seeds) or
                         learn(batch, model, args, seeds, world))
     main("train", *cached, "--max_steps", 2, "--batch", 2, "--seed", 3, "--out", tmp_path)
     assert used == [3, 4, 5, 6]
@@ -1491,9 +1491,9 @@ student = d3r.new_student(args).to("cuda")
 for views in (3, 20):
     m = d3r.Pointmap(*torch.rand(2, 48, 64, 3) + 1, *torch.rand(2, 48, 64) + 2)
     sample = d3r.CachedSample("s", [torch.rand(3, 48, 64)] * views, [m] * views, [m.conf_local > 2.2] * views)
-    d3r.learn([sample], student, args, [0])
+    d3r.learn_samples([sample], student, args, [0])
     with fake_cuda.watch() as seen:
-        d3r.learn([sample], student, args, [0])
+        d3r.learn_samples([sample], student, args, [0])
     print("synchronisations of a sample:", sum(seen.syncs.values()))
 for command in ("cache", "train", "eval", "infer"):
     if command == "infer":  # an untrained student's points may lie behind the camera: these lie before it
@@ -1532,7 +1532,7 @@ def test_half_of_the_samples_are_mirrored_and_are_the_same_scene_in_a_mirror(roo
     assert torch.equal(again.targets[1].points_global, maps[1].points_global)
     monkeypatch.setattr(d3r, "loss_of", lambda model, sample, *_: seen.append(sample) or d3r.Loss(*4 * [zero * 1]))
     args = d3r.parse(["train", *map(str, cached), "--mirror"])
-    d3r.learn([sample] * 40, None, args, range(40))
+    d3r.learn_samples([sample] * 40, None, args, range(40))
     turned = sum(torch.equal(s.images[0], flipped.images[0]) for s in seen)
     assert 10 < turned < 30 and turned + sum(torch.equal(s.images[0], sample.images[0]) for s in seen) == 40
 
