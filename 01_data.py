@@ -512,7 +512,7 @@ def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, whic
     try:
         with Image.open(path) as image:
             orientation = image.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):  # or damaged EXIF
         orientation = 1
     return stored[::-1] if orientation in (5, 6, 7, 8) else stored
 
@@ -1350,7 +1350,7 @@ def decode(path, colour=False, least=None, upright=False):
     except Image.DecompressionBombError:
         raise DataError(f"{path}: has more pixels than are read ({2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million); "
                         "make the picture smaller") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         if path.suffix.lower() in UNREADABLE:
             raise DataError(f"{path}: {path.suffix[1:].upper()} files are not read; save it as JPEG or PNG") from None
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
