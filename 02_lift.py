@@ -135,7 +135,7 @@ def bilinear_upscale(tokens: Tensor, mask: Tensor, grid) -> Tensor:
 
 
 def lift_features(gaussians: Gaussians, tokens: Tensor, masks: Tensor, grid) -> Gaussians:
-    """The lift, SnD Sec. 3.3: tokens (V, N, C), masks (V, H, W) -> the Gaussians, each with the feature of its pixel."""
+    """The lift, SnD Sec. 3.3: tokens (V, N, C), masks (V, H, W) -> the Gaussians with the features of their pixels."""
     maps = [mask_aware_upscale(view_tokens, mask, grid) for view_tokens, mask in zip(tokens, masks)]
     return gaussians._replace(features=torch.cat([features.flatten(0, 1) for features in maps]))
 
@@ -1034,7 +1034,7 @@ def remedy(path):
         return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
     if start[:1] == b"<":
         return "it is a web page; download the file itself"
-    return "if it is an archive or TorchScript, save the model's state_dict(); else copy it again"
+    return "copy it again; unpack it if it is an archive; save a state_dict() if it is TorchScript"
 
 
 # ------------------------------------------------------------------------ weights: saving, names and addresses
@@ -1083,12 +1083,13 @@ def weights_in(path: Path) -> Path:
     """The file of weights in a folder: one that transformers or 04 writes, or the only one. A file is handed back."""
     if not path.is_dir():
         return path
-    usual = [path / "model.safetensors", path / "pytorch_model.bin", path / "student/model.safetensors",
-             *path.glob("snapshots/*/model.safetensors")]  # the last is the cache of Hugging Face
+    usual = [path / name for name in ("model.safetensors", "pytorch_model.bin", "student/model.safetensors")]
     found = [file for file in usual if file.is_file()]
-    others = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt"))
+    others = sorted([*path.glob("*"), *path.glob("snapshots/*/*")])  # snapshots: the cache of Hugging Face
+    others = [file for file in others if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt")]
     if not found and len(others) > 1:
-        raise fault(path, f"has several files of weights ({', '.join(f.name for f in others[:5])}); give one of them")
+        names = ", ".join(str(file.relative_to(path)) for file in others[:5])
+        raise fault(path, f"has several files of weights ({names}); give one of them")
     return (found + others + usual)[0]
 
 
