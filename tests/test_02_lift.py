@@ -319,39 +319,6 @@ def test_autocast_keeps_cameras_exact(small):
     assert g.means.dtype == torch.float32 and pixel_error(g, K, c2w, (48, 64)).max() <= 0.501
 
 
-@torch.no_grad()
-def test_gaussians_move_with_the_world(small):
-    """The network sees relative poses alone: another world frame turns means and covariances, nothing else."""
-    images, (K, c2w) = torch.rand(2, 3, 48, 64), cameras()
-    world = torch.eye(4)
-    R = world[:3, :3] = torch.linalg.matrix_exp(torch.tensor([[0, 1.0, 0.5], [-1.0, 0, 0.2], [-0.5, -0.2, 0]]))
-    world[:3, 3] = torch.tensor([1.0, -2.0, 0.5])
-    a, b = (small(images, K, pose, 1.0, 10.0) for pose in (c2w, world @ c2w))
-    torch.testing.assert_close(b.means, a.means @ R.T + world[:3, 3], atol=2e-3, rtol=1e-3)
-    torch.testing.assert_close(b.covariances, R @ a.covariances @ R.T, atol=1e-5, rtol=2e-3)
-
-
-def test_the_volume_is_the_correlation_along_the_epipolar_line():
-    """Against a loop over pixels and candidates that samples the other view by hand, in float64."""
-    torch.manual_seed(0)
-    features = torch.randn(2, 4, 6, 8, dtype=torch.float64)
-    K, c2w = cameras((6, 8), torch.float64)
-    disparities = torch.linspace(0.1, 1, 5, dtype=torch.float64).expand(2, 5)
-    volume = lift.cost_volume(features, K, c2w, disparities)
-    for r, k, y, x in [(0, 0, 0, 0), (0, 4, 3, 5), (1, 2, 5, 7), (0, 3, 2, 2), (1, 4, 1, 6)]:
-        total, s = 0.0, 1 - r
-        pose = torch.linalg.inv(c2w[s]) @ c2w[r]
-        ray = torch.linalg.inv(K[r]) @ torch.tensor([x, y, 1.0], dtype=torch.float64)
-        u, v, z = K[r] @ (pose[:3, :3] @ ray / disparities[r, k] + pose[:3, 3])
-        u, v = u / z, v / z
-        for row in (math.floor(v), math.floor(v) + 1):
-            for col in (math.floor(u), math.floor(u) + 1):
-                if 0 <= row < 6 and 0 <= col < 8:
-                    share = (1 - abs(v - row)) * (1 - abs(u - col))
-                    total += share * (features[r, :, y, x] @ features[s, :, row, col])
-        assert volume[r, k, y, x].item() == pytest.approx(float(total) / 2, abs=1e-12)  # sqrt(C) = 2
-
-
 def lightning(state, path, **more):
     torch.save({"epoch": 3, "global_step": 300_000, "state_dict": prefixed(state, "encoder."), **more}, path)
     return path
@@ -379,21 +346,6 @@ BIAS = "depth_predictor.to_disparity.0.bias"
 def test_a_tensor_of_mvsplat_that_does_not_fit_is_named(tmp_path, small, change, says):
     assert says in refused(lightning(change(small.state_dict()), tmp_path / "re10k.ckpt"), lift.load_mvsplat)
     assert "no such weights" in refused(tmp_path / "other.ckpt", lift.load_mvsplat)
-
-
-@torch.no_grad()
-def test_tiny_mvsplat_finds_depth_in_rooms_it_has_not_seen(tmp_path):
-    net, errors, flat = lift.load_mvsplat("tiny"), [], []
-    assert net.config == lift.MVSplatConfig.tiny
-    data.make_rooms(tmp_path / "data", scenes=4, views=8, seed=1)  # the weights were trained on rooms of seed 0
-    for n, scene in enumerate(data.load_scenes(tmp_path / "data")):
-        views = [scene.view(i) for i in data.sample_triplet(scene, torch.Generator().manual_seed(n))[:2]]
-        stacked = (torch.stack([getattr(v, key) for v in views]) for key in ("image", "K", "c2w", "depth"))
-        images, K, c2w, depth = stacked
-        found = lift.view_depth(lift.mvsplat_gaussians(net, images, K, c2w, *scene.depth_range), c2w, *depth.shape[1:])
-        errors.append(((found - depth).abs() / depth).mean().item())
-        flat.append(((depth.median() - depth).abs() / depth).mean().item())
-    assert np.mean(errors) < 0.65 * np.mean(flat)  # measured: 0.149 and 0.259, one plane at the median
 
 
 # ------------------------------------------------------------------------ the ViT: weights and layouts
@@ -1070,13 +1022,15 @@ def test_no_pair_comes_twice(monkeypatch, rooms):
     assert [pair[1:] for pair in lift.held_out_pairs(rooms[:1], seed=0)] == [(0, 1), (0, 2)]
 
 
-def test_the_command_says_how_wrong_depth_is_and_writes_what_it_names(rooms_dir, tmp_path, capsys):
-    lift.main(["--scene_dir", str(rooms_dir), "--out", str(tmp_path), "--pixels", "3072", "--device", "cpu"])
+def test_the_command_finds_depth_in_rooms_it_has_not_seen_and_writes_what_it_names(tmp_path, capsys):
+    data.make_rooms(tmp_path / "data", scenes=4, views=8, seed=1)  # the weights were trained on rooms of seed 0
+    out = tmp_path / "out"
+    lift.main(["--scene_dir", str(tmp_path / "data"), "--out", str(out), "--device", "cpu"])
     answer = capsys.readouterr().out.splitlines()[-1]
     flat, found = (float(re.search(rf"{name} ([\d.]+) %", answer)[1]) for name in ("one plane", "mvsplat"))
-    assert found < flat
-    written = sorted(map(str, tmp_path.iterdir()))
-    assert written == sorted(answer.split("->")[1].strip().split(", ")) and str(tmp_path / "lift.png") in written
+    assert found < 0.65 * flat, answer
+    written = sorted(map(str, out.iterdir()))
+    assert written == sorted(answer.split("->")[1].strip().split(", ")) and str(out / "lift.png") in written
 
 
 def test_points_of_colmap_judge_the_depth_where_none_is_measured(rooms, tmp_path, monkeypatch, capsys):
