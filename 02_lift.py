@@ -15,7 +15,8 @@ Try     Four held-out pairs of rooms; MVSplat's mean error of depth is 6.5 %, on
         --near 0.3 --far 20: the D candidate depths spread over far more than a room, 12.7 %.
         --pixels 3072: half the resolution, 10.5 %; --pixels 49152: twice the resolution, 6.4 %.
         In MVSplat.forward, `coarse` in place of `coarse + delta` (no step 4): 9.2 %.
-Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT.
+Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT;
+        more than two views.
 Words   F_low tokens, F_high features of the pixels, w_uv upscaling weights; mu, Sigma, alpha: mean, covariance and
         opacity of a Gaussian; V views, C channels, D candidate depths, h x w the small grid of tokens or features.
 """
@@ -316,9 +317,10 @@ class MVSplat(nn.Module):
             "upsampler": nn.Sequential(conv(2 * C, C), nn.UpsamplingBilinear2d(scale_factor=4), nn.GELU()),
             "proj_feature": conv(C, m2),
             "refine_unet": nn.Sequential(conv(m2 + 5, m2), group_norm(m2, 4), nn.GELU(), UNet(m2, 5)),
-            "to_disparity": nn.Sequential(conv(m2, 2 * m2), nn.GELU(), conv(2 * m2, 2)),
             # step 5, from the output of U-Net 2, the image and the features
-            "to_gaussians": nn.Sequential(conv(m2 + 3 + C, 2 * raw), nn.GELU(), conv(2 * raw, raw))})
+            "to_gaussians": nn.Sequential(conv(m2 + 3 + C, 2 * raw), nn.GELU(), conv(2 * raw, raw)),
+            # the correction of step 4 and the opacity, from the output of U-Net 2
+            "to_disparity": nn.Sequential(conv(m2, 2 * m2), nn.GELU(), conv(2 * m2, 2))})
 
     def forward(
         self,

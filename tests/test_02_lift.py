@@ -8,7 +8,6 @@ import argparse
 import collections
 import functools
 import importlib
-import io
 import json
 import math
 import os
