@@ -40,6 +40,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -951,8 +952,11 @@ def read_checkpoint(path) -> dict:
     Objects of training frameworks (`HARMLESS`) come back as empty `Inert` ones; their modules are not imported. Raises
     ValueError, one line naming the file, when it is damaged or names any other class or function.
     """
+    path = Path(path)
     try:
         found = load_file(path) if is_safetensors(path) else read_pickled(path)
+    except SafetensorError as error:
+        raise fault(path, f"not a whole safetensors file ({error}); {remedy(path)}") from None
     except Exception as error:  # a damaged pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
