@@ -15,7 +15,8 @@ Try     Four held-out pairs of rooms; MVSplat's mean error of depth is 6.5 %, on
         --near 0.3 --far 20: the D candidate depths spread over far more than a room, 12.7 %.
         --pixels 3072: half the resolution, 10.5 %; --pixels 49152: twice the resolution, 6.4 %.
         In MVSplat.forward, `coarse` in place of `coarse + delta` (no step 4): 9.2 %.
-Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT.
+Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT;
+        more than two views.
 Words   F_low tokens, F_high features of the pixels, w_uv upscaling weights; mu, Sigma, alpha: mean, covariance and
         opacity of a Gaussian; V views, C channels, D candidate depths, h x w the small grid of tokens or features.
 """
@@ -39,6 +40,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -135,7 +137,7 @@ def bilinear_upscale(tokens: Tensor, mask: Tensor, grid) -> Tensor:
 
 
 def lift_features(gaussians: Gaussians, tokens: Tensor, masks: Tensor, grid) -> Gaussians:
-    """The lift (SnD Sec. 3.3): tokens (V, N, C), masks (V, H, W) -> Gaussians, each with the feature of its pixel."""
+    """The lift, SnD Sec. 3.3: tokens (V, N, C), masks (V, H, W) -> the Gaussians with the features of their pixels."""
     maps = [mask_aware_upscale(view_tokens, mask, grid) for view_tokens, mask in zip(tokens, masks)]
     return gaussians._replace(features=torch.cat([features.flatten(0, 1) for features in maps]))
 
@@ -316,9 +318,10 @@ class MVSplat(nn.Module):
             "upsampler": nn.Sequential(conv(2 * C, C), nn.UpsamplingBilinear2d(scale_factor=4), nn.GELU()),
             "proj_feature": conv(C, m2),
             "refine_unet": nn.Sequential(conv(m2 + 5, m2), group_norm(m2, 4), nn.GELU(), UNet(m2, 5)),
-            "to_disparity": nn.Sequential(conv(m2, 2 * m2), nn.GELU(), conv(2 * m2, 2)),
             # step 5, from the output of U-Net 2, the image and the features
-            "to_gaussians": nn.Sequential(conv(m2 + 3 + C, 2 * raw), nn.GELU(), conv(2 * raw, raw))})
+            "to_gaussians": nn.Sequential(conv(m2 + 3 + C, 2 * raw), nn.GELU(), conv(2 * raw, raw)),
+            # the correction of step 4 and the opacity, from the output of U-Net 2
+            "to_disparity": nn.Sequential(conv(m2, 2 * m2), nn.GELU(), conv(2 * m2, 2))})
 
     def forward(
         self,
@@ -908,7 +911,7 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
 
 def load_mvsplat(name_or_path) -> MVSplat:
     """An MVSplat with its weights: `tiny` (built in), or the official Lightning checkpoint `re10k.ckpt` (or its tensors
-    as .safetensors). Every size is read off the tensors. Raises ValueError, one line, as `load_vit` does."""
+    as .safetensors). Raises ValueError, one line, as `load_vit` does."""
     path = WEIGHTS / "mvsplat.safetensors" if str(name_or_path) == "tiny" else weights_in(Path(name_or_path))
     if not path.is_file():
         raise fault(path, "no such weights; give 'tiny', or put re10k.ckpt there, from the folder that "
@@ -918,19 +921,12 @@ def load_mvsplat(name_or_path) -> MVSplat:
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     stored = {key.removeprefix("encoder."): value for key, value in state.items()  # the rest, if any, is the decoder's
               if str(key).startswith(("encoder.", "backbone.", "depth_predictor.")) and isinstance(value, Tensor)}
-    rows = lambda name: len(stored[name + ".weight"])
-    try:
-        layers = len({m[1] for key in stored if (m := re.match(r"backbone\.transformer\.layers\.(\d+)\.", key))})
-        cnn, net = "backbone.backbone.", "depth_predictor."
-        config = MVSplatConfig(
-            rows(cnn + "conv2"), rows(net + "regressor_residual"), rows(net + "corr_refine_net.0"),
-            rows(net + "refine_unet.0"), math.isqrt((rows(net + "to_gaussians.2") - 9) // 3) - 1,
-            tuple(rows(cnn + name) for name in ("conv1", "layer2.0.conv1", "layer3.0.conv1")), layers)
-        with torch.device("meta"):
-            model = MVSplat(config)
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise fault(path, f"lacks {reason}; it is no MVSplat, give re10k.ckpt or 'tiny'") from None
+    width = getattr(stored.get("backbone.backbone.conv2.weight"), "shape", ())[:1]
+    config = next((known for known in (MVSplatConfig(), MVSplatConfig.tiny) if width == (known.d_feature,)), None)
+    if config is None:
+        raise fault(path, "it is no MVSplat of a known size; give re10k.ckpt or 'tiny'")
+    with torch.device("meta"):
+        model = MVSplat(config)
     return load_strictly(model, stored, path)
 
 
@@ -959,6 +955,8 @@ def read_checkpoint(path) -> dict:
     path = Path(path)
     try:
         found = load_file(path) if is_safetensors(path) else read_pickled(path)
+    except SafetensorError as error:
+        raise fault(path, f"not a whole safetensors file ({error}); {remedy(path)}") from None
     except Exception as error:  # a damaged pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
@@ -1035,7 +1033,7 @@ def remedy(path):
         return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
     if start[:1] == b"<":
         return "it is a web page; download the file itself"
-    return "if it is an archive or TorchScript, save the model's state_dict(); else copy it again"
+    return "copy it again; unpack it if it is an archive; save a state_dict() if it is TorchScript"
 
 
 # ------------------------------------------------------------------------ weights: saving, names and addresses
@@ -1084,12 +1082,13 @@ def weights_in(path: Path) -> Path:
     """The file of weights in a folder: one that transformers or 04 writes, or the only one. A file is handed back."""
     if not path.is_dir():
         return path
-    usual = [path / "model.safetensors", path / "pytorch_model.bin", path / "student/model.safetensors",
-             *path.glob("snapshots/*/model.safetensors")]  # the last is the cache of Hugging Face
+    usual = [path / name for name in ("model.safetensors", "pytorch_model.bin", "student/model.safetensors")]
     found = [file for file in usual if file.is_file()]
-    others = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt"))
+    others = sorted([*path.glob("*"), *path.glob("snapshots/*/*")])  # snapshots: the cache of Hugging Face
+    others = [file for file in others if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt")]
     if not found and len(others) > 1:
-        raise fault(path, f"has several files of weights ({', '.join(f.name for f in others[:5])}); give one of them")
+        names = ", ".join(str(file.relative_to(path)) for file in others[:5])
+        raise fault(path, f"has several files of weights ({names}); give one of them")
     return (found + others + usual)[0]
 
 
@@ -1191,8 +1190,7 @@ def lifted_pair(scene, views, vit, mvsplat, device):
                 "depth: mvsplat": data.colour_depth(solid, scale)}
     if measured is not None:
         pictures["depth: measured"] = data.colour_depth(measured, scale)
-    maps = {"nearest": F.interpolate(tokens[0].T.view(1, -1, *grid), size)[0].permute(1, 2, 0),
-            "bilinear": bilinear_upscale(tokens[0], masks[0], grid),
+    maps = {"bilinear": bilinear_upscale(tokens[0], masks[0], grid),
             "mask-aware": gaussians.features.view(2, *size, -1)[0]}
     basis = pca_basis(tokens[0])
     return gaussians, depth, pictures | {f"{name} (PCA)": pca_colours(x, basis) for name, x in maps.items()}
