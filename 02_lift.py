@@ -299,7 +299,7 @@ MVSplatConfig.tiny = MVSplatConfig(
 
 
 class MVSplat(nn.Module):
-    """Two posed images -> one Gaussian per pixel, in one pass. The names of the modules are the official ones."""
+    """Two or more posed images -> one Gaussian per pixel, in one pass. The names of the modules are the official ones."""
 
     def __init__(self, config=MVSplatConfig()):
         super().__init__()
@@ -325,15 +325,13 @@ class MVSplat(nn.Module):
 
     def forward(
         self,
-        images: Tensor,  # (V, 3, H, W) in [0, 1], V = 2, any size
+        images: Tensor,  # (V, 3, H, W) in [0, 1], V >= 2, any size
         K: Tensor,  # (V, 3, 3) pixels
         c2w: Tensor,  # (V, 4, 4)
         near,  # (V,) or float, in the scene's unit
         far,
     ) -> Gaussians:
         V, _, height, width = images.shape
-        # Differs: MVSplat takes two or more views. SnD gives it two, and we take no more.
-        assert V == 2, f"{V} views, but MVSplat takes two here"
         # The U-Nets halve the image four times, so it is padded to multiples of 16. The padding is cut off in step 5.
         images = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
         near, far = (torch.as_tensor(bound).to(images).expand(V) for bound in (near, far))
@@ -398,25 +396,30 @@ def cost_volume(
     c2w: Tensor,  # (V, 4, 4)
     disparities: Tensor,  # (V, D) the candidates, as 1 / depth
 ) -> Tensor:
-    """How well each candidate depth of a pixel matches the other view, (V, D, h, w) (MVSplat Sec. 3.1).
+    """How well each candidate depth of a pixel matches the other views, (V, D, h, w) (MVSplat Sec. 3.1).
 
-    If the pixel had the candidate depth, it would be seen at a certain place in the other view. The match is the
-    correlation of the features there with its own, and 0 outside the view.
+    If the pixel had the candidate depth, it would be seen at a certain place in each other view. The match is the
+    correlation of the features there with its own, and 0 outside the view. Candidates go in blocks to bound the memory.
     """
     V, C, h, w = features.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], -1).to(features)  # (h, w, 3); whole numbers, as published
     volume = []
-    for r, s in (0, 1), (1, 0):
-        to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
-        rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
-        for disparity in disparities[r].split(max(1, 2**24 // features[r].numel())):  # in blocks, to bound the memory
-            point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (block, h, w, 3)
-            uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
-            grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
-            warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
-            volume.append((warped * features[r]).sum(1) / C**0.5)
-    return torch.cat(volume).view(V, -1, h, w)
+    for r in range(V):
+        total = 0
+        for s in (v % V for v in range(r + 1, r + V)):
+            to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
+            rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
+            correlations = []
+            for disparity in disparities[r].split(max(1, 2**24 // features[r].numel())):
+                point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (block, h, w, 3)
+                uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
+                grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
+                warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
+                correlations.append((warped * features[r]).sum(1) / C**0.5)
+            total = total + torch.cat(correlations)
+        volume.append(total / (V - 1))
+    return torch.stack(volume)
 
 
 # ------- Step 5: Gaussians
@@ -639,7 +642,7 @@ class FeatureCNN(nn.Module):  # (V, 3, H, W) in [0, 1] -> (V, C, H / 4, W / 4)
 
 
 class MultiViewTransformer(nn.Module):
-    """In each layer every view looks at itself, then at the other, so that a feature knows what it could be confused
+    """In each layer every view looks at itself, then at the others, so that a feature knows what it could be confused
     with. Attention stays within windows, and in every second layer the windows lie across the borders of the others."""
 
     def __init__(self, dim, layers):
@@ -649,16 +652,19 @@ class MultiViewTransformer(nn.Module):
         self.layers = nn.ModuleList(layer() for _ in range(layers))
 
     def forward(self, features):  # (V, C, h, w) -> the same
-        x = (features + window_positions(*features.shape[1:]).to(features)).permute(0, 2, 3, 1)  # (V, h, w, C)
+        V, C, h, w = features.shape
+        x = (features + window_positions(C, h, w).to(features)).permute(0, 2, 3, 1)  # (V, h, w, C)
         for number, layer in enumerate(self.layers):
-            other, shifted = x.flip(0), number % 2 == 1  # the other view as it was before this layer: so published
-            x = layer["self_attn"](x, x, shifted)
-            x = layer["cross_attn_ffn"](x, other, shifted)
+            shifted = number % 2 == 1
+            others = [torch.stack([x[u] for u in range(V) if u != v], -2) for v in range(V)]
+            others = torch.stack(others)  # (V, h, w, V - 1, C), as they were before this layer: so it was published
+            x = layer["self_attn"](x, x[..., None, :], shifted)
+            x = layer["cross_attn_ffn"](x, others, shifted)
         return x.permute(0, 3, 1, 2)
 
 
 class WindowAttention(nn.Module):
-    """Attention with one head, from the features of each view to those of `other` in the same window."""
+    """Attention with one head, from the tokens of each view to the tokens of `target` in the same window."""
 
     def __init__(self, dim, ffn):
         super().__init__()
@@ -669,13 +675,16 @@ class WindowAttention(nn.Module):
             self.mlp = nn.Sequential(wider, nn.GELU(), narrower)
             self.norm2 = nn.LayerNorm(dim)
 
-    def forward(self, x, other, shifted):  # (V, h, w, C) twice -> (V, h, w, C)
-        qkv = self.q_proj(x), self.k_proj(other), self.v_proj(other)
-        message = torch.empty_like(qkv[0])
+    def forward(self, x, target, shifted):  # (V, h, w, C), (V, h, w, M, C) -> (V, h, w, C)
+        q, k, v = self.q_proj(x), self.k_proj(target), self.v_proj(target)
+        if shifted and target.shape[3] > 1:
+            k, v = misplaced(k), misplaced(v)  # a quirk of the published network
+        message = torch.empty_like(q)
         for rows, cols in windows(*x.shape[1:3], shifted):
-            q, k, v = (y[:, None, rows, cols].flatten(2, 3) for y in qkv)  # (V, 1 head, L, C)
-            mixed = F.scaled_dot_product_attention(q, k, v)
-            message[:, rows, cols] = mixed.view_as(message[:, rows, cols])
+            query = q[:, None, rows, cols].flatten(2, 3)  # (V, 1 head, L, C)
+            key, value = (y[:, None, rows, cols].flatten(2, 4) for y in (k, v))  # (V, 1 head, L * M, C)
+            mixed = F.scaled_dot_product_attention(query, key, value)
+            message[:, rows, cols] = mixed.view_as(q[:, rows, cols])
         message = self.norm1(self.merge(message))
         if hasattr(self, "mlp"):
             message = self.norm2(self.mlp(torch.cat([x, message], -1)))
@@ -704,6 +713,17 @@ def window_positions(channels, h, w) -> Tensor:
         codes.append(torch.where(k % 2 == 0, angle.sin(), angle.cos()).T)  # (C / 2, n)
     rows, cols = codes[0][:, :, None].expand(-1, -1, w // 2), codes[1][:, None].expand(-1, h // 2, -1)
     return torch.cat([rows, cols]).tile(1, 2, 2)
+
+
+def misplaced(x: Tensor) -> Tensor:
+    """A quirk of the published MVSplat with three or more views: the keys of a shifted window run pixel by pixel (M
+    views each), but its mask runs view by view. Key number i is let through as if it stood where number i of the other
+    order stands, so that is where it is put here, within each quadrant of the rolled image. (V, h, w, M, C) -> same."""
+    V, h, w, M, C = x.shape
+    x = x.roll((-(h // 4), -(w // 4)), (1, 2)).view(V, 2, h // 2, 2, w // 2, M, C).transpose(2, 3)
+    x = x.reshape(V, 2, 2, M, h // 2, w // 2, C).movedim(3, 5)
+    x = x.transpose(2, 3).reshape(V, h, w, M, C)
+    return x.roll((h // 4, w // 4), (1, 2))
 
 
 def no_autocast(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
@@ -911,7 +931,7 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
 
 def load_mvsplat(name_or_path) -> MVSplat:
     """An MVSplat with its weights: `tiny` (built in), or the official Lightning checkpoint `re10k.ckpt` (or its tensors
-    as .safetensors). Raises ValueError, one line, as `load_vit` does."""
+    as .safetensors). Every size is read off the tensors. Raises ValueError, one line, as `load_vit` does."""
     path = WEIGHTS / "mvsplat.safetensors" if str(name_or_path) == "tiny" else weights_in(Path(name_or_path))
     if not path.is_file():
         raise fault(path, "no such weights; give 'tiny', or put re10k.ckpt there, from the folder that "
@@ -921,12 +941,19 @@ def load_mvsplat(name_or_path) -> MVSplat:
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     stored = {key.removeprefix("encoder."): value for key, value in state.items()  # the rest, if any, is the decoder's
               if str(key).startswith(("encoder.", "backbone.", "depth_predictor.")) and isinstance(value, Tensor)}
-    width = getattr(stored.get("backbone.backbone.conv2.weight"), "shape", ())[:1]
-    config = next((known for known in (MVSplatConfig(), MVSplatConfig.tiny) if width == (known.d_feature,)), None)
-    if config is None:
-        raise fault(path, "it is no MVSplat of a known size; give re10k.ckpt or 'tiny'")
-    with torch.device("meta"):
-        model = MVSplat(config)
+    rows = lambda name: len(stored[name + ".weight"])
+    try:
+        layers = len({m[1] for key in stored if (m := re.match(r"backbone\.transformer\.layers\.(\d+)\.", key))})
+        cnn, net = "backbone.backbone.", "depth_predictor."
+        config = MVSplatConfig(
+            rows(cnn + "conv2"), rows(net + "regressor_residual"), rows(net + "corr_refine_net.0"),
+            rows(net + "refine_unet.0"), math.isqrt((rows(net + "to_gaussians.2") - 9) // 3) - 1,
+            tuple(rows(cnn + name) for name in ("conv1", "layer2.0.conv1", "layer3.0.conv1")), layers)
+        with torch.device("meta"):
+            model = MVSplat(config)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise fault(path, f"lacks {reason}; it is no MVSplat, give re10k.ckpt or 'tiny'") from None
     return load_strictly(model, stored, path)
 
 
