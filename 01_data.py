@@ -2,13 +2,14 @@
 
 Paper   Splat and Distill (SnD) Sec. 3.1: a scene is S = {(I_i, P_i)}; a step draws two context views and a target.
 In      a folder: nerfstudio / instant-ngp `transforms*.json` (also ScanNet++ and FiT3D preprocessing), a COLMAP
-        model (`sparse/0`, binary or text), an RGB-D sequence (7-Scenes), or a folder of such folders; the files tell
-        which. Optional folders beside `images/`: `masks/ depth/ normals/ labels/`.
+        model (`sparse/0`, binary or text), an RGB-D sequence (7-Scenes), LLFF's `poses_bounds.npy`, or a folder of such
+        folders; the files tell which. Optional folders beside `images/`: `masks/ depth/ normals/ labels/`.
 Out     `load_scenes(path) -> [Scene]`, `Scene.view(i, size) -> View`; a report and one contact sheet a scene.
 Run     python 01_data.py                        built-in rooms -> data/, 20 s on a 2-core CPU
         python 01_data.py --scene_dir my_scene   what is in a folder, before anything is trained
 Copy    01_data.py (and tiny/rooms.py, if rooms are to be made)
-Read    View, Scene, depth_range, project, frustum_points, overlap, context_pairs, sample_triplet, split, show_triplets
+Read    View, Scene, depth_range, into_picture, frustum_points, overlap, context_pairs, sample_triplet, split,
+        show_triplets
 Try     LEVELS = ((0.9, 0.4),): context baselines in nine rooms shrink from 0.55 to 0.37 m (medians), and each picture
         of a triplet shows nearly the same; LEVELS = ((0.1, 2.0),): 1.01 m, and much is seen by one context only.
         --near 0.1 --far 1: frustums end before the furniture, and four of nine rooms have no triplet left.
@@ -121,7 +122,7 @@ def depth_range(scene):  # -> near, far, where they come from
     # here near and far come from the scene.
     some = [scene.frames[i] for i in np.linspace(0, len(scene) - 1, min(8, len(scene))).astype(int)]
     measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]
-    sparse = [project(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
+    sparse = [into_picture(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
     for depths, source in ((measured, "measured depth"), (sparse, "sparse points")):
         seen = np.concatenate(depths) if depths else np.zeros(0)
         seen = seen[seen > 0]
@@ -134,7 +135,7 @@ def depth_range(scene):  # -> near, far, where they come from
 # ---------------------------------------------------------------------------------- 3. Which views see the same place?
 
 
-def project(points, frame):
+def into_picture(points, frame):
     """(M, 3) world -> x, y in pixels of the frame, z-depth; z is 0 for points outside of its picture."""
     seen = (points - frame.c2w[:3, 3]) @ frame.c2w[:3, :3]  # world -> camera
     z = seen[:, 2]
@@ -162,7 +163,7 @@ def overlap(scene, i, j):
 
     Walls are not considered: two cameras with a wall between them overlap, too, if they look the same way.
     """
-    share = lambda a, b: (project(frustum_points(scene, a), scene.frames[b])[2] > 0).mean()
+    share = lambda a, b: (into_picture(frustum_points(scene, a), scene.frames[b])[2] > 0).mean()
     return min(share(i, j), share(j, i))
 
 
@@ -436,6 +437,9 @@ def checked_scene(name, folder, frames, extra, skip_bad_frames):
     return scene
 
 
+# ------------------------------------------------------------------------------------------ does a frame fit its files?
+
+
 def problem_of(frame, thorough=False):
     """-> what is wrong with this frame, in words, or None. Fills in the size of the picture."""
     if frame.problem:
@@ -444,23 +448,20 @@ def problem_of(frame, thorough=False):
         return f"{frame.image} does not exist, but {frame.name} has a pose{look_alike(frame.image)}"
     try:
         stored = stored_size(frame.image, thorough)
-        upright = upright_size(frame.image, stored)
-        return fit_camera(frame, stored, upright) or problem_of_camera(frame) or problem_of_maps(frame, thorough)
+        return fit_camera(frame, stored) or problem_of_camera(frame) or problem_of_maps(frame, thorough)
     except DataError as error:
         return str(error)
 
 
-def fit_camera(frame, stored, upright):
-    """Makes size and K of a frame those of its picture, if its camera is for another size of it or, by EXIF, another
-    orientation. -> what is wrong, or None
-
-    `stored` and `upright` are the picture's (H, W) as it lies in the file and as it is to be seen.
-    """
-    (height, width), declared = stored, frame.size or centred_size(frame)
+def fit_camera(frame, stored):
+    """Makes size and K of a frame those of its picture, `stored` (H, W), if its camera is for another size or, by EXIF,
+    for another orientation. -> what is wrong, or None"""
+    (height, width), declared = stored, frame.size or centred_size(frame, stored)
     guessed = frame.size is None and declared is not None
     frame.size = stored
     if declared is None or declared == stored:
         return None
+    upright = upright_size(frame.image, stored)
     for size in (stored, upright):
         if same_shape(declared, size):
             frame.size, frame.upright = size, size == upright != stored
@@ -486,20 +487,20 @@ def same_shape(declared, size):  # whether one is the other, scaled evenly and r
     return close and abs(size[0] * declared[1] / (size[1] * declared[0]) - 1) < 0.01
 
 
-def centred_size(frame):
+def centred_size(frame, stored):
     """(H, W) of the picture that K seems to be made for, where nobody says it, or None.
 
     Its centre gives it away: twice the principal point is about the size of the picture. Real cameras are off by some
     pixels, so a depth map of about this size settles it, and otherwise only an exact proportion is believed.
     """
-    stored, (cx, cy) = stored_size(frame.image), frame.K[:2, 2]
+    cx, cy = frame.K[:2, 2]
     if not (np.isfinite([cx, cy]).all() and min(cx, cy) > 8):
         return None
     implied = np.array([2 * cy, 2 * cx])
-    sizes = [stored_size(frame.depth)] if frame.depth and frame.depth.exists() else []
-    sizes += [upright_size(frame.image, stored)]
     if np.abs(implied / stored - 1).max() < 0.08:
         return None
+    sizes = [stored_size(frame.depth)] if frame.depth and frame.depth.exists() else []
+    sizes += [upright_size(frame.image, stored)]
     for size in sizes:
         if np.abs(implied / size - 1).max() < 0.08:
             return size
@@ -511,7 +512,7 @@ def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, whic
     try:
         with Image.open(path) as image:
             orientation = image.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):  # or damaged EXIF
         orientation = 1
     return stored[::-1] if orientation in (5, 6, 7, 8) else stored
 
@@ -589,6 +590,9 @@ def ends_well(path):  # whether a PNG or JPEG ends as it should; of other types 
     return end[4:8] == b"IEND" if start == b"\x89PNG" else path.suffix.lower() not in (".png", ".jpg", ".jpeg")
 
 
+# ---------------------------------------------------------------------------------------------- names of files
+
+
 def inside(path, root, where):
     """`path` as a normal path; a file outside the scene folder is refused, whoever wrote the list."""
     path = Path(os.path.normpath(path))
@@ -661,7 +665,7 @@ def left_out(paths):  # -> sentences that count the pictures among `paths` that 
 
 
 def folders_not_read(folder, frames):
-    """Sentences that name folders which seem to hold maps that some frame lacks, but have other names than those read."""
+    """Sentences that name folders which seem to hold maps that some frame lacks, but are called otherwise than here."""
     words = dict(depth=["depth"], mask=["mask", "instance", "segment"], normal=["normal"], label=["label", "semantic"])
     lacking = [word for kind in MAPS if any(getattr(f, kind) is None for f in frames) for word in words[kind]]
     homes = {frame.image.parent.parent for frame in frames} | {folder}
@@ -1128,7 +1132,7 @@ def ratio_to_points(scene, frames):
     """
     ratios = []
     for frame in frames:
-        x, y, z = project(scene.points[frame.seen], frame)
+        x, y, z = into_picture(scene.points[frame.seen], frame)
         ratios += depth_ratios(read_depth(scene, frame), x, y, z, frame).tolist()
     if len(ratios) < 30:
         return None
@@ -1151,7 +1155,7 @@ def view_disagreement(scene, frames, unit):  # -> the median relative difference
         first, second = small_depth(a) * unit, small_depth(b) * unit
         rows, cols = np.nonzero(first)
         x, y = (cols + 0.5) / first.shape[1] * a.size[1], (rows + 0.5) / first.shape[0] * a.size[0]
-        ratios += depth_ratios(second, *project(unproject(x, y, first[rows, cols], a), b), b).tolist()
+        ratios += depth_ratios(second, *into_picture(unproject(x, y, first[rows, cols], a), b), b).tolist()
     return float(np.median(np.abs(np.log(ratios)))) if len(ratios) > 50 else math.inf
 
 
@@ -1183,13 +1187,12 @@ def covering_crop(stored, size):
 def read_image(frame, size) -> Tensor:
     """-> (3, H, W) uint8, undistorted, covering `size`.
 
-    A large photo is decoded and undistorted at twice the size that is needed and no larger, which takes a fraction of
-    the time and changes pixels by less than 1/255 on average.
+    A large photo is decoded and undistorted at two to four times the size that is needed and no larger, which takes a
+    fraction of the time and changes pixels by less than 1/255 on average.
     """
     scale, box = covering_crop(frame.size, size)
-    work = frame.size  # (H, W) of the whole picture while it is worked on
-    if scale < 0.5:
-        work = tuple(math.ceil(2 * scale * side) for side in frame.size)
+    more = scale * min(4, max(2, math.sqrt(2e6 / (size[0] * size[1]))))
+    work = tuple(math.ceil(more * side) for side in frame.size) if more < 1 else frame.size  # (H, W) of all of it
     image, shrunk = decode_small(frame, work)  # image pixels = stored pixels * shrunk
     if is_distorted(frame):
         image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
@@ -1347,7 +1350,7 @@ def decode(path, colour=False, least=None, upright=False):
     except Image.DecompressionBombError:
         raise DataError(f"{path}: has more pixels than are read ({2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million); "
                         "make the picture smaller") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         if path.suffix.lower() in UNREADABLE:
             raise DataError(f"{path}: {path.suffix[1:].upper()} files are not read; save it as JPEG or PNG") from None
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]

@@ -137,7 +137,7 @@ def bilinear_upscale(tokens: Tensor, mask: Tensor, grid) -> Tensor:
 
 
 def lift_features(gaussians: Gaussians, tokens: Tensor, masks: Tensor, grid) -> Gaussians:
-    """The lift, SnD Sec. 3.3: tokens (V, N, C), masks (V, H, W) -> the Gaussians with the features of their pixels."""
+    """The lift (SnD Sec. 3.3): tokens (V, N, C), masks (V, H, W) -> Gaussians, each with the feature of its pixel."""
     maps = [mask_aware_upscale(view_tokens, mask, grid) for view_tokens, mask in zip(tokens, masks)]
     return gaussians._replace(features=torch.cat([features.flatten(0, 1) for features in maps]))
 

@@ -1,20 +1,21 @@
-"""Splats Gaussians with any number of channels into a new view, blends the result by masks, and reads patch tokens off it.
+"""Splats Gaussians of any number of channels into a new view, blends the result by masks and reads patch tokens off.
 
-Paper  Splat and Distill (SnD) Sec. 3.4: rasterised features, semantic blending (Eq. 4). 3D Gaussian Splatting, Sec. 4-6.
+Paper  Splat and Distill (SnD) Sec. 3.4: rasterised features, blending (Eq. 4). 3D Gaussian Splatting Sec. 4-6.
 In     Gaussians in the world (means, covariances, opacities, a row of features each) and a camera (w2c, K).
 Out    features (H, W, C), alpha (H, W) and depth (H, W); after the blend, tokens (N, C) that a student can learn from.
        Or all of this as one sparse matrix that acts on the context views' tokens: the splat operator.
 Run    python 03_splat.py             held-out views, splatted from two others, as a picture; 6 s on a 2-core CPU
        python 03_splat.py --flight    an animated flight between two views
 Copy   this file alone for part 1; the commands need 01_data.py 02_lift.py and --mvsplat tiny its weights.
-Read   Render rasterize_plainly; divide_by_alpha semantic_blend splat_to_tokens; project BlockLists polynomial
-       front_to_back walk Composite rasterize; splat_operator
-Try    @TRY1
-       @TRY2
+Read   rasterize_plainly; divide_by_alpha semantic_blend bilinear_taps splat_to_tokens; rasterize project polynomial
+       front_to_back walk Composite; SplatOperator splat_operator
+Try    set DILATION to 0.0001: by measured depth psnr 22.6 -> 27.6, since what blurs thin splats blurs the picture too
+       --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6, since the same blur is half as wide on finer views
 Not    no view-dependent colour (one row of features a Gaussian, the same from all sides), no second derivatives.
 Words  G Gaussians, C channels, H W pixels, N = h*w tokens. alpha_k: how much of the light Gaussian k stops at a pixel;
        T_k = (1 - alpha_1) ... (1 - alpha_{k-1}): the light that is left for it; w_k = alpha_k T_k: its weight there.
-       block: 8x8 pixels. list: the Gaussians that reach a block, nearest first. B blocks, S Gaussians, P pixels of a block.
+       A block is 8x8 pixels, and its list the Gaussians that reach it, nearest first. A step works on B blocks, S
+       Gaussians of each list and the P pixels of a block.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Render(NamedTuple):
     depth: Tensor  # (H, W) sum of w z / sum of w, 0 where nothing is hit
 
 
-# ------------------------------------------------------------------------------------------------ 1. The definition
+# ---------------------------------------------------------------------------------------------------- 1. The definition
 
 
 def rasterize_plainly(
@@ -104,7 +105,7 @@ def rasterize_plainly(
     return Render(image.to(dtype), total.to(dtype), depth.to(dtype))
 
 
-# ------------------------------------------------------------------------------------------------ 2. From the rendered view to tokens
+# ---------------------------------------------------------------------------------- 2. From the rendered view to tokens
 
 
 def divide_by_alpha(render: Render) -> tuple[Tensor, Tensor]:
@@ -177,19 +178,20 @@ def over_valid_taps(
     return valid / total.clamp(min=0.5), valid
 
 
-# ------------------------------------------------------------------------------------------------ 3. Why that is too slow, and what helps
-# Every Gaussian at every pixel is the product of two large numbers. `rasterize` comes to the same result by four tricks.
-# What each one brings, on one core of the machine in docs/speed.md (`python tests/bench.py --section tricks`):
-#   @T1
-#   1. Blocks with lists. A Gaussian reaches a few pixels only. The view is cut into blocks of 8x8 pixels, and each block
-#      goes down a list of the Gaussians that reach it, nearest first, until its light is used up.    @T2
-#   2. log2 alpha is a quadratic polynomial in the position of the pixel, six numbers for a Gaussian and a block. One
-#      matrix product evaluates it at all pixels of all blocks, exp2 is the only function left, and the light is
-#      taken off in place.                                                                            @T3
-#   3. Weights once, then all channels in one matrix product: (P x S) weights times (S x C) features.  @T4
-#   4. Nothing is kept for the backward pass but inputs and images; it walks down the same lists again. @T5
-# The first is `BlockLists`, the second `polynomial` and `front_to_back`, the third and fourth `Composite`. Memory stays
-# bounded because `walk` takes only as many blocks at a time as max_elements allows, CHUNK Gaussians of each in a step.
+# ------------------------------------------------------------------------------ 3. Why that is too slow, and what helps
+# The definition visits every Gaussian at every pixel: 36 s for a view of 73x110 pixels and 16,000 Gaussians, of which
+# `rasterize` makes 0.05 s, with the same result. It has four tricks. Each number is the time without a trick over the
+# time with it, on one core (python tests/bench.py --section tricks):
+#   1. Blocks with lists, 87 times. A Gaussian reaches few pixels. The view is cut into blocks of 8x8 pixels, and each
+#      goes down its own list of the Gaussians that reach it, nearest first, until its light is used up
+#      (`BlockLists`, `walk`).
+#   2. log2 alpha is a polynomial of second degree in the position of a pixel, so one matrix product evaluates it at all
+#      pixels of all blocks: 2.8 times (`polynomial`). The light is taken off in place: 3.8 times (`front_to_back`).
+#   3. Weights once, then all channels in one matrix product, instead of the geometry again for every 32 channels:
+#      6.7 times for 384 channels (`all_channels`).
+#   4. Nothing is kept for the backward pass but inputs and images; it goes down the lists again. Blocks with lists in
+#      plain autograd need 870 MB where this needs 140, and 3.3 times as long (`Composite`, `gradients`).
+# Memory is bounded because a walk takes only so many blocks at a time, CHUNK Gaussians of each in a step.
 
 
 def rasterize(
@@ -207,9 +209,11 @@ def rasterize(
     check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements)
     max_elements, C = max_elements or elements_at_once(features), features.shape[1]
     # Differs: the official code renders 3 channels a pass, 128 passes for a ViT-S; here one pass has all channels. It
-    # also passes variances where scales are meant, and makes reflected frames the identity; we use the true covariances.
+    # also passes variances where scales are meant, and makes reflected frames the identity; we use the true
+    # covariances.
     with full_precision(features.device):
-        table, z, box = project_in_parts(means, covariances, opacities, w2c, K, height, width, features.dtype, max_elements)
+        camera = w2c, K, height, width
+        table, z, box = project_in_parts(means, covariances, opacities, *camera, features.dtype, max_elements)
         blocks = whole_view(height, width, means.device)
         most = 8 * max_elements // (blocks.pixels * (C + 2))  # blocks whose sums are held at a time
         lists = BlockLists(box, z, blocks, height, width, 4 * max_elements, most)
@@ -256,7 +260,14 @@ def project(
     l11, l22, lo = root * (scale / det.sqrt()), scale / root, opacities.log2().where(seen, -math.inf)
     pixel = mean.detach().round()
     columns = torch.stack([*pixel, *(mean - pixel), l11, -b / c * l11, l22, lo])
-    return columns.T.to(dtype), z, reached_pixels(columns.detach(), height, width)
+    table = columns.T.to(dtype, memory_format=torch.contiguous_format)
+    return table, z, reached_pixels(columns.detach(), height, width)
+
+
+def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
+    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
+    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
 
 
 def polynomial(
@@ -290,20 +301,24 @@ def walk(
     max_elements: int,
     backward: bool = False,
 ) -> Iterator[Step]:
-    """Goes down the lists of many blocks at the same time, CHUNK Gaussians a step. Finished blocks make room for others.
+    """Goes down the lists of many blocks at the same time, and yields the weights of CHUNK Gaussians of each as a
+    `Step`.
 
-    A step's tensors are good until the next one.
+    Blocks whose list ends, or whose pixels have all stopped, leave and make room for others. The tensors of a step
+    are overwritten by the next one.
     """
     pixels, device = monomials(shape, table), table.device
     P, centres, end = pixels.shape[1], band.centre.to(table), band.start[1:]
     # An odd number: a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
     slots = (max(1, max_elements // (CHUNK * P)) - 1) | 1
-    # Longest lists first, so that no long one is left over at the end; in powers of 2, so that neighbours stay together.
+    # Longest lists first, so that no long one is left over at the end; in powers of 2, so that neighbours stay
+    # together.
     queue = band.lengths.log2().floor().argsort(descending=True, stable=True)
     queue = queue[: int((band.lengths > 0).sum())].to(device)
     ahead = torch.arange(CHUNK, device=device)
-    buffers = table.new_empty(1 + backward, CHUNK * min(slots, len(queue)) * P)
-    # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights are 0.
+    buffer = table.new_empty(CHUNK * min(slots, len(queue)) * P)
+    # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights
+    # are 0.
     longest = -(-int(band.lengths.max()) // CHUNK)
     patience, taken = min(8, longest) if table.is_cuda else 1, 0
     blocks = at = queue[:0]
@@ -316,23 +331,26 @@ def walk(
         for _ in range(patience):
             place = at[:, None] + ahead
             place = place.where(place < end[blocks, None], len(band.gaussian) - 1)
-            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffers)
+            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffer, backward)
             at = at + CHUNK
         going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
         blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
 
 
-def make_step(table, band, blocks, centre, place, light, pixels, buffers) -> Step:
+def make_step(table, band, blocks, centre, place, light, pixels, buffer, backward) -> Step:
     """The weights of B blocks' next Gaussians; takes what they stop from `light` (B, P)."""
     ids = band.gaussian.index_select(0, place.flatten())
     rows = table.index_select(0, ids).view(*place.shape, -1)
     columns = rows[..., :8].permute(2, 1, 0).contiguous()
     coefficients = polynomial(columns, centre)
     coefficients[0].masked_fill_((place == len(band.gaussian) - 1).T, -1e30)  # whatever is there, 2^ it is 0
-    alpha, *room = (x[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1) for x in buffers)
+    alpha = buffer[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1)
     torch.mm(coefficients.flatten(1).T, pixels, out=alpha.flatten(0, 1)).exp2_()  # all pixels of all blocks at once
     F.threshold_(alpha, MIN_ALPHA, 0.0)
-    kept = (light.clone(), torch.sub(MAX_ALPHA, alpha, out=room[0])) if room else ()
+    kept = ()
+    if backward:  # which alphas will be clamped: those of few Gaussians, but asking for them would make a GPU wait
+        opaque = ... if alpha.is_cuda else tuple((columns[7] > math.log2(MAX_ALPHA)).nonzero().T)
+        kept = light.clone(), opaque, alpha[opaque] >= MAX_ALPHA
     weight = front_to_back(alpha.clamp_(max=MAX_ALPHA), light)
     return Step(blocks, centre, place, ids.view(place.shape), rows, columns, weight, *kept)
 
@@ -366,19 +384,21 @@ class Composite(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         with full_precision(grads[0].device):
-            return None, None, *gradients(ctx.lists, ctx.max_elements, ctx.saved_tensors, grads, ctx.needs_input_grad[2:])
+            needed = ctx.needs_input_grad[2:]
+            return None, None, *gradients(ctx.lists, ctx.max_elements, ctx.saved_tensors, grads, needed)
 
 
 # ------------------------------------------------------------------------------------------------ 4. The splat operator
-# While geometry and masks stand still, all of the way from the context views' tokens x to the target's tokens y is linear.
-# The feature of a Gaussian is f_g = sum_t u_gt x_t, with four weights u each (SnD Eq. 2-3). A pixel has
+# While geometry and masks stand still, all of the way from the context views' tokens x to the target's tokens y is
+# linear. The feature of a Gaussian is f_g = sum_t u_gt x_t, with four weights u each (SnD Eq. 2-3). A pixel has
 #     F(p) = sum_g w_pg f_g / alpha(p) = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha(p).
 # A token is y_n = sum_p b_np F'(p) over its valid taps p, where the blend (Eq. 4) is F'(p) = a_p F(p) + (1 - a_p) F_m:
 # a_p is its alpha, or 1 where p is unlabelled, and F_m the mean of F over the valid pixels of the mask m that holds p.
 # The means stay factored out, since a mask has thousands of tokens and a token only a few masks:
-#     y = S x + L (M x),   S_nt = sum_p b_np a_p A_pt,   L_nm = sum_{p in m} b_np (1 - a_p),   M_mt = mean_{p in m} A_pt.
-# S needs the taps alone: 2x2 pixels a token, one pixel in 49 at the paper's size, which is why `walk` takes blocks of any
-# shape. M needs every pixel. Rows of S and M are made alike: (rows x Gaussians) times u (Gaussians x tokens), both sparse.
+#     y = S x + L (M x),  S_nt = sum_p b_np a_p A_pt,  L_nm = sum_{p in m} b_np (1 - a_p),  M_mt = mean_{p in m} A_pt.
+# S needs the taps alone: 2x2 pixels a token, one pixel in 49 at the paper's size, which is why `walk` takes blocks of
+# any shape. M needs every pixel. Rows of S and M are made alike: (rows x Gaussians) times u (Gaussians x tokens),
+# both sparse.
 
 OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
 
@@ -409,16 +429,11 @@ class SplatOperator(NamedTuple):
 
 @torch.no_grad()
 def splat_operator(
-    means: Tensor,  # (G, 3) world
-    covariances: Tensor,  # (G, 3, 3) world
-    opacities: Tensor,  # (G,) in [0, 1]
+    means: Tensor, covariances: Tensor, opacities: Tensor,  # as in `rasterize`
     index: Tensor,  # (G, 4) int64, the context tokens that each Gaussian's feature is made of
     weight: Tensor,  # (G, 4) their weights u; float32 or float64, in which the operator is computed
     tokens: int,  # V*N, how many context tokens there are
-    w2c: Tensor,  # (4, 4)
-    K: Tensor,  # (3, 3) pixels
-    height: int,
-    width: int,
+    w2c: Tensor, K: Tensor, height: int, width: int,  # the target view
     grid: tuple[int, int],  # (h, w) of the target
     mask: Tensor | None = None,  # (H, W) int64 instance ids of the target, 0 = unlabelled; None: no blending
     alpha: float = 0.5,
@@ -437,7 +452,8 @@ def splat_operator(
     token, m = torch.arange(N, device=device)[:, None].expand(b.shape), pixels_of(mask, taps)
     mixed = (1 - alpha) * labelled[m]  # (N, P) 1 - a_p
     with full_precision(device):
-        table, z, box = project_in_parts(means, covariances, opacities, w2c, K, height, width, weight.dtype, max_elements)
+        camera = w2c, K, height, width
+        table, z, box = project_in_parts(means, covariances, opacities, *camera, weight.dtype, max_elements)
         lift, view = (index, weight, tokens), (table, z, box, height, width)
         row, column, value, covered = token_weights(view, lift, taps, (b * (1 - mixed)).to(weight), token, max_elements)
         scale, valid = over_valid_taps(b, covered)
@@ -459,7 +475,7 @@ def splat_operator(
 # ---- Workshop: not needed to understand the method ----
 
 
-# ------------------------------------------------------------------------------------------------ small things
+# --------------------------------------------------------------------------------------------------------- small things
 
 
 def elements_at_once(like: Tensor) -> int:
@@ -476,39 +492,58 @@ def where_positive_(x: Tensor, by: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(x, by, 0.0, grad_input=x)
 
 
-class Precision:  # who is inside `full_precision`, and what was set outside
-    lock, users, outside = threading.Lock(), 0, "none"
+class Precision:  # how many threads are inside `full_precision`, and what was set outside
+    lock, inside, outside = threading.Lock(), 0, None
 
 
 @contextmanager
 def full_precision(device: torch.device):
-    """Matrix products in whole float32, whatever is set outside: under bfloat16 autocast log2 alpha would be off by whole
-    units, and TF32 on a GPU moves alpha by up to 0.01. The setting of TF32 is one for the process, so the first thread
-    to come in changes it, and the last one to leave puts it back."""
+    """Matrix products in whole float32, whatever is set outside: under bfloat16 autocast log2 alpha would be off by
+    whole units, and TF32 on a GPU moves alpha by up to 0.01. There is one setting of TF32 for the whole process, so
+    the first thread to come in changes it, and the last one to leave puts it back."""
     matmul, count = torch.backends.cuda.matmul, int(device.type == "cuda")
     with Precision.lock:
-        if count and not Precision.users:
-            Precision.outside, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-        Precision.users += count
+        if count and not Precision.inside:
+            Precision.outside, matmul.allow_tf32 = matmul_precision(), False
+        Precision.inside += count
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         with Precision.lock:
-            Precision.users -= count
-            if count and not Precision.users:
-                matmul.fp32_precision = Precision.outside
+            Precision.inside -= count
+            if count and not Precision.inside:
+                restore_matmul_precision(*Precision.outside)
+
+
+def matmul_precision() -> tuple[str | None, str]:
+    """PyTorch has two settings for matrix products: the older one, None where it cannot be read, and the newer one."""
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer one alone was used, and the two disagree
+        older = None
+    return older, torch.backends.cuda.matmul.fp32_precision
+
+
+def restore_matmul_precision(older: str | None, newer: str) -> None:
+    if older == "medium":
+        torch.set_float32_matmul_precision(older)
+    elif older:
+        torch.backends.cuda.matmul.allow_tf32 = older == "high"
+    torch.backends.cuda.matmul.fp32_precision = newer
 
 
 def check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements):
     G, C = len(means), features.shape[-1]
     shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
     assert shapes == [(G, 3), (G, 3, 3), (G,), (G, C)], f"need (G, 3), (G, 3, 3), (G,), (G, C) with one G, not {shapes}"
-    assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {features.dtype}"
+    dtype = features.dtype
+    assert dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {dtype}"
     sizes = tuple(w2c.shape), tuple(K.shape)
     assert sizes == ((4, 4), (3, 3)), f"w2c must be (4, 4) and K (3, 3), not {sizes[0]}, {sizes[1]}"
-    assert background is None or background.shape == (C,), f"background must be ({C},), one value per channel of the features"
-    assert height > 0 and width > 0 and max_elements != 0, "height, width and max_elements must be at least 1"
+    assert background is None or background.shape == (C,), f"background must be ({C},), a value per channel"
+    most = 1 if max_elements is None else max_elements
+    assert min(height, width, most) > 0, "height, width and max_elements must be at least 1"
 
 
 def check_operator_arguments(means, index, weight, mask, height, width):
@@ -554,9 +589,10 @@ def splat_covariance(
     z: Tensor,  # (G,)
     W: Tensor,  # (3, 3) rows K R and R_z
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sigma_2d = J Sigma J' = ((a, b), (b, c)) in px^2. A step d in the world moves the pixel by J d, J = (K R - s R_z) / z."""
-    # V = W Sigma W' is linear in Sigma, and W is common to all: one product with a (6, 9) matrix gives the six different
-    # entries of every V. What then depends on the single Gaussian, s and z, is a few differences.
+    """Sigma_2d = J Sigma J' = ((a, b), (b, c)) in px^2. A step d in the world moves the pixel by J d, J = (K R - s
+    R_z) / z."""
+    # V = W Sigma W' is linear in Sigma, and W is common to all: one product with a (6, 9) matrix gives the six
+    # different entries of every V. What then depends on the single Gaussian, s and z, is a few differences.
     i, j = torch.triu_indices(3, 3, device=W.device)
     products = (W[i, :, None] * W[j, None] + W[j, :, None] * W[i, None]) / 2  # (6, 3, 3)
     xx, xy, xz, yy, yz, zz = products.flatten(1) @ covariances.flatten(1).T
@@ -569,7 +605,8 @@ def splat_covariance(
 
 @torch.no_grad()
 def reached_pixels(columns: Tensor, height: int, width: int) -> Tensor:
-    """First x, y and last x, y of the pixels where alpha >= MIN_ALPHA, (4, G) int32; last < first where there is none."""
+    """First x, y and last x, y of the pixels where alpha >= MIN_ALPHA, (4, G) int32; last < first where there is
+    none."""
     l11, l21, l22, lo = columns[4:]
     mean, end = columns[:2] + columns[2:4], columns.new_tensor([[width - 1], [height - 1]])
     # (l11 dx + l21 dy)^2 + (l22 dy)^2 <= reach^2 is an ellipse; these are half its width and half its height.
@@ -581,7 +618,7 @@ def reached_pixels(columns: Tensor, height: int, width: int) -> Tensor:
     return torch.where(hit, torch.cat([first, last]), columns.new_tensor([[0.0], [0], [-1], [-1]])).int()
 
 
-# ------------------------------------------------------------------------------------------------ the lists of the blocks
+# ---------------------------------------------------------------------------------------------- the lists of the blocks
 
 
 class Blocks(NamedTuple):
@@ -617,11 +654,12 @@ def reached_blocks(
 
 
 def list_lengths(boxes: Tensor, rows: int, columns: int) -> Tensor:
-    """How many of the boxes (4, G) hold each block, (rows, columns). A box is +1 and -1 at its corners, summed up twice."""
-    x0, y0, x1, y1 = boxes.long()
+    """How many of the boxes (4, G) hold each block, (rows, columns). A box is +1 and -1 at its corners, summed up
+    twice."""
+    x0, y0, x1, y1 = boxes
     corners = torch.zeros((rows + 1) * (columns + 1), dtype=torch.int32, device=boxes.device)
     for y, x, sign in ((y0, x0, 1), (y0, x1 + 1, -1), (y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)):
-        corners.index_add_(0, y * (columns + 1) + x, corners.new_full((1,), sign).expand(len(x)))
+        corners.index_add_(0, (y * (columns + 1) + x).long(), corners.new_full((1,), sign).expand(len(x)))
     return corners.view(rows + 1, columns + 1).cumsum(0).cumsum(1)[:rows, :columns]
 
 
@@ -672,7 +710,8 @@ class BlockLists:
         nth = torch.arange(len(which), dtype=torch.int32, device=which.device)
         nth -= (count.cumsum(0) - count).int().index_select(0, which)  # 0, 1, ... within a box, row by row
         across = across.index_select(0, which)
-        block = (y0 * columns + x0).index_select(0, which) + nth + nth.div(across, rounding_mode="floor") * (columns - across)
+        first, row = (y0 * columns + x0).index_select(0, which), nth.div(across, rounding_mode="floor")
+        block = first + nth + row * (columns - across)
         by_block = block.sort(stable=True).indices  # stable, so every list stays nearest first
         gaussian = self.order.int().index_select(0, which.index_select(0, by_block))
         y, x = (start + n / 2 for start, n in zip(self.blocks[:2], self.blocks.shape))
@@ -681,7 +720,7 @@ class BlockLists:
         return Band(slice(top, bottom), centre, start, lengths, torch.cat([gaussian, gaussian[-1:]]))
 
 
-# ------------------------------------------------------------------------------------------------ compositing, continued
+# ----------------------------------------------------------------------------------------------- compositing, continued
 
 
 class Step(NamedTuple):
@@ -694,14 +733,10 @@ class Step(NamedTuple):
     rows: Tensor  # (B, S, 8 + E) their rows of the table
     columns: Tensor  # (8, S, B) the first 8 of them once more
     weight: Tensor  # (S, B, P) w = alpha T
-    light: Tensor | None = None  # (B, P) T before the first of them; this and the next for the backward pass
-    room: Tensor | None = None  # (S, B, P) from alpha up to MAX_ALPHA, not positive where it was clamped
-
-
-def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
-    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
-    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
+    # For the backward pass:
+    light: Tensor | None = None  # (B, P) T before the first of them
+    opaque: tuple | None = None  # (k, b), n of each, or everything: where Gaussians may have been clamped
+    clamped: Tensor | None = None  # (n, P) where they were
 
 
 def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -715,7 +750,8 @@ def all_channels(
     features: Tensor,  # (G, C)
     max_elements: int,
 ) -> Tensor:
-    """sum_k w_k f_k, (blocks, C, P): for each block one product of the weights (P, n) of its list with features (n, C)."""
+    """sum_k w_k f_k, (blocks, C, P): for each block one product of the weights (P, n) of its list with features (n,
+    C)."""
     P, C, blocks = weights.shape[1], features.shape[1], len(band.lengths)
     out = features.new_empty(blocks, P, C)
     if not C:
@@ -733,10 +769,14 @@ def all_channels(
 
 
 def gradients(lists: BlockLists, max_elements, saved, grads, needed):
-    """dL/d table, few and many of `Composite`. A table that needs none, as where geometry is frozen, saves most of it."""
+    """dL/d table, few and many of `Composite`. A table that needs none, as where geometry is frozen, saves most of
+    it."""
     (table, features, *images), (geometry, _, many), shape = saved, needed, lists.blocks.shape
-    E, C, pixels = table.shape[1] - 8, features.shape[1], monomials(shape, table)
-    # Of the whole row, geometry and few; index_add_ is twice as fast with 16 columns or more, 20 times slower with int32.
+    E, C = table.shape[1] - 8, features.shape[1]
+    # ln 2 times 1, x, y, x^2, xy, y^2
+    powers = math.log(2) * monomials(shape, table) / table.new_tensor([[1], [-2], [-2], [-1], [-2], [-1]])
+    # Of the whole row, geometry and few; index_add_ is twice as fast with 16 columns or more, 20 times slower with
+    # int32.
     grad_row = table.new_zeros(len(table), max(16, 8 + E))
     grad_features = torch.zeros_like(features) if many else None
     for band in lists:
@@ -756,7 +796,7 @@ def gradients(lists: BlockLists, max_elements, saved, grads, needed):
                 if many:
                     grad_features.index_add_(0, gaussian, (step.weight[:, part].transpose(0, 1) @ g.mT).flatten(0, 1))
             if geometry:
-                rows[..., 2:8] = column_gradients(step, slopes(step, h, behind), pixels).permute(2, 1, 0)
+                rows[..., 2:8] = column_gradients(step, slopes(step, h, behind), powers).permute(2, 1, 0)
             grad_row.index_add_(0, ids.flatten(), rows.flatten(0, 1))
     return grad_row[:, :8] if geometry else None, grad_row[:, 8 : 8 + E], grad_features
 
@@ -768,7 +808,8 @@ def slopes(
 ) -> Tensor:
     """alpha_k dL/d alpha_k (S, B, P), which is dL/d log2 alpha_k but for a factor ln 2; in place of the weights.
 
-    As w_j = alpha_j T_j and every T_j behind k has the factor 1 - alpha_k, it is w_k (h_k - sum_{j>k} w_j h_j / T_{k+1}).
+    As w_j = alpha_j T_j and every T_j behind k has the factor 1 - alpha_k, it is w_k (h_k - sum_{j>k} w_j h_j /
+    T_{k+1}).
     """
     left = behind.index_select(0, step.blocks)
     light = step.light.clamp_(min=MIN_LIGHT)  # where a pixel has stopped, w is 0, and this must only not be 0
@@ -777,23 +818,30 @@ def slopes(
         light.sub_(w)
         w.mul_(h.addcdiv_(left, light, value=-1))  # left / light: what the light behind k brings, on average
     behind.index_copy_(0, step.blocks, left)
-    return where_positive_(step.weight, step.room)  # a clamped alpha does not change
+    step.weight[step.opaque] *= ~step.clamped  # a clamped alpha does not change
+    return step.weight
 
 
-def column_gradients(step: Step, slope: Tensor, pixels: Tensor) -> Tensor:
-    """dL/d columns of the table (8, S, B) from the `slopes` (S, B, P), by way of the coefficients of `polynomial`."""
-    one, x, y, xx, xy, yy = math.log(2) * (pixels @ slope.flatten(0, 1).T).view(6, *slope.shape[:2])
-    x, y, xx, xy, yy = x / -2, y / -2, -xx, xy / -2, -yy
-    dx, dy = step.centre[:, None] - step.columns[:2] - step.columns[2:4]
+def column_gradients(step: Step, slope: Tensor, powers: Tensor) -> Tensor:
+    """dL/d columns 2-7 of the table (6, S, B) from the `slopes` (S, B, P); the whole pixels in the first two are
+    constants.
+
+    log2 alpha is lo - u^2 - v^2, u = l11 dx + l21 dy, v = l22 dy. Its derivatives are made of u, v, u dx, u dy and
+    v dy, whose sums over the pixels of a block follow from the sums of slope times 1, x, y, x^2, xy, y^2.
+    """
+    one, x, y, xx, xy, yy = (powers @ slope.flatten(0, 1).T).view(6, *slope.shape[:2])
     l11, l21, l22, _ = step.columns[4:]
+    dx, dy = step.centre[:, None] - step.columns[:2] - step.columns[2:4]  # to the block's centre, from where x, y count
     u, v = l11 * dx + l21 * dy, l22 * dy
     sum_u, sum_v = u * one + l11 * x + l21 * y, v * one + l22 * y
-    ux, uy, vy = u * x + l11 * xx + l21 * xy, u * y + l11 * xy + l21 * yy, v * y + l22 * yy
-    gx, gy = 2 * l11 * sum_u, 2 * (l21 * sum_u + l22 * sum_v)
-    return torch.stack([gx, gy, -2 * (ux + dx * sum_u), -2 * (uy + dy * sum_u), -2 * (vy + dy * sum_v), one])
+    u_dx = dx * sum_u + u * x + l11 * xx + l21 * xy
+    u_dy = dy * sum_u + u * y + l11 * xy + l21 * yy
+    v_dy = dy * sum_v + v * y + l22 * yy
+    mean_x, mean_y = 2 * l11 * sum_u, 2 * (l21 * sum_u + l22 * sum_v)
+    return torch.stack([mean_x, mean_y, -2 * u_dx, -2 * u_dy, -2 * v_dy, one])
 
 
-# ------------------------------------------------------------------------------------------------ the operator, continued
+# ---------------------------------------------------------------------------------------------- the operator, continued
 
 
 def token_weights(
@@ -804,13 +852,15 @@ def token_weights(
     row: Tensor,  # (blocks, P) int64, the row of the result that it counts for
     max_elements: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sums of share_p A_pt over the valid pixels p of each row, as row, column, value; and which are valid (blocks, P)."""
+    """The sums of share_p A_pt over the valid pixels p of each row, as row, column, value; and which are valid
+    (blocks, P)."""
     (table, z, box, height, width), (index, weight, tokens), columns = view, lift, len(blocks.left)
     most = 32 * max_elements // share.shape[1], 16 * max_elements // max(1, tokens)
     valid, found = torch.empty_like(share, dtype=torch.bool), []
     for band in BlockLists(box, z, blocks, height, width, *most):
         here = slice(band.rows.start * columns, band.rows.stop * columns)
-        # alpha(p), by which every weight is divided, is known only at the end of a list: the weights are kept until then.
+        # alpha(p), by which every weight is divided, is known only at the end of a list: the weights are kept until
+        # then.
         alpha, kept = torch.zeros_like(share[here]), []
         for step in walk(table, band, blocks.shape, max_elements):
             alpha.index_add_(0, step.blocks, step.weight.sum(0))
@@ -830,7 +880,8 @@ def token_weights(
 
 
 def row_weights(kept, sums: Tensor, max_elements: int):
-    """(Rows x Gaussians), a part at a time: sum_p of each row's share_p w_pk / alpha_p (B, R, S); block (B,), Gaussian (B, S)."""
+    """(Rows x Gaussians), a part at a time: sum_p of each row's share_p w_pk / alpha_p (B, R, S); block (B,),
+    Gaussian (B, S)."""
     if kept:
         blocks, ids = (torch.cat(x) for x in zip(*(step[:2] for step in kept)))
         c = torch.cat([sums.index_select(0, b) @ w.permute(1, 2, 0) for b, _, w in kept])
@@ -842,11 +893,11 @@ def sums_by_row(
     share: Tensor,  # (blocks, P)
     row: Tensor,  # (blocks, P) int64
 ) -> tuple[Tensor, Tensor]:
-    """The different rows that each block's pixels count for (blocks, R), and the matrices (blocks, R, P) that sum share_p
-    over each. A block of fewer than R rows names its first one again, for sums of nothing."""
+    """The different rows that each block's pixels count for (blocks, R), and the matrices (blocks, R, P) that sum
+    share_p over each. A block of fewer than R rows names its first one again, for sums of nothing."""
     ordered, place = row.sort(1)
     first_of_its_row = ordered.diff(dim=1, prepend=ordered[:, :1]) != 0
-    nth = torch.empty_like(row).scatter_(1, place, first_of_its_row.cumsum(1))  # of a pixel's row among the block's rows
+    nth = torch.empty_like(row).scatter_(1, place, first_of_its_row.cumsum(1))  # which of the block's rows it is
     each = torch.arange(int(nth.max()) + 1, device=row.device)
     rows = row[:, :1].repeat(1, len(each)).scatter_(1, nth, row)
     return rows, share[:, None] * (nth[:, None] == each[:, None])
@@ -864,7 +915,8 @@ def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -
 
 
 def save_operator(operator: SplatOperator, path: str | Path, dtype: torch.dtype) -> None:
-    """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length, bfloat16 training by 2e-3."""
+    """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length, bfloat16 training by
+    2e-3."""
     stored = {"valid": operator.valid}
     for name, matrix in zip("SLM", operator):
         row, column = matrix.indices()
@@ -882,7 +934,8 @@ def load_operator(path: str | Path) -> SplatOperator:
         with safe_open(path, "pt") as file:
             about, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); remove it, it can be computed again") from None
+        what = f"{path}: not a whole safetensors file ({error})"
+        raise ValueError(f"{what}; remove it, it can be computed again") from None
     if about.get("format") != OPERATOR_FORMAT:
         found = f"{about.get('format')!r} where {OPERATOR_FORMAT!r} is read"
         raise ValueError(f"{path}: {found}; remove it, it can be computed again")
@@ -894,7 +947,7 @@ def load_operator(path: str | Path) -> SplatOperator:
     return SplatOperator(*matrices, stored["valid"])
 
 
-# ------------------------------------------------------------------------------------------------ .ply files
+# ----------------------------------------------------------------------------------------------------------- .ply files
 
 
 PLY_FIELDS = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
@@ -912,7 +965,7 @@ def rotation_to_quaternion(
         [c - g, b + d, 1 - a + e - i, f + h],
         [d - b, c + g, f + h, 1 - a - e + i],
     ]
-    Q = np.moveaxis(np.array(rows), 2, 0)  # 4 q q': every row is a multiple of q; the one with the largest diagonal is safe
+    Q = np.moveaxis(np.array(rows), 2, 0)  # 4 q q': each row is a multiple of q, and that of the largest diagonal safe
     best = Q[np.arange(len(Q)), Q.diagonal(0, 1, 2).argmax(1)]
     return best / np.linalg.norm(best, axis=1, keepdims=True)
 
@@ -927,7 +980,7 @@ def save_ply(
     means, cov, opacity, colours = (x.detach().cpu().double().numpy() for x in parts)
     assert colours.shape == means.shape, f"colours must be (G, 3) like the means, not {colours.shape}"
     variance, axes = np.linalg.eigh(cov)
-    axes[..., 0] *= np.sign(np.linalg.det(axes))[:, None]  # a reflected frame has no quaternion; either sign of an axis serves
+    axes[..., 0] *= np.sign(np.linalg.det(axes))[:, None]  # a reflected frame has no quaternion; an axis has no sign
     opacity = opacity.clip(1e-6, 1 - 1e-6)
     logit, log_scale = np.log(opacity / (1 - opacity))[:, None], 0.5 * np.log(variance.clip(1e-20))
     normals, harmonics = 0 * means, (colours - 0.5) / SH_C0
@@ -999,8 +1052,12 @@ def psnr(guess: Tensor, truth: Tensor) -> float:  # of values in [0, 1]
 
 @torch.no_grad()
 def geometry_carries(gaussians, colours: Tensor, triplet: Triplet) -> tuple[float, float]:
-    """The PSNR of the splatted context colours (G, 3) against the target, and that of the target's mean colour, where the
-    Gaussians cover it. A geometry carries only where the first is the larger one: wrong poses or depths are found so."""
+    """The PSNR of the splatted context colours (G, 3) against the target, and that of the target's mean colour, where
+    the Gaussians cover it. A geometry carries only where the first is the larger one.
+
+    With the tiny MVSplat it was larger in all triplets of two built-in rooms and of two real scenes (by 3 to 16), in
+    8 of 12 of two scenes of single objects (by 1 to 6), and in 16 of 36 with the two context cameras exchanged.
+    """
     image, covered = divide_by_alpha(render_target(gaussians, colours, triplet))
     truth = triplet.images[2].permute(1, 2, 0)
     if not covered.any():
@@ -1014,23 +1071,12 @@ def warning_of(scores: list[tuple[float, float]]) -> str | None:
     if not bad:
         return None
     ours, mean = (sum(column) / len(bad) for column in zip(*bad))
-    return (f"warning: in {len(bad)} of {len(scores)} triplets the splatted context views are no nearer to the target than its mean "
-            f"colour (psnr {ours:.1f} against {mean:.1f}): the geometry carries nothing there. Look at the poses and at the depth "
-            "range (--near --far), or try another --geometry")
+    return (f"warning: in {len(bad)} of {len(scores)} triplets the splatted context views are no nearer to the target "
+            f"than its mean colour (psnr {ours:.1f} against {mean:.1f}): the geometry carries nothing there. "
+            "Look at the poses and at the depth range (--near --far), or try another --geometry")
 
 
-def warning_of(scores: list[tuple[float, float]]) -> str | None:
-    """One line where the results of `geometry_carries` say that the geometry of some triplets cannot be used."""
-    bad = [(ours, mean) for ours, mean in scores if ours <= mean]
-    if not bad:
-        return None
-    ours, mean = (sum(column) / len(bad) for column in zip(*bad))
-    return (f"warning: in {len(bad)} of {len(scores)} triplets the splatted context views are no nearer to the target than its mean "
-            f"colour (psnr {ours:.1f} against {mean:.1f}): the geometry carries nothing there. Look at the poses and at the depth "
-            "range (--near --far), or try another --geometry")
-
-
-# ------------------------------------------------------------------------------------------------ a flight, animated
+# --------------------------------------------------------------------------------------------------- a flight, animated
 
 
 def between(a: Tensor, b: Tensor, count: int) -> Tensor:
@@ -1055,7 +1101,7 @@ def film(path: Path, gaussians, colours: Tensor, poses: Tensor, K: Tensor, heigh
     renders = [rasterize(*scene, w2c, K, height, width) for w2c in tqdm(views, desc="flight", leave=False)]
     depths = torch.stack([(r.depth * (r.alpha >= COVERED)).cpu() for r in renders])
     some = depths[:: 1 + len(depths) // 8, ::4, ::4]  # one range of depths for the whole film
-    frames, zoom = [], max(1, round(320 / width))  # enlarged only now: closer up, one Gaussian a pixel is a grid of dots
+    frames, zoom = [], max(1, round(320 / width))  # enlarged only now: seen closer, Gaussians are a grid of dots
     for render, depth in zip(renders, depths):
         pair = torch.cat([render.features.permute(2, 0, 1).cpu(), data.colour_depth(depth, some)], 2).clamp(0, 1)
         pixels = (pair * 255).byte().permute(1, 2, 0).contiguous().numpy()
@@ -1076,10 +1122,11 @@ def fly(scenes, args) -> Path:
         raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use mvsplat")
     with torch.no_grad():
         gaussians, colours = reconstruct(args.geometry, t, net)
-    return film(Path(args.out) / "flight.webp", gaussians, colours, between(*t.c2w[:2], 48), t.K[2], *t.images.shape[-2:])
+    poses, size = between(*t.c2w[:2], 48), t.images.shape[-2:]
+    return film(Path(args.out) / "flight.webp", gaussians, colours, poses, t.K[2], *size)
 
 
-# ------------------------------------------------------------------------------------------------ the picture
+# ---------------------------------------------------------------------------------------------------------- the picture
 
 
 @torch.no_grad()
@@ -1099,7 +1146,8 @@ def novel_view(scene, indices, vit, net, args):
     seen = covered["mvsplat"]
     everywhere = torch.stack(list(covered.values())).all(0)
     if not everywhere.any():
-        raise ValueError(f"{scene.name}: the splatted views cover nothing of the target; depth range taken: {scene.depth_range}")
+        raise ValueError(f"{scene.name}: the splatted views cover nothing of the target; "
+                         f"depth range taken: {scene.depth_range}")
     scores = {name: psnr(image[everywhere], truth[everywhere]) for name, image in images.items()}
     scores["mean colour"] = psnr(truth[everywhere].mean(0), truth[everywhere])
     blended = semantic_blend(rendered, t.masks[2], valid=seen)
@@ -1124,20 +1172,22 @@ def show(scenes, args) -> None:
     baseline = mean.pop("mean colour")
     answer = ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
     print(f"psnr where all cover the target: {answer} (mean colour {baseline:.1f})  ->  {path}")
+    if warning := warning_of([(score["mvsplat"], score["mean colour"]) for score in scores]):
+        print(warning)
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def parse(argv):
     data, _ = companions()
-    parser = argparse.ArgumentParser(description="Splat two views into a third: a picture of held-out triplets, or a flight.")
-    data.scene_flags(parser, "out/03_splat")
+    parser = argparse.ArgumentParser(description="Splat two views into a third: a picture, or a flight.")
+    data.scene_flags(parser, "out/03_splat", view_memory=0)
     parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny', a published name, a file or folder")
-    parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights: 'tiny', re10k.ckpt, or what 04 has fine-tuned")
-    parser.add_argument("--flight", action="store_true", help="fly between two views of a held-out scene, as an animated picture")
+    parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights: 'tiny', re10k.ckpt, or fine-tuned by 04")
+    parser.add_argument("--flight", action="store_true", help="animated, between two views of a held-out scene")
     parser.add_argument("--geometry", choices=("mvsplat", "depth"), default="mvsplat", help="whose Gaussians fly")
-    parser.add_argument("--pixels", type=data.positive, default=96 * 128, help="pixels a view; lower it when memory runs out")
+    parser.add_argument("--pixels", type=data.positive, default=96 * 128, help="pixels a view; fewer need less memory")
     return parser.parse_args(argv)
 
 

@@ -295,20 +295,6 @@ def segmentation_probe(tokens: Features, truth, val_tokens: Features, val_truth,
 # ------------------------------------------------------------------------------------------------ 6. Correspondence
 
 
-class Pair(NamedTuple):
-    a: int  # index into Views
-    b: int
-    angle: float  # degrees that the camera turns between them
-    measured: bool  # both have depth, so errors are exact; else they are distances from epipolar lines
-
-
-class Matches(NamedTuple):
-    a: Tensor  # (M, 2) pixels of view a
-    b: Tensor  # (M, 2) pixels of view b
-    error: Tensor  # (M,) pixels
-    by_chance: Tensor  # (M,) the same when the matched points are paired at random
-
-
 def sample_points(tokens: Tensor, depth: Tensor):
     """Points where features are matched, four a patch's side: pixel centres (M, 2) x y, features (M, C), depth (M,).
 
@@ -346,6 +332,7 @@ def match(a: Tensor, b: Tensor, count=MATCHES):
 
 
 def match_pair(tokens: Features, views: Views, pair: Pair, device) -> Matches:
+    """Matches of the views pair.a and pair.b, and how wrong they are; pair.measured says whether both have depth."""
     depths = [views.depth[i] if pair.measured else torch.ones(views.images.shape[2:]) for i in pair[:2]]
     (points_a, features_a, depth), (points_b, features_b, _) = (
         sample_points(tokens.patches[i].to(device).float(), z) for i, z in zip(pair[:2], depths))
@@ -404,29 +391,10 @@ def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args
     with open(out / "log.jsonl", "w") as log:
         for name, path in tqdm(models.items(), desc="models", unit="model"):
             log.write(json.dumps(dict(model=name)) + "\n")
-            results[name], chance = probe_model(path, train, val, maps, pairs, args, log)
-            if pairs:  # random pairs of the points that the first model matched
+            results[name], chance = probe_model(path, train, val, maps, pairs, args, log)  # extract, then each probe
+            if pairs:  # matches at random, of the points that the first model matched
                 results["no features"].scores.setdefault("correspondence", chance)
     return results
-
-
-def probe_model(path, train, val, maps, pairs, args, log):  # -> Probed, scores of random matches
-    frozen = lambda views: extract(path, views.images, args.layer, Path(args.out) / "features", args.device)
-    tokens, val_tokens = train and frozen(train), frozen(val)
-    scores, shown, matches, chance = {}, {}, [], None
-    for kind, (truth, val_truth) in maps.items():
-        recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log)
-        more = [not args.no_cls] if kind == "depth" else []
-        scores[kind], predict = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
-        views = shown_views(val_truth, TRUTH[kind][1])
-        shown[kind] = torch.stack(list(predict(Features(*(x[views] for x in val_tokens)))))
-    if pairs:
-        scores["correspondence"], chance, matches = correspondence(val_tokens, val, pairs, args.device)
-    if len(parts_of(path)) == 1 < len(val.images):
-        norm = nn.Identity() if args.layer == "norm" else lift.load_vit(path).norm
-        scores["place share"] = place_share(val_tokens.patches, norm)  # a prediction, see the workshop
-    drawn = val_tokens.patches[views_of_features(val, pairs)].float()
-    return Probed(scores, shown, [matches[n] for n in shown_pairs(pairs)], drawn), chance
 
 
 def table(scores: dict, columns):
@@ -454,6 +422,7 @@ class Rows:
     def __init__(self, path, shape, dtype):
         self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
         self.bytes = math.prod(self.shape[1:]) * self.dtype.itemsize  # of a row
+        self.facts = {}  # what `once` has found
 
     def __len__(self):
         return self.shape[0]
@@ -464,6 +433,8 @@ class Rows:
     def __getitem__(self, which) -> Tensor:
         # Mapped anew each time, because pages of a mapping that stays open count as memory of the process.
         mapped = np.memmap(self.path, self.dtype, "r", shape=self.shape)
+        plain = lambda x: x.numpy() if isinstance(x, Tensor) else x  # NumPy takes a tensor of one index for a number
+        which = tuple(map(plain, which)) if isinstance(which, tuple) else plain(which)
         return torch.from_numpy(np.array(mapped[which]))
 
     def whole_rows(self):
@@ -486,6 +457,14 @@ class SideBySide(Rows):
 
     def __getitem__(self, which):
         return torch.cat([x[which] for x in self.parts], -1)
+
+
+def once(array, name, find):
+    """What find() gives. It looks at all of an array, which takes long for one on disk, so that is done only once."""
+    facts = getattr(array, "facts", {})
+    if name not in facts:
+        facts[name] = find()
+    return facts[name]
 
 
 def on_disk(stem, columns, count, make, what) -> dict:
@@ -697,14 +676,9 @@ def open_split(args):
     return [scenes[0].subset([i for i in range(len(scenes[0])) if i not in hidden])], [scenes[0].subset(hidden)]
 
 
-def views_with_truth(truth, unknown) -> Tensor:
-    """Indices of the views of which something is known. Arrays on disk are searched once."""
-    known = getattr(truth, "known", None)
-    if known is None:
-        known = torch.tensor([i for i, view in enumerate(truth) if (view != unknown).any()], dtype=torch.long)
-    if isinstance(truth, Rows):
-        truth.known = known
-    return known
+def views_with_truth(truth, unknown) -> Tensor:  # indices of the views of which something is known
+    find = lambda: torch.tensor([i for i, view in enumerate(truth) if (view != unknown).any()], dtype=torch.long)
+    return once(truth, "known", find)
 
 
 def truths(train: Views | None, val: Views) -> dict:  # {probe: its maps of both splits}, where both know something
@@ -713,6 +687,20 @@ def truths(train: Views | None, val: Views) -> dict:  # {probe: its maps of both
 
 
 # ------------------------------------------------------------------------------------------------ pairs of views
+
+
+class Pair(NamedTuple):
+    a: int  # index into Views
+    b: int
+    angle: float  # degrees that the camera turns between them
+    measured: bool  # both have depth, so errors are exact; else they are distances from epipolar lines
+
+
+class Matches(NamedTuple):
+    a: Tensor  # (M, 2) pixels of view a
+    b: Tensor  # (M, 2) pixels of view b
+    error: Tensor  # (M,) pixels
+    by_chance: Tensor  # (M,) the same when the matched points are paired at random
 
 
 def has_depth(views: Views, i) -> bool:  # enough of it to match points by
@@ -869,7 +857,8 @@ def spread_tokens(x, count=2**16) -> Tensor:
 
 
 def pixels_of_classes(labels) -> Tensor:  # (I, H, W) -> how many pixels each class id has, unknown ones left out
-    return sum(view[view != 255].long().bincount(minlength=NO_CLASS) for view in labels)
+    count = lambda view: view[view != 255].long().bincount(minlength=NO_CLASS)
+    return once(labels, "classes", lambda: sum(map(count, labels)))
 
 
 def class_count(*labels):  # one more than the largest id
@@ -884,13 +873,32 @@ class Probed(NamedTuple):
     tokens: Tensor | None  # (4, h, w, C) of the shown views
 
 
+def probe_model(path, train, val, maps, pairs, args, log):  # -> Probed, scores of random matches
+    frozen = lambda views: extract(path, views.images, args.layer, Path(args.out) / "features", args.device)
+    tokens, val_tokens = train and frozen(train), frozen(val)
+    scores, shown, matches, chance = {}, {}, [], None
+    for kind, (truth, val_truth) in maps.items():
+        recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log)
+        more = [not args.no_cls] if kind == "depth" else []
+        scores[kind], predict = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
+        views = shown_views(val_truth, TRUTH[kind][1])
+        shown[kind] = torch.stack(list(predict(Features(*(x[views] for x in val_tokens)))))
+    if pairs:
+        scores["correspondence"], chance, matches = correspondence(val_tokens, val, pairs, args.device)
+    if len(parts_of(path)) == 1 < len(val.images):
+        norm = nn.Identity() if args.layer == "norm" else lift.load_vit(path).norm
+        scores["place share"] = place_share(val_tokens.patches, norm)  # a prediction, see the workshop
+    drawn = val_tokens.patches[views_of_features(val, pairs)].float()
+    return Probed(scores, shown, [matches[n] for n in shown_pairs(pairs)], drawn), chance
+
+
 def baseline(maps: dict) -> dict:
     """Scores without looking at an image: the mean depth, mean normal and most frequent class of the training views."""
     scores = {}
     for name, (truth, val) in maps.items():
         if name == "depth":
-            mean = sum(z.double().sum() for z in truth) / sum((z > 0).sum() for z in truth)
-            scores[name] = depth_metrics(mean.float().expand(val.shape), val)
+            total, known = sum(torch.stack([z.double().sum(), (z > 0).sum().double()]) for z in truth)
+            scores[name] = depth_metrics((total / known).float().expand(val.shape), val)
         elif name == "normals":
             mean = F.normalize(sum(n.float().sum((0, 1)) for n in truth), dim=0)
             scores[name] = normal_metrics(mean.expand(val.shape), val)

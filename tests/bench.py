@@ -72,7 +72,7 @@ def measure_garden(method, backward, rounds):
 
 def alpha_pixel_by_pixel():
     """rasterize without the polynomial: the distance to the mean, its quadratic form and exp for every pixel and Gaussian."""
-    def make_step(table, band, blocks, centre, place, light, pixels, buffers):
+    def make_step(table, band, blocks, centre, place, light, pixels, buffer, backward):
         ids = band.gaussian.index_select(0, place.flatten())
         rows = table.index_select(0, ids).view(*place.shape, -1)
         columns = rows[..., :8].permute(2, 1, 0)[..., None]
@@ -323,13 +323,8 @@ def step_section(preset, rounds, device, folder):
         distill.objective(student, teacher, seen[valid].requires_grad_(), goal[valid], args)[0].backward()
 
     def step():
-        images, teach = source.teach(teacher, *place, seed=0)
         optimiser.zero_grad(set_to_none=True)
-        with torch.no_grad(), autocast():
-            goal, valid = teach()
-        with autocast():
-            seen = student(images[2:])[0]
-        distill.objective(student, teacher, seen[valid], goal[valid], args)[0].backward()
+        distill.learn([source.sample(*place, seed=0)], student, teacher, args)
         optimiser.step()
 
     measure = lambda function, n=rounds: median_ms(function, n, device)
@@ -342,7 +337,7 @@ def step_section(preset, rounds, device, folder):
         "student, forward + backward": measure(learn),
         "head and loss, forward + backward": measure(head)}
     needed = sum(parts.values())
-    parts |= {"images and operator from disk": measure(lambda: source.teach(teacher, *place, seed=0)), "operator on tokens": measure(lambda: operator(tokens)),
+    parts |= {"images and operator from disk": measure(lambda: source.sample(*place, seed=0)), "operator on tokens": measure(lambda: operator(tokens)),
               "Adam": measure(optimiser.step)}
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"a step of preset {preset} on {name}: {grid[0]}x{grid[1]} tokens, {args.prototypes} prototypes; median of {rounds}\n\n| part | ms |\n|---|---|")

@@ -1,8 +1,8 @@
-"""What 03_splat.rasterize is measured against: the standard PyTorch formulation, a textbook chunked one, and the scene for both.
+"""What 03_splat.rasterize is measured against: the standard PyTorch formulation, a textbook one, and their scene.
 
-`standard` is written after gsplat's `_torch_impl.py`: find all (pixel, Gaussian) pairs tile by tile without gradient, then
-gather them, a segmented product for the light, and index_add_. `textbook` is what one writes next: 8x8 tiles in batches, chunks
-of 32 Gaussians, torch.where and cumprod. Both project in float32 and return (H, W, C).
+`standard` is written after gsplat's `_torch_impl.py`: find all (pixel, Gaussian) pairs tile by tile without gradient,
+then gather them, a segmented product for the light, and index_add_. `textbook` is what one writes next: 8x8 tiles in
+batches, chunks of 32 Gaussians, torch.where and cumprod. Both project in float32 and return (H, W, C).
 """
 
 import math
@@ -25,11 +25,13 @@ def pixel_aligned(height, width, C, seed=0):
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     focal = 0.75 * width
     K = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]).double()
-    room = [((-3.0, -1.3, -3.0), (3.0, 1.3, 3.0)), ((-2.4, 0.2, 0.8), (-0.8, 1.3, 2.0)), ((0.6, 0.5, 0.4), (1.8, 1.3, 1.4)),
+    room = [((-3.0, -1.3, -3.0), (3.0, 1.3, 3.0)), ((-2.4, 0.2, 0.8), (-0.8, 1.3, 2.0)),
+            ((0.6, 0.5, 0.4), (1.8, 1.3, 1.4)),
             ((1.9, -0.9, 2.0), (2.9, 1.3, 2.8)), ((-0.5, 0.1, 2.2), (0.4, 1.3, 2.9))]
     y, x = torch.meshgrid(torch.arange(height).double() + 0.5, torch.arange(width).double() + 0.5, indexing="ij")
     parts, poses = [], []
-    for eye, at in (((-0.5, 0, -2.4), (0, 0.2, 1)), ((0.5, -0.1, -2.3), (0.1, 0.2, 1)), ((0.05, -0.05, -2.35), (0.05, 0.2, 1))):
+    for eye, at in (((-0.5, 0, -2.4), (0, 0.2, 1)), ((0.5, -0.1, -2.3), (0.1, 0.2, 1)),
+                    ((0.05, -0.05, -2.35), (0.05, 0.2, 1))):
         eye, at = torch.tensor(eye).double(), torch.tensor(at).double()
         ahead = torch.nn.functional.normalize(at - eye, dim=0)
         right = torch.nn.functional.normalize(torch.linalg.cross(torch.tensor([0, 1.0, 0]).double(), ahead), dim=0)
@@ -42,19 +44,21 @@ def pixel_aligned(height, width, C, seed=0):
             a, b = ((torch.tensor(side).double() - eye) / ray for side in (low, high))
             near, far = torch.minimum(a, b).amax(-1), torch.maximum(a, b).amin(-1)
             depth = torch.minimum(depth, far if i == 0 else torch.where((near < far) & (near > 0), near, math.inf))
-        noise = torch.nn.functional.interpolate(rand(1, 1, height // 24 + 2, width // 24 + 2), (height, width), mode="bicubic")[0, 0]
+        coarse = rand(1, 1, height // 24 + 2, width // 24 + 2)
+        noise = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0, 0]
         depth = (depth * (1 + 0.01 * noise)).flatten()
         scale = (0.5 + 14.5 * torch.sigmoid(rand(height * width, 3) - 1)) * 0.1 * depth[:, None] * 2 / focal
         frames = torch.linalg.qr(rand(4096, 3, 3))[0][torch.arange(height * width) % 4096]  # 4096 orientations will do
         root = frames * scale[:, None]
-        parts.append((eye + ray.view(-1, 3) * depth[:, None], root @ root.mT, torch.sigmoid(0.9 + 1.3 * rand(height * width))))
+        parts.append((eye + ray.view(-1, 3) * depth[:, None], root @ root.mT,
+                      torch.sigmoid(0.9 + 1.3 * rand(height * width))))
     means, cov, opacity = (torch.cat([a, b]).float() for a, b in zip(*parts[:2]))
     features = torch.rand(len(means), C, generator=g)
     return [means, cov, opacity, features, torch.linalg.inv(poses[2]).float(), K.float()]
 
 
 def project(means, cov, opacity, w2c, K, height, width, tile):
-    """Mean (G', 2), inverse covariance (G', 3), opacity and row of what is seen, nearest first, and its 3 sigma box of tiles."""
+    """Mean (G', 2), inverse covariance (G', 3), opacity and row of what is seen, nearest first; its box of tiles."""
     p = means @ w2c[:3, :3].T + w2c[:3, 3]
     rows = ((p[:, 2] > 0.01) & (opacity >= 1 / 255)).nonzero()[:, 0]
     rows = rows[p[rows, 2].argsort(stable=True)]
@@ -70,9 +74,11 @@ def project(means, cov, opacity, w2c, K, height, width, tile):
     mean = torch.stack([fx * x / z + K[0, 2], fy * y / z + K[1, 2]], 1)
     radius = (3.33 * torch.stack([a, c], 1).sqrt()).detach().ceil()  # 3.33 sigma: opacity 1 falls to 1/255
     edge = torch.tensor([-(-width // tile), -(-height // tile)])
-    low, high = (((mean.detach() + side * radius) / tile).floor().clamp(min=0).minimum(edge - on) for side, on in ((-1, 0), (1, 1)))
+    ends = ((mean.detach() + side * radius) / tile for side in (-1, 1))
+    low, high = (end.floor().clamp(min=0).minimum(edge - on) for on, end in enumerate(ends))
     off = ((mean + radius) < 0).any(1, keepdim=True)
-    return mean, torch.stack([c, -b, a], 1) / det[:, None], opacity[rows], rows, low.long(), torch.where(off, low - 1, high).long()
+    high = torch.where(off, low - 1, high)
+    return mean, torch.stack([c, -b, a], 1) / det[:, None], opacity[rows], rows, low.long(), high.long()
 
 
 def tile_lists(low, high, columns, count):
@@ -137,7 +143,8 @@ def textbook(means, cov, opacity, features, w2c, K, height, width, tile=8, chunk
             T = T[alive]
             place = start[tiles, None] + at + torch.arange(chunk)
             g = listed[place.clamp(max=len(listed) - 1)][:, None]  # (B, 1, K)
-            alpha = alphas(mean, conic, opacity, g, offset + torch.stack([tiles % columns, tiles // columns], 1)[:, None, None] * tile)
+            corner = torch.stack([tiles % columns, tiles // columns], 1)[:, None, None] * tile
+            alpha = alphas(mean, conic, opacity, g, offset + corner)
             alpha = torch.where((place < start[tiles + 1, None])[:, None] & (alpha >= 1 / 255), alpha, 0.0)
             after = T * (1 - alpha).cumprod(2)
             weight = torch.where(after > 1e-4, torch.cat([T, after[..., :-1]], 2) * alpha, 0.0)

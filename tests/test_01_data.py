@@ -1,9 +1,11 @@
-"""01_data by geometry: real scenes against independently measured figures, rooms against a float64 reference written here,
-camera models against their definition, and everything that can be wrong with a folder."""
+"""01_data by geometry: real scenes against independently measured figures, rooms against a float64 reference, camera
+models against their definition, folders as people have them, and everything that can be wrong with one."""
+import argparse
 import hashlib
 import importlib
 import json
 import math
+import re
 import shutil
 import struct
 import subprocess
@@ -39,7 +41,7 @@ def numbers(view):  # -> K, c2w in float64
     return view.K.double().numpy(), view.c2w.double().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------- scenes made by hand
+# -------------------------------------------------------------------------------------------------- scenes made by hand
 
 
 def pose(i, step=0.1):  # OpenCV camera-to-world: along x, looking along z
@@ -81,8 +83,8 @@ def only_scene(folder, **options):
 COLMAP_IDS = dict(SIMPLE_PINHOLE=0, PINHOLE=1, SIMPLE_RADIAL=2, RADIAL=3, OPENCV=4)
 
 
-def write_colmap(folder, model, params, size, names, points, poses, text=False):
-    """A COLMAP model from its format description; one camera, two 2D points an image, a track of two a point."""
+def write_colmap(folder, model, params, size, names, points, poses, text=False, shown=(1,)):
+    """A COLMAP model from its format description; one camera, a track of two a point, `shown` points in each image."""
     sparse = folder / "sparse" / "0"
     sparse.mkdir(parents=True)
     if text:
@@ -93,9 +95,13 @@ def write_colmap(folder, model, params, size, names, points, poses, text=False):
         lines = [f"{i} {' '.join(map(repr, p))} 1 2 3 0.5 1 0 2 1\n" for i, p in enumerate(points)]
         (sparse / "points3D.txt").write_text("# points\n" + "".join(lines))
         return sparse
-    camera = struct.pack("<iiQQ", 7, COLMAP_IDS.get(model, model), size[1], size[0]) + struct.pack(f"<{len(params)}d", *params)
+    camera = struct.pack("<iiQQ", 7, COLMAP_IDS.get(model, model), size[1], size[0]) + struct.pack(f"<{len(params)}d",
+                                                                                                   *params)
     (sparse / "cameras.bin").write_bytes(struct.pack("<Q", 1) + camera)
-    images = b"".join(struct.pack("<i7di", i + 1, *q, *t, 7) + n.encode() + b"\0" + struct.pack("<QddqddQ", 2, 1, 2, -1, 3, 4, 1)
+    images = b"".join(struct.pack("<i7di", i + 1, *q, *t, 7) + n.encode() + b"\0" + struct.pack("<Qddq",
+                                                                                                1 + len(shown), 1, 2,
+                                                                                                -1)
+                      + b"".join(struct.pack("<ddq", 3, 4, point) for point in shown)
                       for i, (n, (q, t)) in enumerate(zip(names, poses)))
     (sparse / "images.bin").write_bytes(struct.pack("<Q", len(names)) + images)
     tracks = b"".join(struct.pack("<Q3d3BdQ4i", i, *p, 1, 2, 3, 0.5, 2, 1, 0, 2, 1) for i, p in enumerate(points))
@@ -107,7 +113,8 @@ def small_colmap(folder, text=False, model="PINHOLE", params=(30.0, 31.0, 16.5, 
     write_scene(folder)
     (folder / "transforms.json").unlink()
     poses = [((1.0, 0.0, 0.0, 0.0), (-0.1 * i, 0.0, 0.0)) for i in range(4)]
-    return write_colmap(folder, model, params, (24, 32), [f"{i}.png" for i in range(4)], [(0.1, 0.2, 2.0)] * 60, poses, text)
+    return write_colmap(folder, model, params, (24, 32), [f"{i}.png" for i in range(4)], [(0.1, 0.2, 2.0)] * 60, poses,
+                        text)
 
 
 # ---------------------------------------------------------------------------------------------------- rooms: files
@@ -120,7 +127,8 @@ def test_same_seed_same_bytes_and_an_interrupted_call_is_completed(tmp_path):
     assert len(whole) == 1 + 2 * (1 + 1 + 5 * (1 + 3))  # rooms.json; each room: itself, transforms.json, 5 folders of 3
     assert tree(tmp_path / "b") == whole
     other = tree(tmp_path / "other")
-    assert other.keys() == whole.keys() and all(other[f] != whole[f] for f in whole if "/images/" in f or f.endswith(".json"))
+    assert other.keys() == whole.keys()
+    assert all(other[f] != whole[f] for f in whole if "/images/" in f or f.endswith(".json"))
 
     shutil.rmtree(tmp_path / "b/room_001")  # interrupted in the second room: a hidden, half-written folder is left
     (tmp_path / "b/.room_001.99/images").mkdir(parents=True)
@@ -152,27 +160,22 @@ def test_interrupted_while_writing_leaves_no_room_folder(tmp_path, monkeypatch):
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-@pytest.mark.parametrize("other", [dict(seed=1), dict(views=4), dict(size=(16, 16))])
-def test_rooms_of_other_settings_are_refused(tmp_path, other):
-    settings = dict(scenes=1, views=3, size=(12, 16), seed=0)
-    data.make_rooms(tmp_path / "a", **settings)
-    before = tree(tmp_path / "a")
-    with pytest.raises(data.DataError, match="other settings") as error:
-        data.make_rooms(tmp_path / "a", **settings | other)
-    assert "\n" not in str(error.value) and tree(tmp_path / "a") == before
-
-
-def test_rooms_are_not_written_among_other_files(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(data.DataError, match="not empty"):
-        data.make_rooms(tmp_path, scenes=1, views=3, size=(12, 16))
-    with pytest.raises(data.DataError, match="not empty"):
-        data.make_rooms(tmp_path / "thesis.txt", scenes=1, views=3, size=(12, 16))
-    assert list(tree(tmp_path)) == ["thesis.txt"]
-    for spoiled in ("", "[]", "{"):
-        (tmp_path / "rooms.json").write_text(spoiled)
-        with pytest.raises(data.DataError, match="rooms.json"):
-            data.open_scenes(tmp_path)
+@pytest.mark.parametrize("there, settings, words", [
+    (None, dict(seed=1), "other settings"), (None, dict(views=4), "other settings"),
+    (None, dict(size=(16, 16)), "other settings"),
+    ({"thesis.txt": "mine"}, {}, "not empty"), ({"rooms.json": ""}, {}, "rooms.json"),
+    ({"rooms.json": "[]"}, {}, "rooms.json")])
+def test_rooms_are_not_written_over_anything(tmp_path, there, settings, words):
+    first = dict(scenes=1, views=3, size=(12, 16), seed=0)
+    if there is None:
+        data.make_rooms(tmp_path / "a", **first)
+    for name, content in (there or {}).items():
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / name).write_text(content)
+    before = tree(tmp_path)
+    with pytest.raises(data.DataError, match=words) as error:
+        data.make_rooms(tmp_path / "a", **first | settings)
+    assert "\n" not in str(error.value) and tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("folder", ["data", "data_small"])
@@ -186,6 +189,16 @@ def test_missing_data_folders_are_filled_with_their_rooms(folder, tmp_path, monk
     assert (tmp_path / folder / "rooms.json").stat().st_mtime_ns == before  # reading writes nothing
     with pytest.raises(data.DataError, match="no such folder"):
         data.open_scenes("elsewhere")
+
+
+def test_the_file_works_alone(tmp_path):
+    shutil.copy(REPO / "01_data.py", tmp_path)
+    write_scene(tmp_path / "mine")
+    run = lambda *flags: subprocess.run([sys.executable, "01_data.py", *flags], cwd=tmp_path, capture_output=True,
+                                        text=True)
+    assert "mine: 4 views" in run("--scene_dir", "mine").stdout
+    without = run()
+    assert without.returncode == 1 and len(without.stderr.splitlines()) == 1 and "tiny/rooms.py" in without.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- rooms: truth
@@ -225,7 +238,8 @@ def reference_cast(origin, rays, room):
             offer(plane_hit(origin, rays, side * size, n), n, every, which, kind)
             wall += axis < 2
     for kind, centre, half, yaw, which, name in zip(*prims[:6]):
-        R = np.array([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])  # own axes -> world
+        # own axes -> world
+        R = np.array([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])
         for axis in range(3) if kind == room_maker.BOX else (2,) if kind == room_maker.CYLINDER else ():
             for side in (-1, 1):
                 n = side * R[:, axis]
@@ -233,7 +247,8 @@ def reference_cast(origin, rays, room):
                 with np.errstate(invalid="ignore"):
                     own = ((origin + rays * t[:, None] - centre) @ R) / half
                 others = [k for k in range(3) if k != axis]
-                within = (np.abs(own[:, others]) <= 1).all(1) if kind == room_maker.BOX else (own[:, :2] ** 2).sum(1) <= 1
+                within = (np.abs(own[:, others]) <= 1).all(1) if kind == room_maker.BOX else (own[:,
+                                                                                                  :2] ** 2).sum(1) <= 1
                 offer(t, n, within, which, name)
         if kind != room_maker.BOX:
             M = R @ np.diag(half**-2.0 * ([1, 1, 1] if kind == room_maker.SPHERE else [1, 1, 0])) @ R.T
@@ -260,8 +275,9 @@ def test_rooms_are_exact(rooms, rooms_dir, index):
         normal = normal @ frame.c2w[:3, :3]
         right = (view.mask.numpy().ravel() == instance) & (view.label.numpy().ravel() == label)
         assert (~right).sum() <= 2  # an edge that passes through a pixel's centre may round either way
-        # Stored to a millimetre and to 8 bits. Rays are cast in float32: on legs of 3 cm that adds up to 0.1 mm and half a step.
-        depth_off, normal_off = np.abs(view.depth.numpy().ravel() - t)[right], np.abs(stored - (normal + 1) * 127.5).max(1)[right]
+        # Stored to a millimetre and to 8 bits. Rays are float32, which on legs of 3 cm adds 0.1 mm and half a step.
+        depth_off = np.abs(view.depth.numpy().ravel() - t)[right]
+        normal_off = np.abs(stored - (normal + 1) * 127.5).max(1)[right]
         assert depth_off.max() < 0.6e-3 and (depth_off < 0.502e-3).mean() > 0.999
         assert normal_off.max() < 1.0 and (normal_off < 0.51).mean() > 0.998
         read = view.normal.reshape(-1, 3).double().numpy()
@@ -307,7 +323,8 @@ def inside_primitive(points, prims, k):
     x, y, z = ((points - prims.centre[k]) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])).T / prims.half[k][:, None]
     if prims.kind[k] == room_maker.BOX:
         return np.maximum.reduce(np.abs([x, y, z])) <= 1
-    return (x * x + y * y + z * z <= 1) if prims.kind[k] == room_maker.SPHERE else (x * x + y * y <= 1) & (np.abs(z) <= 1)
+    across = x * x + y * y
+    return (across + z * z <= 1) if prims.kind[k] == room_maker.SPHERE else (across <= 1) & (np.abs(z) <= 1)
 
 
 def test_rooms_are_plausible():
@@ -319,7 +336,8 @@ def test_rooms_are_plausible():
         assert np.linalg.norm(np.diff(cameras, axis=0), axis=1).max() < 0.05  # smooth
         assert (np.linalg.norm(look_at - cameras, axis=1) > 0.3).all()
         ball = np.random.default_rng(0).normal(size=(12, 3))
-        around = cameras[:, None] + 0.1 * ball / np.linalg.norm(ball, axis=1, keepdims=True)  # no wall of anything within 10 cm
+        # no wall of anything within 10 cm
+        around = cameras[:, None] + 0.1 * ball / np.linalg.norm(ball, axis=1, keepdims=True)
         for k in range(len(prims.kind)):
             assert not inside_primitive(np.concatenate([cameras, around.reshape(-1, 3)]), prims, k).any()
             c, s = abs(math.cos(prims.yaw[k])), abs(math.sin(prims.yaw[k]))
@@ -328,14 +346,16 @@ def test_rooms_are_plausible():
                 reach = np.array([c * hx + s * hy, s * hx + c * hy, hz])
             else:
                 reach = np.array([math.hypot(c * hx, s * hy), math.hypot(s * hx, c * hy), hz])
-            assert (prims.centre[k] - reach > -1e-9).all() and (prims.centre[k] + reach < size + 1e-9).all(), "outside the room"
+            low, high = prims.centre[k] - reach, prims.centre[k] + reach
+            assert (low > -1e-9).all() and (high < size + 1e-9).all(), "outside the room"
             textures[prims.label[k]].append(prims.texture[k])
         for instance in np.unique(prims.instance):
             of = prims.instance == instance
             assert len(np.unique(prims.label[of])) == 1 and instance > 6
             if prims.label[of][0] == room_maker.CLASSES.index("picture"):
                 k = np.nonzero(of)[0][0]
-                assert min(*(prims.centre[k] - 0.02)[:2], *(size - prims.centre[k] - 0.02)[:2]) < 1e-9  # its back is on the wall
+                # its back is on the wall
+                assert min(*(prims.centre[k] - 0.02)[:2], *(size - prims.centre[k] - 0.02)[:2]) < 1e-9
                 assert 0.5 < prims.centre[k][2] < 2
             else:
                 assert abs((prims.centre[of, 2] - prims.half[of, 2]).min()) < 1e-9  # stands on the floor
@@ -350,12 +370,6 @@ def test_rooms_are_plausible():
         assert np.abs(z).max() < 4.5, f"the textures of {room_maker.CLASSES[label]} are its own"
         counts = np.bincount(some[:, 0].astype(int), minlength=6)
         assert (counts > 0).all() and ((counts - len(some) / 6) ** 2 / (len(some) / 6)).sum() < 25
-
-
-def test_room_pictures_are_lit_and_varied(rooms):
-    for scene in rooms:
-        image = scene.view(3).image
-        assert image.std() > 0.08 and 0.15 < image.mean() < 0.8 and (image == 1).float().mean() < 0.2
 
 
 # ---------------------------------------------------------------------------------------------------- real data: depth
@@ -385,7 +399,8 @@ def test_7scenes_depth_agrees_as_measured(layout):
     assert depth_disagreement(views[:12], 4, np.linalg.inv) > 0.10  # camera-to-world taken as world-to-camera
     assert depth_disagreement(views[:12], 4, lambda c2w: c2w @ GL) > 0.10  # OpenGL axes taken as OpenCV's
     if layout == "original":
-        raw = [v._replace(depth=torch.from_numpy(np.array(Image.open(f.depth)) * 1e-3)) for v, f in zip(views, scene.frames)]
+        raw = [v._replace(depth=torch.from_numpy(np.array(Image.open(f.depth)) * 1e-3)) for v,
+               f in zip(views, scene.frames)]
         raw = [v._replace(depth=v.depth * (v.depth < 60)) for v in raw]
         assert depth_disagreement(raw, 1) > 1.3 * measured[0]  # depth that is not registered is not this camera's
 
@@ -427,7 +442,7 @@ def test_apc_shelf_depth_and_instances_agree_as_measured():
                 agree.append((ids == lifted[i][1])[near & (ids > 0)])
     median, pooled = np.median([np.median(e) for e in errors if len(e)]), np.median(np.concatenate(errors))
     agree, labelled = np.concatenate(agree).mean(), np.concatenate(labelled).mean()
-    print(f"\nAPC: median of pairs {median:.4f}, of pixels {pooled:.4f}; ids agree {agree:.4f}, labelled {labelled:.4f}")
+    print(f"\nAPC: median of pairs {median:.4f}, of pixels {pooled:.4f}; ids agree {agree:.4f}, {labelled:.4f}")
     assert min(abs(median - 0.0109), abs(pooled - 0.0109)) < 0.15 * 0.0109  # README: 1.09 %
     assert agree > 0.99 and labelled > 0.96  # README: 99.6 %, 97.4 %
     wrong = [v._replace(c2w=torch.linalg.inv(v.c2w)) for v in views]
@@ -436,7 +451,7 @@ def test_apc_shelf_depth_and_instances_agree_as_measured():
     assert len(bad) < 0.1 * len(lifted[0][0]) or np.median(bad) > 0.2
 
 
-# ---------------------------------------------------------------------------------------------------- real data: epipolar
+# -------------------------------------------------------------------------------------------------- real data: epipolar
 # A small matcher in place of SIFT: corners, normalised patches with ratio and mutual check, then affine Lucas-Kanade on
 # normalised windows. It is more precise than SIFT's own key points on neighbouring views (0.10 to 0.12 px where the
 # READMEs measured 0.18 to 0.22), so the README's figure is an upper bound here.
@@ -549,21 +564,6 @@ def test_fox_needs_its_distortion_undone():
     assert right["right"] < 0.26 and wrong["right"] > 1.4 * right["right"]  # README: 0.260 and 0.333
 
 
-def test_fox_original_lists_missing_images(tmp_path):
-    folder = real("posed_fox_instantngp")
-    (tmp_path / "images").symlink_to(folder / "images")
-    shutil.copy(folder / "transforms_original_1080x1920.json", tmp_path / "transforms.json")
-    meta = json.loads((tmp_path / "transforms.json").read_text())
-    meta |= {k: meta[k] / 3 for k in ("fl_x", "fl_y", "cx", "cy", "w", "h")}
-    save(tmp_path, meta)
-    with pytest.raises(data.DataError, match=r"does not exist.*17 of 67"):
-        data.load_scenes(tmp_path)
-    scene, packed = only_scene(tmp_path, skip_bad_frames=True), only_scene(folder)
-    assert len(scene) == 50 and sum("does not exist" in note for note in scene.notes) == 17
-    order = [packed.frames.index(next(f for f in packed.frames if f.image.name == g.image.name)) for g in scene.frames]
-    assert torch.allclose(scene.c2w, packed.c2w[order])
-
-
 def test_dtu_masks_are_two_regions():
     scene = only_scene(real("posed_masks_dtu_scan24"))
     view, stored = scene.view(3), np.array(Image.open(real("posed_masks_dtu_scan24") / "mask/003.png"))
@@ -591,7 +591,8 @@ def read_observations(path):  # images.bin -> [(name, quaternion, t, camera, (N,
         end = blob.index(b"\0", at + 64)
         count = struct.unpack_from("<Q", blob, end + 1)[0]
         listed = np.frombuffer(blob, np.dtype([("xy", "<2f8"), ("id", "<i8")]), count, end + 9)
-        found.append((blob[at + 64:end].decode(), np.array(head[1:5]), np.array(head[5:8]), head[8], listed["xy"], listed["id"]))
+        found.append((blob[at + 64:end].decode(), np.array(head[1:5]), np.array(head[5:8]), head[8], listed["xy"],
+                      listed["id"]))
         at = end + 9 + 24 * count
     return found
 
@@ -603,7 +604,8 @@ def test_colmap_reprojection_error_is_as_measured(model, expected):
     assert len(cameras) == len(poses) == 23
     place = points
     errors = []
-    for (name, camera, q, t, seen), (name2, q2, t2, camera2, xy, ids) in zip(poses, read_observations(model / "images.bin")):
+    for (name, camera, q, t, seen), (name2, q2, t2, camera2, xy, ids) in zip(poses,
+                                                                             read_observations(model / "images.bin")):
         assert name == name2 and camera == camera2 and (q == q2).all() and (t == t2).all() and seen == ids.tolist()
         K, size, distortion = data.colmap_camera(*cameras[camera], model)
         if "distorted" in model.name:
@@ -648,7 +650,7 @@ def dot_picture(xs, ys, size, sigma=3.0):
 
 
 def dot_offsets(view, points, radius):
-    """Distance from where K and c2w put each point to the centre of mass of the dot there; dots near the border are left out."""
+    """Distances from where K and c2w put the points to the centres of mass of their dots, the border left out."""
     K, c2w = numbers(view)
     p = (points - c2w[:3, 3]) @ c2w[:3, :3] @ K.T
     offsets = []
@@ -656,7 +658,8 @@ def dot_offsets(view, points, radius):
     for x, y in p[:, :2] / p[:, 2:]:
         if radius + 1 < x < cols.shape[1] - radius - 1 and radius + 1 < y < rows.shape[0] - radius - 1:
             weight = view.image.mean(0).double().numpy() * (np.hypot(cols - x, rows - y) < radius)
-            offsets.append(math.hypot((cols * weight).sum() / weight.sum() - x, (rows * weight).sum() / weight.sum() - y))
+            offsets.append(math.hypot((cols * weight).sum() / weight.sum() - x,
+                                      (rows * weight).sum() / weight.sum() - y))
     return np.array(offsets)
 
 
@@ -697,7 +700,8 @@ def test_transforms_opencv_distortion_is_that_of_colmap(tmp_path):
     model, params = CAMERAS[-1]
     write_dots(tmp_path, model, params)
     theirs = only_scene(tmp_path)
-    meta = dict(zip(("fl_x", "fl_y", "cx", "cy", "k1", "k2", "p1", "p2"), params)) | dict(w=320, h=240, camera_model="OPENCV")
+    meta = dict(zip(("fl_x", "fl_y", "cx", "cy", "k1", "k2", "p1", "p2"), params)) | dict(w=320, h=240,
+                                                                                          camera_model="OPENCV")
     meta["frames"] = [dict(file_path=f"images/{f.name}", transform_matrix=(f.c2w @ GL).tolist()) for f in theirs.frames]
     save(tmp_path, meta)
     ours = only_scene(tmp_path)
@@ -714,7 +718,8 @@ def test_any_view_size_keeps_the_geometry(tmp_path, size, model, params):
     view, full = scene.view(1, size), scene.view(1)
     assert view.image.shape == (3, *size)
     scale = max(size[0] / 240, size[1] / 320)
-    assert float(view.K[0, 0] / full.K[0, 0]) == pytest.approx(scale, rel=1e-6)  # covers, and the same both ways: not stretched
+    # covers, and the same both ways: not stretched
+    assert float(view.K[0, 0] / full.K[0, 0]) == pytest.approx(scale, rel=1e-6)
     assert float(view.K[1, 1] / full.K[1, 1]) == pytest.approx(scale, rel=1e-6)
     offsets = dot_offsets(view, DOTS, max(2.5, 11 * scale))
     assert len(offsets) >= 4 and offsets.max() < 0.12 * max(scale, 1)
@@ -767,7 +772,7 @@ def test_maps_are_aligned_with_the_image(tmp_path, distortion):
             assert torch.equal(mask, torch.from_numpy(ids)[18:78])
 
 
-# ---------------------------------------------------------------------------------------------------- transforms variants
+# -------------------------------------------------------------------------------------------------- transforms variants
 
 
 def test_poses_and_intrinsics_as_written(tmp_path):
@@ -794,7 +799,8 @@ def test_intrinsics_of_the_frame_win(tmp_path):
     meta["frames"][1] |= dict(fl_x=60.0, cx=10.0, k1=0.02)
     save(tmp_path, meta)
     scene = only_scene(tmp_path)
-    assert scene.frames[1].K.tolist() == [[60, 0, 10], [0, 31, 11.5], [0, 0, 1]] and scene.frames[1].distortion[0][0] == 0.02
+    assert scene.frames[1].K.tolist() == [[60, 0, 10], [0, 31, 11.5], [0, 0, 1]]
+    assert scene.frames[1].distortion[0][0] == 0.02
     assert scene.frames[0].K[0, 0] == 30 and scene.frames[0].distortion[0][0] == 0
 
 
@@ -806,22 +812,19 @@ def test_three_by_four_poses_portrait_spaces_and_no_ending(tmp_path):
         frame["file_path"] = f"./images/my photo 0.{i}" + (".png" if i % 2 else "")
     save(tmp_path, meta)
     scene = only_scene(tmp_path)
-    assert len(scene) == 4 and scene.view(3).image.shape == (3, 32, 24) and np.allclose(scene.c2w, [pose(i) for i in range(4)])
+    assert len(scene) == 4 and scene.view(3).image.shape == (3, 32, 24)
+    assert np.allclose(scene.c2w, [pose(i) for i in range(4)])
     assert scene.view(0, (20, 40)).image.shape == (3, 20, 40)
 
 
-def test_scannetpp_layout(tmp_path):
+def test_fisheye_files_of_scannetpp_are_passed_over(tmp_path):
     scene = tmp_path / "0a1b"
     meta = write_scene(scene / "dslr", kind="JPG")
-    (scene / "dslr/images").rename(scene / "dslr/undistorted_images")
-    (scene / "dslr/transforms.json").unlink()
-    for i, frame in enumerate(meta["frames"]):
-        frame["file_path"] = f"{i}.JPG"
-    meta["test_frames"] = []
+    (scene / "dslr/transforms.json").rename(scene / "dslr/images/unused.txt")
     save(scene, meta, "dslr/nerfstudio/transforms_undistorted.json")
     save(scene, meta | dict(camera_model="OPENCV_FISHEYE"), "dslr/nerfstudio/transforms.json")
     found = only_scene(tmp_path)
-    assert found.name == "0a1b" and len(found) == 4 and found.frames[0].image == scene / "dslr/undistorted_images/0.JPG"
+    assert found.name == "0a1b" and len(found) == 4
     assert any("ignored" in note and "transforms.json" in note for note in found.notes)
     (scene / "dslr/nerfstudio/transforms_undistorted.json").unlink()
     with pytest.raises(data.DataError, match="(?i)fisheye.*undistort"):
@@ -862,7 +865,8 @@ def test_depth_of_another_resolution_arrays_and_scale(tmp_path):
 
 
 @pytest.mark.parametrize("high", [1, 255, True])
-@pytest.mark.parametrize("folder", ["valid", "masks"])  # `masks/` is looked into anyway, but mask_path says what it holds
+# `masks/` is looked into anyway, but mask_path says what it holds
+@pytest.mark.parametrize("folder", ["valid", "masks"])
 def test_mask_path_is_two_regions(tmp_path, high, folder):
     meta = write_scene(tmp_path)
     inside = np.zeros((24, 32), np.uint8)
@@ -900,13 +904,6 @@ def test_ids_of_every_encoding(tmp_path):
         assert (scene.view(i).mask.numpy() == wanted).all(), i
 
 
-def test_voc_palette_masks(tmp_path):
-    folder = real("seg_voc2011_labelme")
-    with Image.open(folder / "SegmentationObject/2011_000003.png") as stored:
-        assert stored.mode == "P"
-        assert (data.decode_ids(folder / "SegmentationObject/2011_000003.png") == np.array(stored)).all()
-
-
 def test_transparent_pixels_are_white(tmp_path):
     write_scene(tmp_path)
     picture = np.zeros((24, 32, 4), np.uint8)
@@ -933,7 +930,7 @@ def test_maps_beside_nested_images_are_not_mixed_up(tmp_path):
 
 
 def test_relative_and_dotted_scene_folders(tmp_path, monkeypatch):
-    meta = write_scene(tmp_path / "a")
+    meta = write_scene(tmp_path / "a", class_names=["floor", "wall"])
     meta["frames"][0]["file_path"] = str(tmp_path / "a/images/0.png")  # absolute, but inside
     save(tmp_path / "a", meta)
     write_maps(tmp_path / "a", "", [f"masks/{i}.png" for i in range(4)], np.ones((24, 32), np.uint8))
@@ -941,6 +938,7 @@ def test_relative_and_dotted_scene_folders(tmp_path, monkeypatch):
     for path in (".", "../a", "../a/images/..", tmp_path / "a"):
         scene = only_scene(path)
         assert scene.name in ("a", "images") and all(f.mask for f in scene.frames)
+        assert scene.class_names == ("floor", "wall")
 
 
 def test_scenes_in_folders_come_in_natural_order(tmp_path):
@@ -952,7 +950,295 @@ def test_scenes_in_folders_come_in_natural_order(tmp_path):
     assert names == ["deep/er/x1", "room2", "room10", "²"]
 
 
-# ---------------------------------------------------------------------------------------------------- other RGB-D sequences
+# ------------------------------------------------------------------------------------------ folders as people have them
+# One scene of five smooth pictures, laid out in the ways that people reported. What is read must be this scene.
+
+SMOOTH = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (3, 4, 3)).astype(np.uint8)).resize((32, 24),
+                                                                                                        Image.BICUBIC)
+          for i in range(5)]
+LENS = np.array([[30.0, 0, 16], [0, 31, 12], [0, 0, 1]])
+NAMES = [f"{i}.png" for i in range(5)]
+IN_IMAGES = [f"images/{name}" for name in NAMES]
+
+
+def put(folder, names, zoom=1.0, turn=None):
+    """The five pictures; `turn` 6 or 8 stores them lying, with the EXIF tag that turns them back."""
+    tag, how = Image.Exif(), {6: Image.ROTATE_90, 8: Image.ROTATE_270}
+    tag[0x0112] = turn or 1
+    for name, picture in zip(names, SMOOTH):
+        picture = picture.resize((int(32 * zoom), int(24 * zoom)), Image.BICUBIC)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (picture.transpose(how[turn]) if turn else picture).save(folder / name, exif=tag)
+
+
+def describe(folder, names, file="transforms.json", zoom=1.0, more=lambda i: {}, shape=lambda i: 1.0, **meta):
+    """transforms.json for the five pictures, `zoom` times as large; `shape` multiplies a rotation."""
+    c2w = [pose(i) @ GL @ np.diag([*[shape(i)] * 3, 1]) for i in range(5)]
+    frames = [dict(file_path=names[i], transform_matrix=c2w[i].tolist(), **more(i)) for i in range(5)]
+    K = zoom * LENS
+    meta = dict(fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2], w=32 * zoom,
+                h=24 * zoom) | meta | dict(frames=frames)
+    save(folder, {key: value for key, value in meta.items() if value is not None}, file)
+
+
+def colmap_of(folder, names=NAMES, zoom=1.0, text=False, views=5, model="sparse/0", spoil=lambda lines: lines):
+    """A COLMAP model of the first `views` pictures; `spoil` changes the lines of its images.txt."""
+    K, size = (zoom * LENS).tolist(), (round(24 * zoom), round(32 * zoom))
+    poses = [((1.0, 0.0, 0.0, 0.0), (-0.1 * i, 0.0, 0.0)) for i in range(views)]
+    made = write_colmap(folder / "made", "PINHOLE", (K[0][0], K[1][1], K[0][2], K[1][2]), size, names[:views],
+                        [(0.1, 0.2, 2.0)] * 60, poses, text)
+    if text:
+        lines = (made / "images.txt").read_text().splitlines()
+        (made / "images.txt").write_text("\n".join(spoil(lines)) + "\n")
+    (folder / model).parent.mkdir(parents=True, exist_ok=True)
+    made.rename(folder / model)
+    shutil.rmtree(folder / "made")
+
+
+def masks(folder, place, count=5):
+    for i in range(count):
+        half = Image.fromarray(np.where(np.arange(32) < 16, 255, 0).astype(np.uint8)[None].repeat(24, 0))
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        half.save(folder / place / f"{i}.png")
+
+
+def llff(folder, zoom=1.0):
+    put(folder, [f"images_4/{name}" for name in NAMES])
+    rows = []
+    for i in range(5):  # camera axes: down, right, backwards
+        c2w = pose(i)
+        five = np.stack([c2w[:3, 1], c2w[:3, 0], -c2w[:3, 2], c2w[:3, 3], [24 * zoom, 32 * zoom, 30.5 * zoom]], 1)
+        rows.append([*five.ravel(), 0.5, 6.0])
+    np.save(folder / "poses_bounds.npy", rows)
+
+
+def scannetpp(folder, place=None, bad=()):
+    home = folder / "0a1b/dslr"
+    put(home, [f"undistorted_images/{name}" for name in NAMES])
+    describe(home, NAMES, "nerfstudio/transforms_undistorted.json",
+             more=lambda i: dict(mask_path=NAMES[i], is_bad=i in bad))
+    if place:
+        masks(home, place)
+
+
+no_2d = lambda lines: [line for line in lines if not line.startswith("1.0 2.0")]
+blank = lambda lines: [part for line in lines for part in ([line] if line[0] in "#1" and "7 " not in line else [line,
+                                                                                                                "",
+                                                                                                                ""])]
+PEOPLE = {  # name: (what writes the folder, what the notes must say, the views that are read)
+    "backslashes": (lambda f: (put(f, IN_IMAGES), describe(f, [n.replace("/", "\\") for n in IN_IMAGES])), None),
+    "drive letters": (lambda f: (put(f, IN_IMAGES), describe(f, [f"C:\\me\\scene\\images\\{n}" for n in NAMES])), None),
+    "upper case": (lambda f: (put(f, [f"Images/{i}.PNG" for i in range(5)]), describe(f, IN_IMAGES)), None),
+    "upper case, colmap": (lambda f: (put(f, [f"Images/{i}.PNG" for i in range(5)]), colmap_of(f)), None),
+    "another ending": (lambda f: (put(f, IN_IMAGES), colmap_of(f, [f"{i}.jpg" for i in range(5)])), None),
+    "accents": (lambda f: (put(f, [f"images/e\u0301{i}.png" for i in range(5)]),
+                           describe(f, [f"images/\xe9{i}.png" for i in range(5)])),
+                None),
+    "other types": (lambda f: (put(f, names := [f"images/{i}.{'webp tif bmp Jpg TIFF'.split()[i]}" for i in range(5)]),
+                               describe(f, names)), None),
+    "HEIC beside": (lambda f: (put(f, IN_IMAGES), describe(f, IN_IMAGES), (f / "images/x.HEIC").write_bytes(b"?")),
+                    "1 HEIC"),
+    "images_4 alone": (lambda f: (put(f, [f"images_4/{n}" for n in NAMES]), describe(f, IN_IMAGES, zoom=4)),
+                       "128x96: scaled to the 32x24 of images_4"),
+    "shrunk after colmap": (lambda f: (put(f, IN_IMAGES), colmap_of(f, zoom=2.03)), "65x49: scaled to the 32x24"),
+    "grown after colmap": (lambda f: (put(f, IN_IMAGES, zoom=2), colmap_of(f)), "32x24: scaled to the 64x48"),
+    "K without size": (lambda f: (put(f, IN_IMAGES), describe(f, IN_IMAGES, zoom=1.75, w=None, h=None)),
+                       "56x42: scaled"),
+    "EXIF": (lambda f: (put(f, [n[:-3] + "jpg" for n in IN_IMAGES], turn=6),
+                        describe(f, [n[:-3] + "jpg" for n in IN_IMAGES])), "EXIF"),
+    "EXIF, no size": (lambda f: (put(f, IN_IMAGES, turn=8), describe(f, IN_IMAGES, w=None, h=None)), "EXIF"),
+    "EXIF, shrunk": (lambda f: (put(f, IN_IMAGES, turn=8), colmap_of(f, zoom=3)), "EXIF"),
+    "ScanNet++": (lambda f: scannetpp(f, "undistorted_anon_masks", (1,)), "1 frames that are marked is_bad",
+                  (0, 2, 3, 4)),
+    "ScanNet++, small masks": (lambda f: scannetpp(f, "resized_anon_masks"), None),
+    "ScanNet++ without masks": (scannetpp, "read without"),
+    "a folder called nerfstudio": (lambda f: (put(f / "nerfstudio", IN_IMAGES), describe(f / "nerfstudio", IN_IMAGES)),
+                                   None),
+    "rotations scaled": (lambda f: (put(f, IN_IMAGES), describe(f, IN_IMAGES, shape=lambda i: 2.0)), "scaled by 2"),
+    "some rotations scaled": (lambda f: (put(f, IN_IMAGES), describe(f, IN_IMAGES,
+                                                                     shape=lambda i: 0.5 if i % 2 else 1)),
+                                                                     "(2 views)"),
+    "several models": (lambda f: (put(f, IN_IMAGES), colmap_of(f, views=3), colmap_of(f, model="sparse/1")),
+                       "sparse/0, another model"),
+    "sparse/1 alone": (lambda f: (put(f, IN_IMAGES), colmap_of(f, model="sparse/1")), None),
+    "images.txt without 2D points": (lambda f: (put(f, IN_IMAGES), colmap_of(f, text=True, spoil=no_2d)), None),
+    "images.txt with blank lines": (lambda f: (put(f, IN_IMAGES), colmap_of(f, text=True, spoil=blank)), None),
+    "two spaces in names": (lambda f: (put(f, names := [f"images/a  b {i}.png" for i in range(5)]),
+                                       colmap_of(f, [n[7:] for n in names], text=True)), None),
+    "no points": (lambda f: (put(f, IN_IMAGES), colmap_of(f), (f / "sparse/0/points3D.bin").unlink()), "no points3D"),
+    "depths/": (lambda f: (put(f, IN_IMAGES), describe(f, IN_IMAGES), masks(f, "depths")), "ignored: depths/"),
+    "LLFF": (lambda f: llff(f, 4), "scaled to the 32x24 of images_4"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("case", PEOPLE)
+def test_folders_as_people_have_them(tmp_path, case):
+    write, words, *views = PEOPLE[case]
+    write(tmp_path)
+    scene, views = only_scene(tmp_path), list(views[0] if views else range(5))
+    assert np.allclose(scene.c2w, [pose(i) for i in views], atol=1e-6)
+    for k, i in enumerate(views):
+        view = scene.view(k, (24, 32))
+        assert torch.allclose(view.K.double(), torch.from_numpy(LENS), atol=0.6), view.K
+        assert np.abs(view.image.permute(1, 2, 0).numpy() - np.asarray(SMOOTH[i]) / 255).mean() < 0.04
+    if "ScanNet++" in case and "without" not in case:
+        assert set(scene.view(0).mask.unique().tolist()) == {1, 2}
+    said = "\n".join(scene.notes)
+    assert words in said if words else not re.search("scaled|EXIF|left out|without", said), said
+
+
+def test_llff_bounds_are_the_depth_range(tmp_path):
+    llff(tmp_path)
+    assert only_scene(tmp_path).depth_range == (0.5, 6.0)
+    np.save(tmp_path / "poses_bounds.npy", np.zeros((4, 17)))
+    with pytest.raises(data.DataError, match="poses_bounds.npy.*5 pictures"):
+        data.load_scenes(tmp_path)
+
+
+def refit(room, folder, unit=1.0, dtype=np.uint16, scale=1.0, **meta):
+    """A room again, its positions in units of 1 / `unit` metres, its depth in millimetres times `scale`."""
+    old = json.loads((room / "transforms.json").read_text())
+    for frame in old["frames"]:
+        matrix = np.array(frame["transform_matrix"])
+        matrix[:3, 3] *= unit
+        depth = (np.array(Image.open(room / frame["depth_file_path"])) * scale).astype(dtype)
+        name = frame["depth_file_path"].replace(".png", ".npy" if dtype == np.float32 else ".png")
+        (folder / "depth").mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, depth) if name.endswith("npy") else Image.fromarray(depth).save(folder / name)
+        frame |= dict(depth_file_path=name, transform_matrix=matrix.tolist())
+        for key in ("normal_file_path", "instance_file_path", "label_file_path"):
+            del frame[key]
+    (folder / "images").symlink_to(room / "images")
+    save(folder, {k: v for k, v in old.items() if k != "depth_unit_scale_factor"} | meta)
+
+
+@pytest.mark.parametrize("settings, ratio, warned", [
+    (dict(), 1, False), (dict(dtype=np.float32, scale=1e-3), 1, False), (dict(unit=3.7), 1 / 3.7, True),
+    (dict(dtype=np.float32), 1000, True), (dict(unit=0.2, depth_unit_scale_factor=2e-4), 1, False),
+    (dict(unit=3.7, depth_unit_scale_factor=1e-3), 1 / 3.7, False),
+    (dict(scale=5, integer_depth_scale=2e-4), 1, False)])
+def test_the_unit_of_depth(rooms, rooms_dir, tmp_path, settings, ratio, warned):
+    refit(rooms_dir / "room_000", tmp_path, **settings)
+    scene = only_scene(tmp_path)
+    found = scene.view(3).depth / (settings.get("unit", 1) * rooms[0].view(3).depth)
+    assert float(found.median()) == pytest.approx(ratio, rel=0.01)
+    warnings = [note for note in scene.notes if "depth_unit_scale_factor" in note]
+    assert len(warnings) == warned
+    assert (not warned or float(re.search(r'factor": (\S+) in', warnings[0])[1]) == pytest.approx(
+        1e-3 * settings.get("unit", 1), rel=0.15))
+
+
+def test_depth_beside_colmap_is_scaled_to_its_points(rooms, tmp_path):
+    room, names = rooms[1], [f"{i}.png" for i in range(12)]
+    for i in range(12):
+        for folder, picture in (("images", room.frames[i].image), ("depth", room.frames[i].depth)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            shutil.copy(picture, tmp_path / folder / names[i])
+    points = np.concatenate([unproject(room.view(i), 16)[0] for i in range(12)]) * 0.27
+    w2c = [np.linalg.inv(frame.c2w) for frame in room.frames]
+    poses = [(quaternion_of(m[:3, :3]), 0.27 * m[:3, 3]) for m in w2c]
+    K, size = room.frames[0].K, room.frames[0].size
+    write_colmap(tmp_path, "PINHOLE", (K[0, 0], K[1, 1], K[0, 2], K[1, 2]), size, names, points.tolist(), poses)
+    scene = only_scene(tmp_path)
+    assert float((scene.view(4).depth / room.view(4).depth).median()) == pytest.approx(0.27, rel=0.01)
+    assert any("depth_unit_scale_factor" in note for note in scene.notes)
+    assert scene.depth_range[1] < 0.27 * 12 and scene.range_source == "measured depth"
+
+
+def quaternion_of(R):  # -> w x y z, by the largest of the four products
+    (a, b, c), (d, e, f), (g, h, k) = R
+    four = np.array([[1 + a + e + k, h - f, c - g, d - b], [h - f, 1 + a - e - k, b + d, c + g],
+                     [c - g, b + d, 1 - a + e - k, f + h], [d - b, c + g, f + h, 1 - a - e + k]])
+    q = four[four.diagonal().argmax()]
+    return (q / np.linalg.norm(q)).tolist()
+
+
+def test_quaternions_one_by_one_and_many():
+    q = np.random.default_rng(0).normal(size=(2, 3, 4))
+    R = data.rotation_of(q)
+    assert R.shape == (2, 3, 3, 3) and np.allclose(R @ R.swapaxes(-1, -2), np.eye(3))
+    assert np.allclose(np.linalg.det(R), 1)
+    assert np.allclose(data.rotation_of(3 * q[1, 2]), R[1, 2])
+    assert np.allclose(np.abs(np.sum(quaternion_of(R[0, 0]) * q[0, 0])), np.linalg.norm(q[0, 0]))
+
+
+def test_near_and_far_come_from_points_that_a_picture_shows(tmp_path):
+    put(tmp_path, IN_IMAGES)
+    rng = np.random.default_rng(0)
+    seen = np.stack([rng.uniform(-0.5, 0.8, 200), rng.uniform(-0.5, 0.5, 200), rng.uniform(2, 3, 200)], 1)
+    beside = np.stack([rng.choice([-40.0, 40.0], 300), rng.uniform(-1, 1, 300), rng.uniform(0.1, 30, 300)], 1)
+    poses = [((1.0, 0.0, 0.0, 0.0), (-0.1 * i, 0.0, 0.0)) for i in range(5)]
+    write_colmap(tmp_path, "PINHOLE", (30.0, 31.0, 16.0, 12.0), (24, 32), NAMES, [*seen.tolist(), *beside.tolist()],
+                 poses)
+    scene = only_scene(tmp_path)
+    near, far = scene.depth_range
+    assert scene.range_source == "sparse points" and 1.5 < near < 2 and 3 < far < 4
+    behind = seen * 20  # inside the pictures, but no picture was found to show them
+    put(tmp_path / "b", IN_IMAGES)
+    write_colmap(tmp_path / "b", "PINHOLE", (30.0, 31.0, 16.0, 12.0), (24, 32), NAMES,
+                 [*seen.tolist(), *behind.tolist()], poses,
+                 shown=range(200))
+    assert only_scene(tmp_path / "b").depth_range[1] < 4
+    (scene,) = data.open_scenes(tmp_path / "b", near=0.7)
+    assert scene.depth_range[0] == 0.7 and 3 < scene.depth_range[1] < 4 and scene.range_source == "--near and --far"
+    for wrong in (dict(near=0), dict(near=5), dict(near=1, far=1), dict(far=-1), dict(near=float("nan"))):
+        with pytest.raises(data.DataError, match="0 < near < far"):
+            data.open_scenes(tmp_path / "b", **wrong)
+
+
+def test_one_unusable_scene_among_many(tmp_path, capsys):
+    for name in ("attic", "hall"):
+        write_scene(tmp_path / name, count=2 if name == "attic" else 4)
+    (tmp_path / "cellar").mkdir()
+    (tmp_path / "cellar/transforms.json").write_text("{")
+    with pytest.raises(data.DataError, match="attic"):
+        data.load_scenes(tmp_path)
+    assert [scene.name for scene in data.load_scenes(tmp_path, skip_bad_frames=True)] == ["hall"]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "attic" in said[0] and "cellar" in said[1]
+    shutil.rmtree(tmp_path / "hall")
+    with pytest.raises(data.DataError, match="cellar"):
+        data.load_scenes(tmp_path, skip_bad_frames=True)
+
+
+# ---------------------------------------------------------------------------------------------------- large photos
+
+
+@pytest.mark.parametrize("lens", [{}, dict(k1=0.08, k2=-0.05, p1=0.004, p2=-0.003)])
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_a_photo_is_decoded_once_and_small(tmp_path, monkeypatch, lens, kind):
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)).resize((1601, 1203), Image.BICUBIC)
+    for i in range(3):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        photo.save(tmp_path / f"images/{i}.{kind}", **(dict(quality=95) if kind == "jpg" else dict(compress_level=1)))
+    K = dict(fl_x=1500.0, fl_y=1510.0, cx=810.0, cy=600.0, w=1601, h=1203)
+    frames = [dict(file_path=f"images/{i}.{kind}", transform_matrix=(pose(i) @ GL).tolist()) for i in range(3)]
+    save(tmp_path, K | lens | dict(frames=frames))
+    scene, sizes, decode = only_scene(tmp_path), [], data.decode
+
+    def watched(*args, **options):
+        sizes.append((image := decode(*args, **options)).size)
+        return image
+    monkeypatch.setattr(data, "decode", watched)
+    size = (90, 120)
+    views = [scene.view(1, size) for _ in range(3)]
+    assert len(sizes) == 1 and sizes[0] == ((801, 602) if kind == "jpg" else (1601, 1203))
+    assert torch.equal(views[0].image, views[2].image) and views[0].image.data_ptr() != views[2].image.data_ptr()
+    # undistorted at full size
+    whole = Image.fromarray((255 * scene.view(1).image).round().byte().permute(1, 2, 0).numpy())
+    scale, box = data.covering_crop((1203, 1601), size)
+    slow = np.asarray(whole.resize(size[::-1], Image.BICUBIC, box=box), np.float32) / 255
+    assert np.abs(views[0].image.permute(1, 2, 0).numpy() - slow).mean() < 1 / 255
+    monkeypatch.setitem(data.VIEWS_IN_MEMORY, "most", 0)
+    again = only_scene(tmp_path)
+    sizes.clear()
+    # no memory: made again
+    assert torch.equal(again.view(1, size).image, again.view(1, size).image) and len(sizes) == 2
+
+
+# ------------------------------------------------------------------------------------------------ other RGB-D sequences
 
 
 def write_rgbd(folder, intrinsics=None, size=(24, 32)):
@@ -983,14 +1269,31 @@ def test_registered_rgbd_with_its_own_intrinsics(tmp_path):
 
 def test_kinect_recordings_without_intrinsics(tmp_path):
     write_rgbd(tmp_path / "a", size=(480, 640))
-    (tmp_path / "a/frame-000001.pose.txt").write_text(" ".join(["-inf"] * 16))
-    with pytest.raises(data.DataError, match="not finite"):
-        data.load_scenes(tmp_path / "a")
-    scene = only_scene(tmp_path / "a", skip_bad_frames=True)
-    assert scene.kinect and len(scene) == 3
-    (tmp_path / "a/frame-000001.pose.txt").write_text("")
-    with pytest.raises(data.DataError, match="sixteen numbers"):
-        data.load_scenes(tmp_path / "a")
+    for text, words in ((" ".join(["-inf"] * 16), "not finite"), ("", "sixteen numbers"),
+                        ("-1.#IND " * 16, "sixteen numbers")):
+        (tmp_path / "a/frame-000001.pose.txt").write_text(text)
+        with pytest.raises(data.DataError, match=f"frame-000001.*{words}"):
+            data.load_scenes(tmp_path / "a")
+        scene = only_scene(tmp_path / "a", skip_bad_frames=True)
+        assert scene.kinect and len(scene) == 3 and any("frame-000001" in note for note in scene.notes)
+
+
+INFO = ("m_colorWidth = 64\nm_colorHeight = 48\nm_calibrationColorIntrinsic = 60 0 32 0 0 62 24 0 0 0 1 0 0 0 0 1\n"
+        "m_calibrationDepthIntrinsic = 1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1\n")
+
+
+@pytest.mark.parametrize("file, text", [("../camera-intrinsics.txt", "30 0 16\n0 31 12\n0 0 1"), ("../info.txt", INFO),
+                                        ("info.txt", INFO),
+                                        ("intrinsic_color.txt", "30 0 16 0\n0 31 12 0\n0 0 1 0\n0 0 0 1"),
+                                        ("camera-intrinsics.txt", "60 0 32\n0 62 24\n0 0 1"), (None, None)])
+def test_intrinsics_of_rgbd_sequences(tmp_path, file, text):
+    write_rgbd(tmp_path / "data")
+    if file is None:  # a Kinect is assumed for its own size only
+        with pytest.raises(data.DataError, match="32x24.*camera-intrinsics.txt"):
+            data.load_scenes(tmp_path)
+        return
+    (tmp_path / "data" / file).write_text(text)
+    assert np.allclose(only_scene(tmp_path).view(0).K, [[30, 0, 16], [0, 31, 12], [0, 0, 1]])
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -1044,7 +1347,9 @@ def text(content):
 
 
 def jpeg_cut(folder, meta):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3)).astype(np.uint8)).save(folder / "images/1.png", "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255,
+                                                      (24, 32, 3)).astype(np.uint8)).save(folder / "images/1.png",
+                                                                                          "JPEG")
     cut("images/1.png", 0.7)(folder, meta)
 
 
@@ -1060,28 +1365,21 @@ BAD = {
     "missing image": (lambda f, m: (f / "images/1.png").unlink(), "1.png does not exist"),
     "image is a folder": (lambda f, m: ((f / "images/1.png").unlink(), (f / "images/1.png").mkdir()), "1.png"),
     "truncated png": (cut("images/1.png", 0.6), "1.png.*decoded"),
-    "truncated end of png": (cut("images/1.png", 2000), "1.png.*decoded"),
     "truncated jpeg": (jpeg_cut, "1.png.*decoded"),
-    "zero bytes image": (cut("images/1.png", 0), "1.png.*decoded"),
     "not an image": (lambda f, m: (f / "images/1.png").write_text("hello"), "1.png.*not a picture"),
     "image size": (set_key(w=64, h=40, cx=32.0, cy=20.0), "is 32x24, but its camera is for 64x40"),
     "intrinsics of another size": (set_key(w=None, h=None, cx=64.0, cy=48.2), "0.png.*centre at .64, 48.2.*128x96"),
     "nan pose": (set_pose(1, NAN), "1.png.*pose is not finite"),
-    "infinite pose": (set_pose(1, np.where(np.eye(4) > 0, np.inf, GOOD)), "1.png.*pose is not finite"),
     "non-rigid pose": (set_pose(1, np.diag([2.0, 1, 1, 1]) @ GOOD), "1.png.*not a rigid"),
-    "zero pose": (set_pose(1, np.zeros((4, 4))), "1.png.*not a rigid"),
     "reflected pose": (set_pose(1, np.diag([1.0, 1, -1, 1]) @ GOOD), "1.png.*not a rigid"),
     "transposed pose": (set_pose(1, (pose(3) @ GL).T), "1.png.*transposed"),
     "pose of three rows": (set_pose(1, np.eye(3)), "1.png.*not a 4x4"),
     "ragged pose": (set_frame(1, transform_matrix=[[1, 2], [3]]), "frame 1.*number"),
-    "pose of words": (set_frame(1, transform_matrix=[["a"] * 4] * 4), "frame 1.*number"),
     "pose of nothing": (set_frame(1, transform_matrix=None), "frame 1 lacks 'transform_matrix'"),
     "singular K": (set_key(fl_x=0.0), "0.png.*intrinsics are singular"),
     "negative focal length": (set_key(fl_y=-30.0), "0.png.*intrinsics are singular"),
     "nan K": (set_key(cx=math.nan), "0.png.*intrinsics are singular"),
-    "focal length in words": (set_key(fl_x="wide"), "frame 0.*number"),
     "size in words": (set_key(w="wide"), "frame 0.*number"),
-    "distortion in words": (set_key(k1="some"), "frame 0.*number"),
     "angle 0": (set_key(fl_x=None, fl_y=None, camera_angle_x=0), "frame 0.*number"),
     "no focal length": (set_key(fl_x=None, fl_y=None), "fl_x.*camera_angle_x"),
     "wild distortion": (set_key(k1=-9.0), "0.png.*distortion"),
@@ -1092,48 +1390,36 @@ BAD = {
     "mask of another size": (whole_map("masks", np.ones((24, 31), np.uint8)), "masks/0.png is 31x24.*32x24"),
     "label of another size": (whole_map("labels", np.ones((48, 64), np.uint8)), "labels/0.png is 64x48.*32x24"),
     "depth of another shape": (whole_map("depth", np.ones((24, 24), np.uint16)), "depth/0.png is 24x24.*32x24"),
-    "depth array of another shape": (whole_map("depth", np.ones((24, 24)), "npy"), "depth/0.npy is 24x24.*32x24"),
     "depth in colour": (whole_map("depth", np.ones((24, 32, 3), np.uint8)), "depth/0.png.*shape"),
-    "depth array of one row": (whole_map("depth", np.ones(24), "npy"), "depth/0.npy.*shape"),
     "truncated mask": (cut_map("masks", 0.6, blocks((24, 32)).astype(np.uint8)), "masks/1.png.*decoded"),
     "truncated depth": (cut_map("depth", 0.8, (blocks((24, 32)) * 999).astype(np.uint16)), "depth/1.png.*decoded"),
     "truncated depth array": (cut_map("depth", 0.8, np.ones((24, 32)), "npy"), "depth/1.npy.*array"),
-    "zero bytes mask": (cut_map("masks", 0), "masks/1.png.*decoded"),
-    "zero bytes depth array": (cut_map("depth", 0, np.ones((24, 32)), "npy"), "depth/1.npy.*array"),
     "named mask is missing": (set_frame(1, instance_file_path="ids/1.png"), "ids/1.png does not exist"),
     "named validity mask is missing": (set_frame(1, mask_path="ids/1.png"), "ids/1.png does not exist"),
     "duplicated name": (set_frame(1, file_path="images/0.png"), "images/0.png is listed twice"),
     "duplicated name, spelled otherwise": (set_frame(1, file_path="./images/../images/0.png"), "0.png is listed twice"),
     "leaves the folder": (set_frame(1, file_path="../x.png"), "frame 1.*outside the scene"),
-    "leaves the folder through images": (set_frame(1, file_path="images/../../x.png"), "frame 1.*outside the scene"),
     "absolute path": (set_frame(1, file_path="/etc/hostname"), "frame 1.*outside the scene"),
-    "depth leaves the folder": (set_frame(1, depth_file_path="../depth.png"), "frame 1.*outside the scene"),
     "mask leaves the folder": (set_frame(1, mask_path="/etc/hostname"), "frame 1.*outside the scene"),
     "two views": (lambda f, m: save(f, m | dict(frames=m["frames"][:2])), "2 usable views"),
     "no frames": (set_key(frames=[]), "0 usable views"),
     "not json": (text(b'{"frames": ['), "transforms.json.*not JSON"),
-    "zero bytes json": (text(b""), "transforms.json.*not JSON"),
     "binary json": (text(bytes(range(256))), "transforms.json.*not JSON"),
-    "json list": (text(b"[1, 2]"), "transforms.json.*frames"),
     "json word": (text(b'"frames"'), "transforms.json.*frames"),
-    "json null": (text(b"null"), "transforms.json.*frames"),
     "lacks frames": (lambda f, m: save(f, dict(fl_x=30)), "transforms.json.*frames"),
-    "frames is a number": (set_key(frames=4), "transforms.json.*frames"),
     "frames is an object": (set_key(frames={"0": {}}), "transforms.json.*frames"),
     "frame is a word": (lambda f, m: save(f, m | dict(frames=[*m["frames"], "frame"])), "frame 4 lacks"),
-    "frame is null": (lambda f, m: save(f, m | dict(frames=[None, *m["frames"]])), "frame 0 lacks"),
     "frame lacks its file": (drop_frame_key("file_path"), "frame 2 lacks 'file_path'"),
     "frame lacks its pose": (drop_frame_key("transform_matrix"), "frame 2 lacks 'transform_matrix'"),
-    "file is a number": (set_frame(2, file_path=5), "frame 2 lacks 'file_path'"),
     "mask is a number": (set_frame(2, mask_path=5), "5 does not exist"),
-    "transforms is a folder": (lambda f, m: ((f / "transforms.json").unlink(), (f / "transforms.json").mkdir()), "not JSON"),
+    "transforms is a folder": (lambda f, m: ((f / "transforms.json").unlink(), (f / "transforms.json").mkdir()),
+                               "not JSON"),
     "empty folder": (lambda f, m: (shutil.rmtree(f), f.mkdir()), "no scene in here.*COLMAP"),
-    "photos without poses": (lambda f, m: (f / "transforms.json").unlink(), "no scene in here.*COLMAP"),
-    "not a folder": (lambda f, m: (shutil.rmtree(f), f.write_text("x")), "no such folder"),
     "no folder": (lambda f, m: shutil.rmtree(f), "no such folder"),
     "colmap without images": (colmap(lambda f, s: shutil.rmtree(f / "images")), "images does not exist"),
     "colmap without one image": (colmap(lambda f, s: (f / "images/2.png").unlink()), "2.png does not exist"),
-    "colmap of another size": (colmap(lambda f, s: Image.new("RGB", (30, 24)).save(f / "images/1.png")), "is 30x24.*32x24"),
+    "colmap of another size": (colmap(lambda f, s: Image.new("RGB", (30, 24)).save(f / "images/1.png")),
+                               "is 30x24.*32x24"),
     "colmap fisheye": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
         struct.pack("<QiiQQ8d", 1, 7, 5, 32, 24, *[1.0] * 8))), "OPENCV_FISHEYE.*undistort"),
     "colmap unknown model": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
@@ -1144,11 +1430,11 @@ BAD = {
         struct.pack("<QiiQQ4d", 1, 7, 1, 32, 24, 0, 30, 16, 12))), "singular"),
     "colmap zero quaternion": (colmap(lambda f, s: (s / "images.bin").write_bytes(
         (s / "images.bin").read_bytes()[:12] + bytes(32) + (s / "images.bin").read_bytes()[44:])), "not finite"),
-    "colmap zero bytes": (colmap(lambda f, s: (s / "images.bin").write_bytes(b"")), "cut off or damaged"),
     "colmap leaves the folder": (colmap(lambda f, s: (s / "images.bin").write_bytes(
         (s / "images.bin").read_bytes().replace(b"1.png", b"../1p"))), "outside the scene"),
     "colmap text lacks a parameter": (colmap(lambda f, s: (shutil.rmtree(s), write_colmap(
-        f, "PINHOLE", (1.0, 2.0, 3.0), (24, 32), ["0.png"], [], [((1, 0, 0, 0), (0, 0, 0))], text=True))), "3 parameters"),
+        f, "PINHOLE", (1.0, 2.0, 3.0), (24, 32), ["0.png"], [], [((1, 0, 0, 0), (0, 0, 0))], text=True))),
+        "3 parameters"),
 }
 
 
@@ -1163,7 +1449,7 @@ def test_bad_input_is_named_in_one_line(tmp_path, monkeypatch, capfd, case):
         data.main(["--scene_dir", str(folder), "--out", str(tmp_path / "out")])
     message = stop.value.code
     assert isinstance(message, str) and len(message.splitlines()) == 1, message  # a word as code: printed, status 1
-    assert data.re.search(words, message), message
+    assert re.search(words, message), message
     assert "scene" in message and message.count("--skip_bad_frames") <= 1 and len(message) < 420
     assert tree(tmp_path) == before  # nothing is written, not even --out
     assert capfd.readouterr() == ("", "")
@@ -1174,7 +1460,8 @@ def test_the_command_line_says_it_without_traceback(tmp_path):
     (tmp_path / "images/1.png").write_bytes(b"")
     command = [sys.executable, REPO / "01_data.py", "--scene_dir", tmp_path]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert ran.returncode == 1 and ran.stdout == "" and len(ran.stderr.splitlines()) == 1 and "images/1.png" in ran.stderr
+    assert ran.returncode == 1 and ran.stdout == "" and len(ran.stderr.splitlines()) == 1
+    assert "images/1.png" in ran.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -1207,7 +1494,8 @@ def test_bad_frames_are_left_out_when_asked(tmp_path):
     cut("images/2.png", 0.5)(tmp_path, meta)
     cut("images/3.png", 0)(tmp_path, meta)
     cut("masks/4.png", 0.7)(tmp_path, meta)
-    blob = bytearray((tmp_path / "images/5.png").read_bytes())  # damaged inside, its end is whole: seen when asked to look
+    # damaged inside, its end is whole: seen when asked to look
+    blob = bytearray((tmp_path / "images/5.png").read_bytes())
     blob[900:1000] = bytes(100)
     (tmp_path / "images/5.png").write_bytes(blob)
     Image.new("RGB", (8, 8)).save(tmp_path / "images/6.png")
@@ -1262,7 +1550,8 @@ def test_split_holds_scenes_out():
 
 def test_triplets_are_chosen_by_geometry(rooms):
     for scene in rooms:
-        draw = lambda seed: [data.sample_triplet(scene, g) for g in [torch.Generator().manual_seed(seed)] for _ in range(30)]
+        draw = lambda seed: [data.sample_triplet(scene,
+                                                 g) for g in [torch.Generator().manual_seed(seed)] for _ in range(30)]
         triplets = draw(0)
         assert triplets == draw(0) != draw(1) and len(set(triplets)) > 5
         centre = scene.c2w[:, :3, 3]
@@ -1297,7 +1586,8 @@ def test_triplets_of_three_views_and_of_none(tmp_path):
 
 def test_a_view_that_looks_away_is_in_no_triplet(tmp_path):
     meta = write_scene(tmp_path, count=5)
-    meta["frames"][2]["transform_matrix"] = (pose(2) @ np.diag([-1.0, 1, -1, 1]) @ GL).tolist()  # stands between, looks back
+    # stands between, looks back
+    meta["frames"][2]["transform_matrix"] = (pose(2) @ np.diag([-1.0, 1, -1, 1]) @ GL).tolist()
     save(tmp_path, meta)
     scene, g = only_scene(tmp_path), torch.Generator().manual_seed(0)
     drawn = {data.sample_triplet(scene, g) for _ in range(30)}
@@ -1317,7 +1607,8 @@ def test_depth_range_contains_what_is_seen(rooms, tmp_path):
     for scene in rooms:
         depth = torch.stack([scene.view(i).depth for i in range(len(scene))])
         near, far = scene.depth_range
-        assert 0 < near < float(depth.flatten()[::17].quantile(0.02)) and float(depth.flatten()[::17].quantile(0.98)) < far < 12
+        assert 0 < near < float(depth.flatten()[::17].quantile(0.02))
+        assert float(depth.flatten()[::17].quantile(0.98)) < far < 12
     ring = []
     for a in np.linspace(0, 2 * math.pi, 8, endpoint=False):  # cameras 2 from the origin, looking at it
         z = -np.array([math.cos(a), math.sin(a), 0])
@@ -1332,7 +1623,8 @@ def test_depth_range_contains_what_is_seen(rooms, tmp_path):
 # ---------------------------------------------------------------------------------------------------- superpixels
 
 
-@pytest.mark.parametrize("size, count", [((1, 1), 1), ((1, 1), 9), ((2, 3), 50), ((33, 47), 30), ((96, 128), 64), ((7, 211), 20),
+@pytest.mark.parametrize("size, count", [((1, 1), 1), ((1, 1), 9), ((2, 3), 50), ((33, 47), 30), ((96, 128), 64),
+                                         ((7, 211), 20),
                                          ((300, 1), 10), ((1, 300), 10), ((40, 40), 0), ((40, 40), 1)])
 def test_superpixels_label_every_pixel(size, count):
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
@@ -1346,9 +1638,11 @@ def test_superpixels_label_every_pixel(size, count):
 def test_superpixels_follow_edges():
     y, x = torch.meshgrid(torch.arange(90), torch.arange(120), indexing="ij")
     side = (x + 1.7 * y > 130)
-    image = torch.where(side, torch.tensor([0.8, 0.3, 0.2])[:, None, None], torch.tensor([0.2, 0.4, 0.7])[:, None, None])
+    image = torch.where(side, torch.tensor([0.8, 0.3, 0.2])[:, None, None],
+                        torch.tensor([0.2, 0.4, 0.7])[:, None, None])
     mask = data.superpixels(image, 40)
-    pure = lambda ids: sum(max(int(side[ids == k].sum()), int((~side)[ids == k].sum())) for k in ids.unique()) / side.numel()
+    pure = lambda ids: sum(max(int(side[ids == k].sum()),
+                               int((~side)[ids == k].sum())) for k in ids.unique()) / side.numel()
     grid = (y // 15) * 8 + x // 15
     assert pure(mask) > 0.99 > 0.97 > pure(grid)  # a plain grid of as many cells mixes the sides
     flat = data.superpixels(torch.full((3, 90, 120), 0.5), 48)
@@ -1371,13 +1665,47 @@ def test_main_reports_and_draws(rooms_dir, tmp_path, capsys):
     data.main(["--scene_dir", str(rooms_dir), "--out", str(tmp_path)])
     (rooms_dir / "notes").rmdir()
     said = capsys.readouterr().out
-    assert "room_000: 12 views, 128x96, with mask 12, depth 12, normal 12, label 12" in said
-    assert "4 scenes (3 train, 1 val), 48 views" in said and "notes: ignored" in said and "context baselines" in said
+    for words in ("room_000: 12 views, 128x96, with mask 12, depth 12, normal 12, label 12", "from measured depth",
+                  "4 scenes (3 train, 1 val), 48 views", "notes: ignored", "context baselines",
+                  "contexts of 12 targets: "):
+        assert words in said
     before.pop("notes")
     assert tree(rooms_dir) == before
     for index in range(4):
         with Image.open(tmp_path / f"room_{index:03d}.png") as sheet:
             assert np.array(sheet).std() > 30
+    with pytest.raises(SystemExit, match="room_000: 9 to 2 is no depth range"):
+        data.main(["--scene_dir", str(rooms_dir), "--out", str(tmp_path), "--near", "9", "--far", "2"])
+
+
+def test_levels_count_targets(rooms, tmp_path):
+    for scene in rooms:
+        levels = [data.best_pairs(scene, target)[0] for target in range(12)]
+        said = data.describe_levels(scene)
+        assert "12 targets" in said and (f"{levels.count(0)} at overlap 0.5 and baseline 0.4" in said) == (0 in levels)
+        assert ("have none" in said) == (None in levels) and "warning" not in said
+    meta = write_scene(tmp_path, count=5)
+    for i, frame in enumerate(meta["frames"]):  # steps of three times the depth
+        frame["transform_matrix"] = (pose(i, step=1.0) @ GL).tolist()
+    save(tmp_path, meta)
+    (far_apart,) = data.open_scenes(tmp_path, near=0.5, far=2)
+    assert "warning" in data.describe_levels(far_apart)
+
+
+@pytest.mark.parametrize("error, words", [(data.DataError("bad"), "bad"), (ValueError("bad"), "bad"),
+                                          (KeyboardInterrupt(), "stopped; again"),
+                                          (OSError(28, "No space left", "x"),
+                                           "x: No space left; once that is mended, again"),
+                                          (RuntimeError("CUDA error: a bug"), None),
+                                          (AssertionError("a device"), None)])
+def test_only_expected_errors_end_in_one_line(error, words):
+    args = argparse.Namespace(device="cpu", out="out")
+    with pytest.raises(type(error) if words is None else SystemExit) as stop, data.explained(args, "again"):
+        raise error
+    assert words is None or stop.value.code == words
+    with pytest.raises(SystemExit, match="--device nonsense: "), data.explained(argparse.Namespace(device="nonsense"),
+                                                                                ""):
+        raise AssertionError("not reached")
 
 
 def test_main_reports_a_real_scene_without_masks(tmp_path, capsys):

@@ -487,6 +487,16 @@ def test_what_is_asked_for_reaches_the_probes(tmp_path, monkeypatch):
         seen.clear()
 
 
+def test_arrays_on_disk_are_indexed_as_tensors_are(tmp_path):
+    x = randn(5, 3, 2).half()
+    make = lambda first, last: {"a": x[first:last]}
+    rows = probe.on_disk(tmp_path / "x", {"a": ((3, 2), np.float16)}, 5, make, "x")["a"]
+    pick = torch.tensor([4, 0, 0])
+    for which in (2, -1, slice(1, 4), pick, pick[:1], torch.tensor(3), (pick, torch.tensor([0, 2, 1]))):
+        assert torch.equal(rows[which], x[which]), which
+    assert torch.equal(torch.stack(list(rows)), x) and rows.shape == x.shape and len(rows) == 5
+
+
 def test_features_are_cached_by_content_and_resumed(tmp_path, monkeypatch):
     images, computed, tokens_of = images_of(7), [], probe.tokens_of
     monkeypatch.setattr(probe, "AT_ONCE", 2)

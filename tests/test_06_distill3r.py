@@ -3,6 +3,7 @@
 The fixtures (shared/fixtures/networks) hold what the official codes give for weights and images made by the recipes below.
 """
 import copy
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -1214,7 +1215,7 @@ def test_evaluation_of_the_truth_the_noisy_and_the_mean(rooms, few_rooms, cache)
     assert list(noisy["scenes"]) == [s.name for s in rooms[:2]] and noisy["mean"].scale == pytest.approx(1, abs=0.05)
     assert noisy["calibration"]["rank"] < -0.3 and mean["calibration"]["rank"] == 0
     assert mean["mean"].accuracy_mean == pytest.approx(np.mean([s.accuracy_mean for s in mean["scenes"].values()]))
-    bare = data.Scene("bare", [data.Frame(**{**vars(f), "depth": None}) for f in rooms[0].frames])
+    bare = data.Scene("bare", [dataclasses.replace(f, depth=None) for f in rooms[0].frames])
     with pytest.raises(DataError, match="no scene has a view with measured depth"):
         d3r.evaluate(GeometricTeacher(SMALL), [bare], SMALL)
     for i, j in ((0, 0), (10, 20), (27, 41)):  # the mean is that of valid pixels
@@ -1434,14 +1435,14 @@ def test_a_step_is_the_mean_of_its_samples_with_ids_of_their_own(cached, tmp_pat
 
     def learned(batch, seeds):
         student.zero_grad()
-        return d3r.learn(batch, student, args, seeds), student.decoder.dec_norm.weight.grad.clone()
+        return d3r.learn_samples(batch, student, args, seeds), student.decoder.dec_norm.weight.grad.clone()
     (one, a), (two, b) = learned([samples[0]], [5]), learned([samples[1]], [6])
     both, c = learned([samples[0], samples[1]], [5, 6])
     assert torch.allclose((a + b) / 2, c, rtol=1e-3, atol=1e-5 * c.abs().max())
     assert both == pytest.approx([(x + y) / 2 for x, y in zip(one, two)])
     assert learned([samples[0]], [6])[0] != one  # other ids of the views
-    used, learn = [], d3r.learn
-    monkeypatch.setattr(d3r, "learn", lambda batch, model, args, seeds, world: used.extend(seeds) or
+    used, learn = [], d3r.learn_samples
+    monkeypatch.setattr(d3r, "learn_samples", lambda batch, model, args, seeds, world: used.extend(seeds) or
                         learn(batch, model, args, seeds, world))
     main("train", *cached, "--max_steps", 2, "--batch", 2, "--seed", 3, "--out", tmp_path)
     assert used == [3, 4, 5, 6]
@@ -1482,7 +1483,7 @@ def test_three_training_steps_are_those_by_hand(cached, tmp_path):
 
 
 FAKE = ROOT.parent / "shared/tools/fake_cuda.py"
-COUNT_SYNCS = """
+ON_A_GPU = """
 import fake_cuda, importlib, sys, torch
 device = fake_cuda.install()
 d3r = importlib.import_module("06_distill3r")
@@ -1491,23 +1492,28 @@ student = d3r.new_student(args).to("cuda")
 for views in (3, 20):
     m = d3r.Pointmap(*torch.rand(2, 48, 64, 3) + 1, *torch.rand(2, 48, 64) + 2)
     sample = d3r.CachedSample("s", [torch.rand(3, 48, 64)] * views, [m] * views, [m.conf_local > 2.2] * views)
-    d3r.learn([sample], student, args, [0])
+    d3r.learn_samples([sample], student, args, [0])
     with fake_cuda.watch() as seen:
-        d3r.learn([sample], student, args, [0])
-    print("synchronisations", sum(seen.syncs.values()))
+        d3r.learn_samples([sample], student, args, [0])
+    print("synchronisations of a sample:", sum(seen.syncs.values()))
+for command in ("cache", "train", "eval", "infer"):
+    if command == "infer":  # an untrained student's points may lie behind the camera: these lie before it
+        student = d3r.load_student(sys.argv[1] + "/student")
+        student.downstream_head_local.dpt.head[-1].bias.data[2] += 3
+        d3r.save_student(student, sys.argv[1] + "/student")
+    d3r.main([command, "--out", *sys.argv[1:], "--preset", "tiny", "--device", "cuda"])
 """
 
 
 @pytest.mark.skipif(not FAKE.exists(), reason=f"{FAKE}, the pretended CUDA device, is not here")
 def test_on_a_pretended_gpu_all_commands_run_and_a_sample_waits_for_it_three_times(few_rooms, tmp_path):
     environment = os.environ | {"FAKE_CUDA_PROJECT": str(ROOT), "PYTHONPATH": f"{FAKE.parent}:{ROOT}"}
-    run = lambda *command: subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, text=True,
-                                          capture_output=True, timeout=280)
-    done = run("-c", COUNT_SYNCS)
-    assert done.stdout.split() == ["synchronisations", "3"] * 2, done.stderr
-    done = run(FAKE, "06_distill3r.py", "--scene_dir", few_rooms, "--out", tmp_path, "--preset", "tiny", *TOY[:-1], "cuda",
-               "--size", 24, 32, "--max_steps", 1, "--warmup", 1, "--batch", 2)
-    assert done.returncode == 0 and "samples written" in done.stdout and "cloud.ply" in done.stdout, done.stderr[-3000:]
+    arguments = [tmp_path, "--scene_dir", few_rooms, *TOY[:-2], "--max_steps", 1, "--tau", 0, "--stride", 6]
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
+                          capture_output=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("synchronisations of a sample: 3\n") == 2
+    assert "samples written" in done.stdout and "accuracy" in done.stdout and "cloud.ply" in done.stdout
 
 
 def test_half_of_the_samples_are_mirrored_and_are_the_same_scene_in_a_mirror(rooms, cached, monkeypatch):
@@ -1527,7 +1533,7 @@ def test_half_of_the_samples_are_mirrored_and_are_the_same_scene_in_a_mirror(roo
     assert torch.equal(again.targets[1].points_global, maps[1].points_global)
     monkeypatch.setattr(d3r, "loss_of", lambda model, sample, *_: seen.append(sample) or d3r.Loss(*4 * [zero * 1]))
     args = d3r.parse(["train", *map(str, cached), "--mirror"])
-    d3r.learn([sample] * 40, None, args, range(40))
+    d3r.learn_samples([sample] * 40, None, args, range(40))
     turned = sum(torch.equal(s.images[0], flipped.images[0]) for s in seen)
     assert 10 < turned < 30 and turned + sum(torch.equal(s.images[0], sample.images[0]) for s in seen) == 40
 
@@ -1562,7 +1568,7 @@ def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, t
     whole, seconds, common = undisturbed
     rng, out = random.Random(0), tmp_path / "run"
     pauses = (rng.uniform(0.2, 0.8) * seconds for _ in itertools.count())
-    kill_and_resume(lambda: fork("train", *common, "--out", out, "--resume"), out, 3, pauses)
+    kill_and_resume(lambda: fork("train", *common, "--out", out, "--resume"), out, 2, pauses)
     killed.same(out, whole, 6)
 
 
