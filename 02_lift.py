@@ -299,7 +299,7 @@ MVSplatConfig.tiny = MVSplatConfig(
 
 
 class MVSplat(nn.Module):
-    """Two or more posed images -> one Gaussian per pixel, in one pass. The names of the modules are the official ones."""
+    """Two or more posed images -> one Gaussian per pixel, in one pass. Its modules have the official names."""
 
     def __init__(self, config=MVSplatConfig()):
         super().__init__()
