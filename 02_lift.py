@@ -15,7 +15,8 @@ Try     Four held-out pairs of rooms; MVSplat's mean error of depth is 6.5 %, on
         --near 0.3 --far 20: the D candidate depths spread over far more than a room, 12.7 %.
         --pixels 3072: half the resolution, 10.5 %; --pixels 49152: twice the resolution, 6.4 %.
         In MVSplat.forward, `coarse` in place of `coarse + delta` (no step 4): 9.2 %.
-Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT.
+Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT;
+        more than two views.
 Words   F_low tokens, F_high features of the pixels, w_uv upscaling weights; mu, Sigma, alpha: mean, covariance and
         opacity of a Gaussian; V views, C channels, D candidate depths, h x w the small grid of tokens or features.
 """
@@ -39,6 +40,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -135,7 +137,7 @@ def bilinear_upscale(tokens: Tensor, mask: Tensor, grid) -> Tensor:
 
 
 def lift_features(gaussians: Gaussians, tokens: Tensor, masks: Tensor, grid) -> Gaussians:
-    """The lift (SnD Sec. 3.3): tokens (V, N, C), masks (V, H, W) -> Gaussians, each with the feature of its pixel."""
+    """The lift, SnD Sec. 3.3: tokens (V, N, C), masks (V, H, W) -> the Gaussians with the features of their pixels."""
     maps = [mask_aware_upscale(view_tokens, mask, grid) for view_tokens, mask in zip(tokens, masks)]
     return gaussians._replace(features=torch.cat([features.flatten(0, 1) for features in maps]))
 
@@ -297,7 +299,7 @@ MVSplatConfig.tiny = MVSplatConfig(
 
 
 class MVSplat(nn.Module):
-    """Two posed images -> one Gaussian per pixel, in one pass. The names of the modules are the official ones."""
+    """Two or more posed images -> one Gaussian per pixel, in one pass. The names of the modules are the official ones."""
 
     def __init__(self, config=MVSplatConfig()):
         super().__init__()
@@ -316,21 +318,20 @@ class MVSplat(nn.Module):
             "upsampler": nn.Sequential(conv(2 * C, C), nn.UpsamplingBilinear2d(scale_factor=4), nn.GELU()),
             "proj_feature": conv(C, m2),
             "refine_unet": nn.Sequential(conv(m2 + 5, m2), group_norm(m2, 4), nn.GELU(), UNet(m2, 5)),
-            "to_disparity": nn.Sequential(conv(m2, 2 * m2), nn.GELU(), conv(2 * m2, 2)),
             # step 5, from the output of U-Net 2, the image and the features
-            "to_gaussians": nn.Sequential(conv(m2 + 3 + C, 2 * raw), nn.GELU(), conv(2 * raw, raw))})
+            "to_gaussians": nn.Sequential(conv(m2 + 3 + C, 2 * raw), nn.GELU(), conv(2 * raw, raw)),
+            # the correction of step 4 and the opacity, from the output of U-Net 2
+            "to_disparity": nn.Sequential(conv(m2, 2 * m2), nn.GELU(), conv(2 * m2, 2))})
 
     def forward(
         self,
-        images: Tensor,  # (V, 3, H, W) in [0, 1], V = 2, any size
+        images: Tensor,  # (V, 3, H, W) in [0, 1], V >= 2, any size
         K: Tensor,  # (V, 3, 3) pixels
         c2w: Tensor,  # (V, 4, 4)
         near,  # (V,) or float, in the scene's unit
         far,
     ) -> Gaussians:
         V, _, height, width = images.shape
-        # Differs: MVSplat takes two or more views. SnD gives it two, and we take no more.
-        assert V == 2, f"{V} views, but MVSplat takes two here"
         # The U-Nets halve the image four times, so it is padded to multiples of 16. The padding is cut off in step 5.
         images = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
         near, far = (torch.as_tensor(bound).to(images).expand(V) for bound in (near, far))
@@ -395,25 +396,30 @@ def cost_volume(
     c2w: Tensor,  # (V, 4, 4)
     disparities: Tensor,  # (V, D) the candidates, as 1 / depth
 ) -> Tensor:
-    """How well each candidate depth of a pixel matches the other view, (V, D, h, w) (MVSplat Sec. 3.1).
+    """How well each candidate depth of a pixel matches the other views, (V, D, h, w) (MVSplat Sec. 3.1).
 
-    If the pixel had the candidate depth, it would be seen at a certain place in the other view. The match is the
-    correlation of the features there with its own, and 0 outside the view.
+    If the pixel had the candidate depth, it would be seen at a certain place in each other view. The match is the
+    correlation of the features there with its own, and 0 outside the view. Candidates go in blocks to bound the memory.
     """
     V, C, h, w = features.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], -1).to(features)  # (h, w, 3); whole numbers, as published
     volume = []
-    for r, s in (0, 1), (1, 0):
-        to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
-        rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
-        for disparity in disparities[r].split(max(1, 2**24 // features[r].numel())):  # in blocks, to bound the memory
-            point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (block, h, w, 3)
-            uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
-            grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
-            warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
-            volume.append((warped * features[r]).sum(1) / C**0.5)
-    return torch.cat(volume).view(V, -1, h, w)
+    for r in range(V):
+        total = 0
+        for s in (v % V for v in range(r + 1, r + V)):
+            to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
+            rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
+            correlations = []
+            for disparity in disparities[r].split(max(1, 2**24 // features[r].numel())):
+                point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (block, h, w, 3)
+                uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
+                grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
+                warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
+                correlations.append((warped * features[r]).sum(1) / C**0.5)
+            total = total + torch.cat(correlations)
+        volume.append(total / (V - 1))
+    return torch.stack(volume)
 
 
 # ------- Step 5: Gaussians
@@ -636,7 +642,7 @@ class FeatureCNN(nn.Module):  # (V, 3, H, W) in [0, 1] -> (V, C, H / 4, W / 4)
 
 
 class MultiViewTransformer(nn.Module):
-    """In each layer every view looks at itself, then at the other, so that a feature knows what it could be confused
+    """In each layer every view looks at itself, then at the others, so that a feature knows what it could be confused
     with. Attention stays within windows, and in every second layer the windows lie across the borders of the others."""
 
     def __init__(self, dim, layers):
@@ -646,16 +652,19 @@ class MultiViewTransformer(nn.Module):
         self.layers = nn.ModuleList(layer() for _ in range(layers))
 
     def forward(self, features):  # (V, C, h, w) -> the same
-        x = (features + window_positions(*features.shape[1:]).to(features)).permute(0, 2, 3, 1)  # (V, h, w, C)
+        V, C, h, w = features.shape
+        x = (features + window_positions(C, h, w).to(features)).permute(0, 2, 3, 1)  # (V, h, w, C)
         for number, layer in enumerate(self.layers):
-            other, shifted = x.flip(0), number % 2 == 1  # the other view as it was before this layer: so published
-            x = layer["self_attn"](x, x, shifted)
-            x = layer["cross_attn_ffn"](x, other, shifted)
+            shifted = number % 2 == 1
+            others = [torch.stack([x[u] for u in range(V) if u != v], -2) for v in range(V)]
+            others = torch.stack(others)  # (V, h, w, V - 1, C), as they were before this layer: so it was published
+            x = layer["self_attn"](x, x[..., None, :], shifted)
+            x = layer["cross_attn_ffn"](x, others, shifted)
         return x.permute(0, 3, 1, 2)
 
 
 class WindowAttention(nn.Module):
-    """Attention with one head, from the features of each view to those of `other` in the same window."""
+    """Attention with one head, from the tokens of each view to the tokens of `target` in the same window."""
 
     def __init__(self, dim, ffn):
         super().__init__()
@@ -666,13 +675,16 @@ class WindowAttention(nn.Module):
             self.mlp = nn.Sequential(wider, nn.GELU(), narrower)
             self.norm2 = nn.LayerNorm(dim)
 
-    def forward(self, x, other, shifted):  # (V, h, w, C) twice -> (V, h, w, C)
-        qkv = self.q_proj(x), self.k_proj(other), self.v_proj(other)
-        message = torch.empty_like(qkv[0])
+    def forward(self, x, target, shifted):  # (V, h, w, C), (V, h, w, M, C) -> (V, h, w, C)
+        q, k, v = self.q_proj(x), self.k_proj(target), self.v_proj(target)
+        if shifted and target.shape[3] > 1:
+            k, v = misplaced(k), misplaced(v)  # a quirk of the published network
+        message = torch.empty_like(q)
         for rows, cols in windows(*x.shape[1:3], shifted):
-            q, k, v = (y[:, None, rows, cols].flatten(2, 3) for y in qkv)  # (V, 1 head, L, C)
-            mixed = F.scaled_dot_product_attention(q, k, v)
-            message[:, rows, cols] = mixed.view_as(message[:, rows, cols])
+            query = q[:, None, rows, cols].flatten(2, 3)  # (V, 1 head, L, C)
+            key, value = (y[:, None, rows, cols].flatten(2, 4) for y in (k, v))  # (V, 1 head, L * M, C)
+            mixed = F.scaled_dot_product_attention(query, key, value)
+            message[:, rows, cols] = mixed.view_as(q[:, rows, cols])
         message = self.norm1(self.merge(message))
         if hasattr(self, "mlp"):
             message = self.norm2(self.mlp(torch.cat([x, message], -1)))
@@ -701,6 +713,17 @@ def window_positions(channels, h, w) -> Tensor:
         codes.append(torch.where(k % 2 == 0, angle.sin(), angle.cos()).T)  # (C / 2, n)
     rows, cols = codes[0][:, :, None].expand(-1, -1, w // 2), codes[1][:, None].expand(-1, h // 2, -1)
     return torch.cat([rows, cols]).tile(1, 2, 2)
+
+
+def misplaced(x: Tensor) -> Tensor:
+    """A quirk of the published MVSplat with three or more views: the keys of a shifted window run pixel by pixel (M
+    views each), but its mask runs view by view. Key number i is let through as if it stood where number i of the other
+    order stands, so that is where it is put here, within each quadrant of the rolled image. (V, h, w, M, C) -> same."""
+    V, h, w, M, C = x.shape
+    x = x.roll((-(h // 4), -(w // 4)), (1, 2)).view(V, 2, h // 2, 2, w // 2, M, C).transpose(2, 3)
+    x = x.reshape(V, 2, 2, M, h // 2, w // 2, C).movedim(3, 5)
+    x = x.transpose(2, 3).reshape(V, h, w, M, C)
+    return x.roll((h // 4, w // 4), (1, 2))
 
 
 def no_autocast(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
@@ -959,6 +982,8 @@ def read_checkpoint(path) -> dict:
     path = Path(path)
     try:
         found = load_file(path) if is_safetensors(path) else read_pickled(path)
+    except SafetensorError as error:
+        raise fault(path, f"not a whole safetensors file ({error}); {remedy(path)}") from None
     except Exception as error:  # a damaged pickle can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
@@ -1035,7 +1060,7 @@ def remedy(path):
         return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
     if start[:1] == b"<":
         return "it is a web page; download the file itself"
-    return "if it is an archive or TorchScript, save the model's state_dict(); else copy it again"
+    return "copy it again; unpack it if it is an archive; save a state_dict() if it is TorchScript"
 
 
 # ------------------------------------------------------------------------ weights: saving, names and addresses
@@ -1084,12 +1109,13 @@ def weights_in(path: Path) -> Path:
     """The file of weights in a folder: one that transformers or 04 writes, or the only one. A file is handed back."""
     if not path.is_dir():
         return path
-    usual = [path / "model.safetensors", path / "pytorch_model.bin", path / "student/model.safetensors",
-             *path.glob("snapshots/*/model.safetensors")]  # the last is the cache of Hugging Face
+    usual = [path / name for name in ("model.safetensors", "pytorch_model.bin", "student/model.safetensors")]
     found = [file for file in usual if file.is_file()]
-    others = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt"))
+    others = sorted([*path.glob("*"), *path.glob("snapshots/*/*")])  # snapshots: the cache of Hugging Face
+    others = [file for file in others if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt")]
     if not found and len(others) > 1:
-        raise fault(path, f"has several files of weights ({', '.join(f.name for f in others[:5])}); give one of them")
+        names = ", ".join(str(file.relative_to(path)) for file in others[:5])
+        raise fault(path, f"has several files of weights ({names}); give one of them")
     return (found + others + usual)[0]
 
 
@@ -1191,8 +1217,7 @@ def lifted_pair(scene, views, vit, mvsplat, device):
                 "depth: mvsplat": data.colour_depth(solid, scale)}
     if measured is not None:
         pictures["depth: measured"] = data.colour_depth(measured, scale)
-    maps = {"nearest": F.interpolate(tokens[0].T.view(1, -1, *grid), size)[0].permute(1, 2, 0),
-            "bilinear": bilinear_upscale(tokens[0], masks[0], grid),
+    maps = {"bilinear": bilinear_upscale(tokens[0], masks[0], grid),
             "mask-aware": gaussians.features.view(2, *size, -1)[0]}
     basis = pca_basis(tokens[0])
     return gaussians, depth, pictures | {f"{name} (PCA)": pca_colours(x, basis) for name, x in maps.items()}

@@ -260,7 +260,8 @@ def project(
     l11, l22, lo = root * (scale / det.sqrt()), scale / root, opacities.log2().where(seen, -math.inf)
     pixel = mean.detach().round()
     columns = torch.stack([*pixel, *(mean - pixel), l11, -b / c * l11, l22, lo])
-    return columns.T.to(dtype), z, reached_pixels(columns.detach(), height, width)
+    table = columns.T.to(dtype, memory_format=torch.contiguous_format)
+    return table, z, reached_pixels(columns.detach(), height, width)
 
 
 def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
@@ -315,7 +316,7 @@ def walk(
     queue = band.lengths.log2().floor().argsort(descending=True, stable=True)
     queue = queue[: int((band.lengths > 0).sum())].to(device)
     ahead = torch.arange(CHUNK, device=device)
-    buffers = table.new_empty(1 + backward, CHUNK * min(slots, len(queue)) * P)
+    buffer = table.new_empty(CHUNK * min(slots, len(queue)) * P)
     # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights
     # are 0.
     longest = -(-int(band.lengths.max()) // CHUNK)
@@ -330,23 +331,26 @@ def walk(
         for _ in range(patience):
             place = at[:, None] + ahead
             place = place.where(place < end[blocks, None], len(band.gaussian) - 1)
-            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffers)
+            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffer, backward)
             at = at + CHUNK
         going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
         blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
 
 
-def make_step(table, band, blocks, centre, place, light, pixels, buffers) -> Step:
+def make_step(table, band, blocks, centre, place, light, pixels, buffer, backward) -> Step:
     """The weights of B blocks' next Gaussians; takes what they stop from `light` (B, P)."""
     ids = band.gaussian.index_select(0, place.flatten())
     rows = table.index_select(0, ids).view(*place.shape, -1)
     columns = rows[..., :8].permute(2, 1, 0).contiguous()
     coefficients = polynomial(columns, centre)
     coefficients[0].masked_fill_((place == len(band.gaussian) - 1).T, -1e30)  # whatever is there, 2^ it is 0
-    alpha, *room = (x[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1) for x in buffers)
+    alpha = buffer[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1)
     torch.mm(coefficients.flatten(1).T, pixels, out=alpha.flatten(0, 1)).exp2_()  # all pixels of all blocks at once
     F.threshold_(alpha, MIN_ALPHA, 0.0)
-    kept = (light.clone(), torch.sub(MAX_ALPHA, alpha, out=room[0])) if room else ()
+    kept = ()
+    if backward:  # which alphas will be clamped: those of few Gaussians, but asking for them would make a GPU wait
+        opaque = ... if alpha.is_cuda else tuple((columns[7] > math.log2(MAX_ALPHA)).nonzero().T)
+        kept = light.clone(), opaque, alpha[opaque] >= MAX_ALPHA
     weight = front_to_back(alpha.clamp_(max=MAX_ALPHA), light)
     return Step(blocks, centre, place, ids.view(place.shape), rows, columns, weight, *kept)
 
@@ -652,10 +656,10 @@ def reached_blocks(
 def list_lengths(boxes: Tensor, rows: int, columns: int) -> Tensor:
     """How many of the boxes (4, G) hold each block, (rows, columns). A box is +1 and -1 at its corners, summed up
     twice."""
-    x0, y0, x1, y1 = boxes.long()
+    x0, y0, x1, y1 = boxes
     corners = torch.zeros((rows + 1) * (columns + 1), dtype=torch.int32, device=boxes.device)
     for y, x, sign in ((y0, x0, 1), (y0, x1 + 1, -1), (y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)):
-        corners.index_add_(0, y * (columns + 1) + x, corners.new_full((1,), sign).expand(len(x)))
+        corners.index_add_(0, (y * (columns + 1) + x).long(), corners.new_full((1,), sign).expand(len(x)))
     return corners.view(rows + 1, columns + 1).cumsum(0).cumsum(1)[:rows, :columns]
 
 
@@ -729,8 +733,10 @@ class Step(NamedTuple):
     rows: Tensor  # (B, S, 8 + E) their rows of the table
     columns: Tensor  # (8, S, B) the first 8 of them once more
     weight: Tensor  # (S, B, P) w = alpha T
-    light: Tensor | None = None  # (B, P) T before the first of them; this and the next for the backward pass
-    room: Tensor | None = None  # (S, B, P) from alpha up to MAX_ALPHA, not positive where it was clamped
+    # For the backward pass:
+    light: Tensor | None = None  # (B, P) T before the first of them
+    opaque: tuple | None = None  # (k, b), n of each, or everything: where Gaussians may have been clamped
+    clamped: Tensor | None = None  # (n, P) where they were
 
 
 def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -766,7 +772,9 @@ def gradients(lists: BlockLists, max_elements, saved, grads, needed):
     """dL/d table, few and many of `Composite`. A table that needs none, as where geometry is frozen, saves most of
     it."""
     (table, features, *images), (geometry, _, many), shape = saved, needed, lists.blocks.shape
-    E, C, pixels = table.shape[1] - 8, features.shape[1], monomials(shape, table)
+    E, C = table.shape[1] - 8, features.shape[1]
+    # ln 2 times 1, x, y, x^2, xy, y^2
+    powers = math.log(2) * monomials(shape, table) / table.new_tensor([[1], [-2], [-2], [-1], [-2], [-1]])
     # Of the whole row, geometry and few; index_add_ is twice as fast with 16 columns or more, 20 times slower with
     # int32.
     grad_row = table.new_zeros(len(table), max(16, 8 + E))
@@ -788,7 +796,7 @@ def gradients(lists: BlockLists, max_elements, saved, grads, needed):
                 if many:
                     grad_features.index_add_(0, gaussian, (step.weight[:, part].transpose(0, 1) @ g.mT).flatten(0, 1))
             if geometry:
-                rows[..., 2:8] = column_gradients(step, slopes(step, h, behind), pixels).permute(2, 1, 0)
+                rows[..., 2:8] = column_gradients(step, slopes(step, h, behind), powers).permute(2, 1, 0)
             grad_row.index_add_(0, ids.flatten(), rows.flatten(0, 1))
     return grad_row[:, :8] if geometry else None, grad_row[:, 8 : 8 + E], grad_features
 
@@ -810,18 +818,18 @@ def slopes(
         light.sub_(w)
         w.mul_(h.addcdiv_(left, light, value=-1))  # left / light: what the light behind k brings, on average
     behind.index_copy_(0, step.blocks, left)
-    return where_positive_(step.weight, step.room)  # a clamped alpha does not change
+    step.weight[step.opaque] *= ~step.clamped  # a clamped alpha does not change
+    return step.weight
 
 
-def column_gradients(step: Step, slope: Tensor, pixels: Tensor) -> Tensor:
+def column_gradients(step: Step, slope: Tensor, powers: Tensor) -> Tensor:
     """dL/d columns 2-7 of the table (6, S, B) from the `slopes` (S, B, P); the whole pixels in the first two are
     constants.
 
     log2 alpha is lo - u^2 - v^2, u = l11 dx + l21 dy, v = l22 dy. Its derivatives are made of u, v, u dx, u dy and
-    v dy, whose sums over the pixels of a block follow from the sums of slope times the `monomials`.
+    v dy, whose sums over the pixels of a block follow from the sums of slope times 1, x, y, x^2, xy, y^2.
     """
-    sums = math.log(2) * (pixels @ slope.flatten(0, 1).T).view(6, *slope.shape[:2])
-    one, x, y, xx, xy, yy = sums / sums.new_tensor([1, -2, -2, -1, -2, -1])[:, None, None]
+    one, x, y, xx, xy, yy = (powers @ slope.flatten(0, 1).T).view(6, *slope.shape[:2])
     l11, l21, l22, _ = step.columns[4:]
     dx, dy = step.centre[:, None] - step.columns[:2] - step.columns[2:4]  # to the block's centre, from where x, y count
     u, v = l11 * dx + l21 * dy, l22 * dy

@@ -819,13 +819,13 @@ class Run:
 
     def __iter__(self):
         self.asked, self.clock = False, time.monotonic()
-        if self.first:
-            self.open_log()
-        self.bar = tqdm(range(self.start, self.args.max_steps), self.name, self.args.max_steps, initial=self.start,
-                        unit="step", disable=not self.first)
         before = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        saved = time.monotonic()
         try:
+            if self.first:
+                self.open_log()
+            saved = time.monotonic()
+            self.bar = tqdm(range(self.start, self.args.max_steps), self.name, self.args.max_steps, initial=self.start,
+                            unit="step", disable=not self.first)
             for self.step in self.bar:
                 yield self.step
                 done = self.step + 1 == self.args.max_steps

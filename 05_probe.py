@@ -13,6 +13,7 @@ Read    depth_metrics normal_metrics segmentation_metrics reprojection_error Whi
         depth_probe normal_probe segmentation_probe sample_points match correspondence probe table
 Try     --no_cls: depth RMSE 0.526 -> 0.561 m on the built-in rooms; CLS knows something of the size of a room.
         --layer norm: mIoU 26.6 -> 25.3 %; the last LayerNorm removes a little of what heads can read.
+        --models tiny+tiny: depth RMSE 0.526 -> 0.551 m, mIoU 26.6 -> 26.3 %; width alone does not help.
 Not     heads that are not linear, several layers of a ViT at once, images of several shapes in one run (all views are
         cropped to the shape of the first).
 Words   head: one linear layer on frozen tokens. truth: the measured map, 0 (labels: 255) where it is unknown. Letters:

@@ -13,7 +13,8 @@ Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py tiny/roo
         tiny/vit.safetensors
 Read    Pointmap certainty pointmap_loss PointmapNetwork Fusion DPT Fast3R Student write_cache filtered train
         learn_samples estimate_cameras
-Try     TRY1
+Try     after --preset tiny: eval --models mean student --views 1      accuracy 0.218 m, by the mean pointmap 0.245
+        cache --scene_dir data_small/room_007 --tau 0.9 --out out/sure    69 % of the pixels are valid, not 99.6 %
 Not     training of the teacher, bundle adjustment of the cameras, metric scale where the teacher has none.
 Words   P^g points_global, P^l points_local; C conf; M masks, the valid pixels; tau the least certainty of one; w the
         weight of a pixel; s the scale that points are divided by; N views a sample. The view id tells the fusion
@@ -67,8 +68,7 @@ PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samp
 
 
 class Pointmap(NamedTuple):
-    """What a network says about one view (Distill3R Sec. III-A): the 3D point behind each pixel, twice, and how sure it
-    is.
+    """What a network says about one view (Distill3R Sec. III-A): the 3D point behind each pixel, and how sure it is.
 
     There is no unit of length: only ratios of lengths mean something.
     """
@@ -173,8 +173,7 @@ class PointmapNetwork(nn.Module):
     model(images, view_ids, generator) -> list[Pointmap]. images: V of (3, H, W) in [0, 1], of any sizes whose sides are
     multiples of the patch; the first one is the reference. view_ids: V of 0..999, else drawn from `generator`. Encoder
     and heads run on `at_once` views of one size at a time, so that their activations, most of the memory, do not add
-    up.
-    With `recompute`, training keeps the inputs of each part alone and runs the part again in the backward pass.
+    up. With `recompute`, training keeps only the inputs of each part and runs the part again in the backward pass.
     """
 
     recompute = False
@@ -294,7 +293,7 @@ class Fusion(nn.Module):
 
     def forward(self, tokens, ids, run):  # V of (N_v, C), V ids -> the four levels for the heads, each V of (N_v, C)
         lengths, x = [len(t) for t in tokens], torch.cat(tokens)[None]  # (1, N of all views, C)
-        levels = {0: x}
+        levels = {0: x}  # the heads see the encoder's tokens as well
         codes = [code.expand(n, -1) for code, n in zip(view_codes(ids, self.dim).to(x.device), lengths)]
         x = self.decoder_embed(x) + torch.cat(codes)  # fp32 from here on, in a bf16 autocast too
         scale = self.SHARPER / math.sqrt(self.head_dim) if self.sharper and not self.training else None
@@ -306,17 +305,9 @@ class Fusion(nn.Module):
         return [levels[n][0].split(lengths) for n in (0, *self.hooks)]
 
 
-def draw_view_ids(count, generator=None) -> list[int]:
-    """0 for the reference view, distinct random ids of 1..999 for the others, new ones in each pass (Sec. III-C).
-
-    Number for number as Fast3R draws them: the same state of `generator` (or of torch's global one) gives the same ids.
-    """
-    seed = torch.randint(0, 2**32, (1,), generator=generator).item()
-    order = torch.randperm(VIEW_IDS - 1, generator=torch.Generator().manual_seed(seed))
-    return [0, *(order[:count - 1] + 1).tolist()]
-
-
-def view_codes(ids, dim) -> Tensor:  # -> (V, dim) fp32: a fixed table, sines first, no parameters
+def view_codes(ids, dim) -> Tensor:
+    """-> (V, dim) fp32: rows of a fixed table, sines first. The reference view has id 0; the others get new random ids
+    in each pass (`draw_view_ids`), so that a student learns from few views to tell many apart (Sec. III-C)."""
     # Differs: Distill3R Sec. III-C adds "a fixed embedding" to the reference view. In both official codes that is row 0
     # of this table, and so it is here.
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
@@ -638,15 +629,6 @@ def similarity(source: Tensor, target: Tensor, weight: Tensor | None = None):
     return s, R, mean_target - s * R @ mean_source
 
 
-def robust_similarity(source: Tensor, target: Tensor, weight: Tensor, rounds=10):
-    """`similarity` where some points are far off: each round weighs points by how well the last one fitted them."""
-    s, R, t = similarity(source, target, weight)
-    for _ in range(rounds):
-        off = (target - (s * source.double() @ R.T + t)).norm(dim=1)
-        s, R, t = similarity(source, target, weight / (1 + (off / off.median().clamp_min(1e-12)).square()))
-    return s, R, t
-
-
 # ---- Workshop: not needed to understand the method ----
 
 
@@ -662,6 +644,16 @@ def checked_ids(images, view_ids, generator, patch):  # -> V ids, or ValueError 
     if len(ids) != len(images) or not all(0 <= i < VIEW_IDS for i in ids):
         raise ValueError(f"view_ids: {len(ids)} for {len(images)} views; give one a view, each in 0..{VIEW_IDS - 1}")
     return ids
+
+
+def draw_view_ids(count, generator=None) -> list[int]:
+    """0 for the reference view, distinct random ids of 1..999 for the others, new ones in each pass (Sec. III-C).
+
+    Number for number as Fast3R draws them: the same state of `generator` (or of torch's global one) gives the same ids.
+    """
+    seed = torch.randint(0, 2**32, (1,), generator=generator).item()
+    order = torch.randperm(VIEW_IDS - 1, generator=torch.Generator().manual_seed(seed))
+    return [0, *(order[:count - 1] + 1).tolist()]
 
 
 def blocks_of_views(images, at_once) -> list[list[int]]:  # indices of views of one size, at most `at_once` in a block
@@ -1242,6 +1234,15 @@ def focal_length(points: Tensor, weight: Tensor, rounds=10) -> float:
         f = (weights * (pixel * ray).sum(1)).sum() / (weights * ray.square().sum(1)).sum()
         weights = weight[use].double() / (pixel - f * ray).norm(dim=1).clamp_min(1e-3)
     return max(f.item(), 0.1 * max(h, w))  # that of an untrained network may be negative
+
+
+def robust_similarity(source: Tensor, target: Tensor, weight: Tensor, rounds=10):
+    """`similarity` where some points are far off: each round weighs points by how well the last one fitted them."""
+    s, R, t = similarity(source, target, weight)
+    for _ in range(rounds):
+        off = (target - (s * source.double() @ R.T + t)).norm(dim=1)
+        s, R, t = similarity(source, target, weight / (1 + (off / off.median().clamp_min(1e-12)).square()))
+    return s, R, t
 
 
 def photo_agreement(points, colours, photos, focal, c2w) -> float:
@@ -1831,7 +1832,8 @@ def add_training_flags(parser):
         "local map moved onto the global one")
     add("--mirror", action=argparse.BooleanOptionalAction, help="half of the samples mirrored, where there are few [p]")
     add("--bf16", action=argparse.BooleanOptionalAction, help="the networks in bfloat16 [p]")
-    add("--grad_checkpoint", action="store_true", help="compute activations twice when memory runs out")
+    add("--grad_checkpoint", action="store_true", help="compute activations twice when memory runs out: 20 "
+        "views at 224x518 then take 4 GB, not 10")
     add("--heldout", type=data.positive, default=8, help="held-out samples whose loss is measured during training")
     add("--eval_every", type=data.positive, help="steps between these measurements; default: six a run")
     add("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")

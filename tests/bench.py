@@ -72,7 +72,7 @@ def measure_garden(method, backward, rounds):
 
 def alpha_pixel_by_pixel():
     """rasterize without the polynomial: the distance to the mean, its quadratic form and exp for every pixel and Gaussian."""
-    def make_step(table, band, blocks, centre, place, light, pixels, buffers):
+    def make_step(table, band, blocks, centre, place, light, pixels, buffer, backward):
         ids = band.gaussian.index_select(0, place.flatten())
         rows = table.index_select(0, ids).view(*place.shape, -1)
         columns = rows[..., :8].permute(2, 1, 0)[..., None]

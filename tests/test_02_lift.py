@@ -8,7 +8,6 @@ import argparse
 import collections
 import functools
 import importlib
-import io
 import json
 import math
 import os
@@ -248,39 +247,23 @@ def recipe_model(case):
     return model
 
 
-def record(net, monkeypatch, images, K, c2w, near, far, index):
-    """What the fixtures store of one forward pass, but for the colours, which 02_lift.py does not compute."""
+@torch.no_grad()
+def record(net, monkeypatch, *inputs):
+    """What goes through one forward pass, by the names of the fixtures."""
     kept = {}
-    keep = lambda name: lambda module, given, result: kept.update({name: result})
-    hooks = [net.depth_predictor[name].register_forward_hook(keep(name))
-             for name in ("upsampler", "refine_unet", "corr_refine_net", "regressor_residual", "to_disparity")]
 
-    def kept_calls(owner, name):  # what goes into and comes out of each call
-        call = getattr(owner, name)
-        keep = lambda *given: kept.setdefault(name, []).append((given, call(*given))) or kept[name][-1][1]
-        monkeypatch.setattr(owner, name, keep)
-    [kept_calls(net, name) for name in ("match", "refine", "raw_gaussians")]
-    [kept_calls(lift, name) for name in ("cost_volume", "gaussian_adapter")]
-    with torch.no_grad():
-        g = net(images, K, c2w, near, far)
-        with_colours = [net.depth_predictor["to_gaussians"](x) for (x,), _ in kept["raw_gaussians"]]
+    def keep_calls(name):
+        call = getattr(lift, name)
+        monkeypatch.setattr(lift, name, lambda *given: kept.setdefault(name, (given, call(*given)))[1])
+    [keep_calls(name) for name in ("cost_volume", "gaussian_adapter")]
+    g = net(*inputs)
     monkeypatch.undo()
-    [hook.remove() for hook in hooks]
-    full = lambda x: x.permute(0, 2, 3, 1).flatten(0, 2)[index]
-    (cnn, features, _), volume = kept["match"][0][1], kept["cost_volume"][0][1]
-    (_, _, coarse, certainty), (_, coarse_full) = kept["refine"][0]
-    (depth, *_), (_, scales, quaternions) = kept["gaussian_adapter"][0]
+    (features, *_), volume = kept["cost_volume"]
+    (depth, *_), (_, scales, quaternions) = kept["gaussian_adapter"]
     rows, cols = torch.triu_indices(3, 3)
-    return {
-        "mid.cnn_features": cnn, "mid.trans_features": features, "mid.cost_volume_raw": volume,
-        "mid.cost_volume_refined": kept["corr_refine_net"] + kept["regressor_residual"],
-        "mid.disp_coarse_low": coarse[:, 0], "mid.pdf_max_low": certainty[:, 0],
-        "mid.disp_coarse_full": coarse_full[:, 0],
-        "mid.upsampled_features_sub": full(kept["upsampler"]), "mid.refine_out_sub": full(kept["refine_unet"]),
-        "mid.delta_disparity": kept["to_disparity"][:, 0], "mid.raw_gaussians_sub": full(torch.cat(with_colours)),
-        "out.depths": depth[..., 0], "out.opacities": g.opacities, "out.means": g.means,
-        "out.scales": scales.flatten(0, 2),
-        "out.rotations_xyzw": quaternions.flatten(0, 2), "out.covariances_triu": g.covariances[:, rows, cols]}
+    return {"mid.trans_features": features, "mid.cost_volume_raw": volume, "out.depths": depth[..., 0],
+            "out.means": g.means, "out.opacities": g.opacities, "out.covariances_triu": g.covariances[:, rows, cols],
+            "out.scales": scales.flatten(0, 2), "out.rotations_xyzw": quaternions.flatten(0, 2)}
 
 
 def relative_error(a, b, dims):  # the fixtures' metric: |a - b| / (|b| + median |b|), as (max, mean)
@@ -291,22 +274,19 @@ def relative_error(a, b, dims):  # the fixtures' metric: |a - b| / (|b| + median
     return error.max().item(), error.mean().item()
 
 
-@pytest.mark.parametrize("name", ["re10k_2v", "reduced_2v"])
+@pytest.mark.parametrize("name", ["re10k_2v", "reduced_2v", "reduced_3v"])
 def test_reference_numbers(name, monkeypatch):
     case, stored = CASES["cases"][name], load_file(FIXTURES / f"mvsplat/{name}.safetensors")
     model = recipe_model(case)
     assert sum(p.numel() for p in model.parameters()) == case["params"] and len(model.state_dict()) == 471
     image, K, c2w, near, far = (stored[f"in.{key}"] for key in ("image", "intrinsics", "extrinsics", "near", "far"))
     K = K * K.new_tensor([image.shape[-1], image.shape[-2], 1])[:, None]
-    index = stored["sub.index"].long()
-    found = [record(model, monkeypatch, *inputs, index) for inputs in zip(image, K, c2w, near, far)]
-    expected = {key: value for key, value in stored.items() if key[:4] in ("mid.", "out.") and "harmonics" not in key}
-    assert found[0].keys() == expected.keys()
-    for key, value in expected.items():
-        ours = torch.stack([f[key] for f in found])
-        assert ours.shape == value.shape, key
-        largest, mean = relative_error(ours, value, VECTORS.get(key, 0))
-        assert largest <= CASES["tolerance"][key][0] and mean <= CASES["tolerance"][key][1], (key, largest, mean)
+    found = [record(model, monkeypatch, *inputs) for inputs in zip(image, K, c2w, near, far)]
+    for key in found[0]:
+        ours, (largest, mean) = torch.stack([f[key] for f in found]), CASES["tolerance"][key]
+        assert ours.shape == stored[key].shape, key
+        error = relative_error(ours, stored[key], VECTORS.get(key, 0))
+        assert error[0] <= largest and error[1] <= mean, (key, error)
 
 
 # ------------------------------------------------------------------------ what the call promises
@@ -315,34 +295,17 @@ def test_reference_numbers(name, monkeypatch):
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
-    return lift.MVSplat(lift.MVSplatConfig(32, 24, 32, 32, 2)).eval()
+    return lift.MVSplat(lift.MVSplatConfig.tiny).eval()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(48, 64), (50, 70), (33, 47), (5, 9)])
-def test_any_size_and_no_gaussian_of_the_padding(small, size):
-    K, c2w = cameras(size=size)
-    g = small(torch.rand(2, 3, *size), K, c2w, 1.0, 10.0)
-    assert len(g.means) == 2 * size[0] * size[1] and g.features is None
+@pytest.mark.parametrize("size", [(48, 64), (33, 47), (5, 9)])
+def test_any_size_and_bounds_of_each_view(small, size):
+    (K, c2w), near, far = cameras(size=size), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 9.0])
+    g = small(torch.rand(2, 3, *size), K, c2w, near, far)
+    assert len(g.means) == 2 * size[0] * size[1] and g.features is None  # none of the padding
     assert pixel_error(g, K, c2w, size).max() <= 0.501  # row-major per view, with the intrinsics of the unpadded image
     assert ((g.opacities >= 0) & (g.opacities <= 1)).all() and torch.linalg.eigvalsh(g.covariances.double()).min() > 0
-
-
-@torch.no_grad()
-def test_padding_only_matters_at_the_border(small):
-    """The padded columns repeat the last one; a picture that already had them gives the same Gaussians."""
-    images = torch.rand(2, 3, 48, 60)
-    K, c2w = cameras(size=(48, 60))
-    whole = small(F.pad(images, (0, 4, 0, 0), mode="replicate"), K, c2w, 1.0, 10.0)
-    ours, theirs = small(images, K, c2w, 1.0, 10.0).means, whole.means.view(2, 48, 64, 3)[:, :, :60].flatten(0, 2)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_bounds_can_be_per_view_and_limit_the_distance(small):
-    K, c2w = cameras()
-    near, far = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 9.0])
-    g = small(torch.rand(2, 3, 48, 64), K, c2w, near, far)
     distance = (g.means.view(2, -1, 3) - c2w[:, None, :3, 3]).norm(dim=-1)
     assert (distance >= near[:, None] - 1e-4).all() and (distance <= far[:, None] + 1e-3).all()
 
@@ -353,39 +316,6 @@ def test_autocast_keeps_cameras_exact(small):
     with torch.autocast("cpu", torch.bfloat16):
         g = small(torch.rand(2, 3, 48, 64), K, c2w, 1.0, 10.0)
     assert g.means.dtype == torch.float32 and pixel_error(g, K, c2w, (48, 64)).max() <= 0.501
-
-
-@torch.no_grad()
-def test_gaussians_move_with_the_world(small):
-    """The network sees relative poses alone: another world frame turns means and covariances, nothing else."""
-    images, (K, c2w) = torch.rand(2, 3, 48, 64), cameras()
-    world = torch.eye(4)
-    R = world[:3, :3] = torch.linalg.matrix_exp(torch.tensor([[0, 1.0, 0.5], [-1.0, 0, 0.2], [-0.5, -0.2, 0]]))
-    world[:3, 3] = torch.tensor([1.0, -2.0, 0.5])
-    a, b = (small(images, K, pose, 1.0, 10.0) for pose in (c2w, world @ c2w))
-    torch.testing.assert_close(b.means, a.means @ R.T + world[:3, 3], atol=2e-3, rtol=1e-3)
-    torch.testing.assert_close(b.covariances, R @ a.covariances @ R.T, atol=1e-5, rtol=2e-3)
-
-
-def test_the_volume_is_the_correlation_along_the_epipolar_line():
-    """Against a loop over pixels and candidates that samples the other view by hand, in float64."""
-    torch.manual_seed(0)
-    features = torch.randn(2, 4, 6, 8, dtype=torch.float64)
-    K, c2w = cameras((6, 8), torch.float64)
-    disparities = torch.linspace(0.1, 1, 5, dtype=torch.float64).expand(2, 5)
-    volume = lift.cost_volume(features, K, c2w, disparities)
-    for r, k, y, x in [(0, 0, 0, 0), (0, 4, 3, 5), (1, 2, 5, 7), (0, 3, 2, 2), (1, 4, 1, 6)]:
-        total, s = 0.0, 1 - r
-        pose = torch.linalg.inv(c2w[s]) @ c2w[r]
-        ray = torch.linalg.inv(K[r]) @ torch.tensor([x, y, 1.0], dtype=torch.float64)
-        u, v, z = K[r] @ (pose[:3, :3] @ ray / disparities[r, k] + pose[:3, 3])
-        u, v = u / z, v / z
-        for row in (math.floor(v), math.floor(v) + 1):
-            for col in (math.floor(u), math.floor(u) + 1):
-                if 0 <= row < 6 and 0 <= col < 8:
-                    share = (1 - abs(v - row)) * (1 - abs(u - col))
-                    total += share * (features[r, :, y, x] @ features[s, :, row, col])
-        assert volume[r, k, y, x].item() == pytest.approx(float(total) / 2, abs=1e-12)  # sqrt(C) = 2
 
 
 def lightning(state, path, **more):
@@ -415,21 +345,6 @@ BIAS = "depth_predictor.to_disparity.0.bias"
 def test_a_tensor_of_mvsplat_that_does_not_fit_is_named(tmp_path, small, change, says):
     assert says in refused(lightning(change(small.state_dict()), tmp_path / "re10k.ckpt"), lift.load_mvsplat)
     assert "no such weights" in refused(tmp_path / "other.ckpt", lift.load_mvsplat)
-
-
-@torch.no_grad()
-def test_tiny_mvsplat_finds_depth_in_rooms_it_has_not_seen(tmp_path):
-    net, errors, flat = lift.load_mvsplat("tiny"), [], []
-    assert net.config == lift.MVSplatConfig.tiny
-    data.make_rooms(tmp_path / "data", scenes=4, views=8, seed=1)  # the weights were trained on rooms of seed 0
-    for n, scene in enumerate(data.load_scenes(tmp_path / "data")):
-        views = [scene.view(i) for i in data.sample_triplet(scene, torch.Generator().manual_seed(n))[:2]]
-        stacked = (torch.stack([getattr(v, key) for v in views]) for key in ("image", "K", "c2w", "depth"))
-        images, K, c2w, depth = stacked
-        found = lift.view_depth(lift.mvsplat_gaussians(net, images, K, c2w, *scene.depth_range), c2w, *depth.shape[1:])
-        errors.append(((found - depth).abs() / depth).mean().item())
-        flat.append(((depth.median() - depth).abs() / depth).mean().item())
-    assert np.mean(errors) < 0.65 * np.mean(flat)  # measured: 0.149 and 0.259, one plane at the median
 
 
 # ------------------------------------------------------------------------ the ViT: weights and layouts
@@ -603,11 +518,6 @@ def test_sizes_of_the_published_models(sizes, parameters, entries):
         assert model.blocks[0].mlp.w3.weight.shape == (1536, 4096)
 
 
-def test_a_misspelt_recipe_is_refused():
-    with pytest.raises(AssertionError, match="antialias'"):
-        lift.VisionTransformer(**SMALL, positions="antialias")
-
-
 # ------------------------------------------------------------------------ layouts of weights
 
 
@@ -647,9 +557,6 @@ def test_saved_folders_are_those_of_transformers(tmp_path, registers, swiglu):
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # of two entries, the order and so the bytes would be random
     config = json.loads((tmp_path / "config.json").read_text())
-    hidden = (int(config["hidden_size"] * config["mlp_ratio"] * 2 / 3) + 7) // 8 * 8  # as transformers computes it
-    assert not swiglu or found["encoder.layer.0.mlp.weights_in.weight"].shape == (2 * hidden, 64)
-    assert not swiglu or found["encoder.layer.0.mlp.weights_out.weight"].shape == (64, hidden)
     assert config == dict(
         model_type="dinov2_with_registers" if registers else "dinov2", hidden_size=64, num_hidden_layers=2,
         architectures=["Dinov2WithRegistersModel" if registers else "Dinov2Model"], patch_size=8, image_size=32,
@@ -660,14 +567,10 @@ def test_saved_folders_are_those_of_transformers(tmp_path, registers, swiglu):
 
 
 def test_a_narrow_mlp_and_heads_of_another_width_survive(tmp_path):
-    torch.manual_seed(0)
-    model = lift.VisionTransformer(patch=8, dim=48, depth=1, heads=4, grid=4, mlp_ratio=2).eval()
-    images = torch.rand(1, 3, 16, 16)
+    model = lift.VisionTransformer(patch=8, dim=48, depth=1, heads=4, grid=4, mlp_ratio=2)
     lift.save_vit(model, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["mlp_ratio"] == 2
-    assert torch.equal(lift.load_vit(tmp_path)(images).cls, model(images).cls)
-    (tmp_path / "config.json").unlink()
-    assert not torch.equal(lift.load_vit(tmp_path)(images).cls, model(images).cls)  # heads are 64 wide then
+    again = lift.load_vit(tmp_path)
+    assert again.heads == again.blocks[0].attn.heads == 4 and again.blocks[0].mlp.fc1.weight.shape == (96, 48)
 
 
 def prefixed(state, prefix):
@@ -719,7 +622,6 @@ FOLDERS = {
     "bin": as_bin, "cache": lambda s, d: save_file(s, folder_in(d / "snapshots/0a1b2c") / "model.safetensors"),
     "only file": lambda s, d: save_file(s, d / "student_final.safetensors"),
     "safetensors called .bin": lambda s, d: save_file(s, d / "pytorch_model.bin"),
-    "torch called .safetensors": lambda s, d: torch.save(s, d / "model.safetensors"),
     "run of 04": lambda s, d: (save_file(s, folder_in(d / "student") / "model.safetensors"),
                                save_file({"student.x": ZERO}, d / "checkpoint.safetensors")),
     "beside an optimiser": lambda s, d: (as_bin(s, d), torch.save({}, d / "optimizer.pt"))}
@@ -782,19 +684,6 @@ def test_a_tensor_missing_left_over_or_not_fitting_is_named(tmp_path, layout, re
 
 
 BEGUN = {"cls_token": torch.zeros(1, 1, 64), "patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)}
-
-
-@pytest.mark.parametrize("held,says", [
-    ({"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.bn1.weight": torch.zeros(64)}, "in any layout"),  # a ResNet
-    ({}, "in any layout"), ({"cls_token": torch.zeros(())}, "in any layout"),
-    ({"mask_token": ZERO, "cls_token": torch.zeros(1, 1, 64), "pos_embed": torch.zeros(3)}, "in any layout"),
-    ({**BEGUN, "pos_embed": torch.zeros(1, 0, 64)}, "in any layout"),
-    ([1, 2], "holds a list"), (torch.zeros(3), "holds a Tensor"), ({"arch": "vit"}, "arch is not a tensor"),
-    ({"cls_token": ZERO, "module.cls_token": ZERO}, "module.cls_token is there twice"),
-    ({**BEGUN, 7: ZERO, ("a", "b"): ZERO}, "in any layout"), ({"bad\nname\r": 1}, "bad?name? is not a tensor")])
-def test_what_is_no_vit_is_refused(tmp_path, held, says):
-    torch.save(held, tmp_path / "other.pth")
-    assert says in refused(tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize("content,says", [
@@ -883,7 +772,7 @@ def call(module, name, argument):  # the pickle opcodes of module.name(argument)
 
 
 def contain(path, container, value):
-    """A torch file of {"x": value}, value given as pickle opcodes, in one of three containers."""
+    """A torch file of {"x": value}, value given as pickle opcodes, in one of two containers."""
     pickled = b"\x80\x02}X\x01\x00\x00\x00x" + value + b"s."
     if container == "zip":
         torch.save({}, path)
@@ -895,16 +784,7 @@ def contain(path, container, value):
     else:
         about = dict(protocol_version=1001, little_endian=True, type_sizes={})
         head = b"".join(pickle.dumps(part, 2) for part in (torch.serialization.MAGIC_NUMBER, 1001, about))
-        path.write_bytes((head if container == "legacy" else b"") + pickled + pickle.dumps([], 2))
-
-
-@pytest.mark.parametrize("container", ["zip", "legacy", "bare"])
-def test_the_containers_of_these_tests_are_read(tmp_path, container):  # or the refusals below would prove nothing
-    contain(tmp_path / "x.pth", container, b"K\x07")
-    if container == "bare":
-        assert "cannot be read" in refused(tmp_path / "x.pth")
-    else:
-        assert lift.read_checkpoint(tmp_path / "x.pth") == {"x": 7}
+        path.write_bytes(head + pickled + pickle.dumps([], 2))
 
 
 def allowed():  # what a read left behind in torch's list
@@ -923,6 +803,8 @@ HOSTILE = [
 @pytest.mark.parametrize("container", ["zip", "legacy"])
 def test_files_that_name_other_code_are_refused(tmp_path, container):
     marker, path = tmp_path / "ran", tmp_path / "x.pth"
+    contain(path, container, b"K\x07")
+    assert lift.read_checkpoint(str(path)) == {"x": 7}  # such a file is read, or the refusals would prove nothing
     for module, name in HOSTILE:
         contain(path, container, call(module, name, f"touch {marker}"))
         for load in (lift.load_vit, lift.load_mvsplat):
@@ -943,7 +825,7 @@ class Evil:
 @pytest.mark.parametrize("hide", [
     lambda do: Evil(os.system, (do,)),
     lambda do: {"state_dict": collections.OrderedDict(w=torch.zeros(2)), "callbacks": [(Evil(os.system, (do,)),)]},
-    lambda do: functools.partial(os.system, do), lambda do: Evil(functools.partial(os.system, do), ()),
+    lambda do: Evil(functools.partial(os.system, do), ()),
     lambda do: Evil(getattr, (Evil(getattr, (collections.OrderedDict, "mro")), do)),
     lambda do: argparse.Namespace(model=Evil(eval, (f"__import__('os').system({do!r})",))),
     lambda do: {Evil(exec, (f"import os; os.system({do!r})",)): 1},
@@ -957,14 +839,6 @@ def test_code_hidden_in_objects_does_not_run(tmp_path, hide, legacy):
     except ValueError as error:
         assert str(path) in str(error) and "\n" not in str(error)
     assert not marker.exists() and not allowed()
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_such_a_file_would_run_otherwise(tmp_path, legacy):
-    marker = tmp_path / "ran"
-    torch.save(Evil(os.system, (f"touch {marker}",)), tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-    torch.load(tmp_path / "x.pth", weights_only=False)
-    assert marker.exists()
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy"])
@@ -1073,26 +947,26 @@ def test_flipped_bits_are_refused_or_leave_a_network_of_the_same_shape(tmp_path,
         assert "checksum" in refused(path)
 
 
-def header_of(shape, dtype="F32", size=4):  # a safetensors file whose header claims anything
-    header = json.dumps({"cls_token": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}).encode()
-    return len(header).to_bytes(8, "little") + header + bytes(size)
-
-
-def zipped(content):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as held:
-        held.writestr("weights.pth", content)
-    return file.getvalue()
+def header_of(shape):  # a safetensors file whose header claims anything
+    header = json.dumps({"cls_token": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(4)
 
 
 def hollow(*shape):  # of that shape, but made of one number
     return torch.zeros(1).expand(*shape)
 
 
+UNREADABLE = "copy it again"
 BOMBS = {
-    "safetensors, enormous": (header_of([10**6, 10**9]), "copy it again"),
-    "safetensors, overflowing": (header_of([2**40, 2**40]), "copy it again"),
-    "safetensors, header of 2^60 bytes": ((2**60).to_bytes(8, "little") + b"{" + bytes(100), "copy it again"),
+    "a ResNet": ({"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.bn1.weight": torch.zeros(64)}, "in any layout"),
+    "no tensors": ({}, "in any layout"), "a scalar": ({"cls_token": torch.zeros(())}, "in any layout"),
+    "no grid": ({**BEGUN, "pos_embed": torch.zeros(1, 0, 64)}, "in any layout"),
+    "a list": ([1, 2], "holds a list"), "a tensor": (torch.zeros(3), "holds a Tensor"),
+    "words": ({"arch": "vit"}, "arch is not a tensor"), "two lines": ({"bad\nname\r": 1}, "bad?name? is not a tensor"),
+    "two of a name": ({"cls_token": ZERO, "module.cls_token": ZERO}, "module.cls_token is there twice"),
+    "names that are no text": ({**BEGUN, 7: ZERO, ("a", "b"): ZERO}, "in any layout"),
+    "safetensors, enormous": (header_of([10**6, 10**9]), UNREADABLE),
+    "safetensors, header of 2^60 bytes": ((2**60).to_bytes(8, "little") + b"{" + bytes(100), UNREADABLE),
     "safetensors, nothing in it": (b"\x02" + bytes(7) + b"{}", "in any layout"),
     "hollow": ({"cls_token": hollow(1, 1, 10**9), "pos_embed": hollow(1, 5, 10**9)}, "without all of its numbers"),
     "hollow, within": ({"model": {"a": {"cls_token": hollow(10**12)}}}, "without all of its numbers"),
@@ -1103,11 +977,11 @@ BOMBS = {
     "many blocks": ({**BEGUN, "pos_embed": torch.zeros(1, 2, 64), "blocks.0.mlp.fc1.weight": torch.zeros(256, 64),
                      **{f"blocks.{n}.x": ZERO for n in range(300)}}, ""),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "git lfs pull"),
-    "gzip": (b"\x1f\x8b\x08" + bytes(64), "if it is an archive"), "zip": (zipped(b"x"), "if it is an archive"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(64), "unpack it if it is an archive"),
     "web page": (b"\n<!DOCTYPE html><html>404", "web page"),
-    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(64), "copy it again"),
-    "zeros": (bytes(1000), "copy it again"), "zip head": (b"PK\x03\x04" + bytes(100), "copy it again"),
-    "a pickled number": (b"\x80\x04K\x01.", "copy it again"), "empty": (b"", "copy it again")}
+    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(64), UNREADABLE),
+    "zeros": (bytes(1000), UNREADABLE), "zip head": (b"PK\x03\x04" + bytes(100), UNREADABLE),
+    "a pickled number": (b"\x80\x04K\x01.", UNREADABLE), "empty": (b"", UNREADABLE)}
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors", "ckpt"])
@@ -1132,20 +1006,10 @@ def test_a_torch_file_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
     assert "unpacks to more" in refused(path)
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "pth", "ckpt"])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_random_bytes_say_copy_it_again(tmp_path, ending):
-    generator, path = np.random.default_rng(0), tmp_path / f"x.{ending}"
-    for content in [*(generator.bytes(int(n)) for n in generator.integers(1, 300, 100)),
-                    *(b"\x80\x02" + generator.bytes(30) for _ in range(100))]:
-        path.write_bytes(content)
-        assert refused(path, lift.read_checkpoint)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_is_not_run(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "x.pt")
-    assert "TorchScript, save the model's state_dict()" in refused(tmp_path / "x.pt", lift.read_checkpoint)
+    assert "save a state_dict() if it is TorchScript" in refused(tmp_path / "x.pt", lift.read_checkpoint)
 
 
 # ------------------------------------------------------------------------ the command
@@ -1157,13 +1021,15 @@ def test_no_pair_comes_twice(monkeypatch, rooms):
     assert [pair[1:] for pair in lift.held_out_pairs(rooms[:1], seed=0)] == [(0, 1), (0, 2)]
 
 
-def test_the_command_says_how_wrong_depth_is_and_writes_what_it_names(rooms_dir, tmp_path, capsys):
-    lift.main(["--scene_dir", str(rooms_dir), "--out", str(tmp_path), "--pixels", "3072", "--device", "cpu"])
+def test_the_command_finds_depth_in_rooms_it_has_not_seen_and_writes_what_it_names(tmp_path, capsys):
+    data.make_rooms(tmp_path / "data", scenes=4, views=8, seed=1)  # the weights were trained on rooms of seed 0
+    out = tmp_path / "out"
+    lift.main(["--scene_dir", str(tmp_path / "data"), "--out", str(out), "--device", "cpu"])
     answer = capsys.readouterr().out.splitlines()[-1]
     flat, found = (float(re.search(rf"{name} ([\d.]+) %", answer)[1]) for name in ("one plane", "mvsplat"))
-    assert found < flat
-    written = sorted(map(str, tmp_path.iterdir()))
-    assert written == sorted(answer.split("->")[1].strip().split(", ")) and str(tmp_path / "lift.png") in written
+    assert found < 0.65 * flat, answer
+    written = sorted(map(str, out.iterdir()))
+    assert written == sorted(answer.split("->")[1].strip().split(", ")) and str(out / "lift.png") in written
 
 
 def test_points_of_colmap_judge_the_depth_where_none_is_measured(rooms, tmp_path, monkeypatch, capsys):

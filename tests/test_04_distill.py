@@ -956,7 +956,7 @@ def test_photographs_alone_mend_bent_geometry(rooms_dir, tmp_path, capsys):
     result = json.loads((out / "geometry" / "result.json").read_text())
     before, after = result["start"], result["fine-tuned"]
     assert after["PSNR"] > before["PSNR"] + 0.5 and after["SSIM"] > before["SSIM"] + 0.05
-    assert after["AbsRel"] < 0.8 * before["AbsRel"] and result["depth"]["PSNR"] > after["PSNR"]
+    assert after["AbsRel"] < 0.8 * before["AbsRel"] and result["depth"]["PSNR"] > before["PSNR"] + 0.5
     printed, log = capsys.readouterr().out, lines_of(out / "geometry")
     assert f"start      PSNR {before['PSNR']:.2f}" in printed and f"fine-tuned PSNR {after['PSNR']:.2f}" in printed
     assert [line["step"] for line in log] == list(range(24)) and log[-1]["lr"] < 0.1 * max(line["lr"] for line in log)

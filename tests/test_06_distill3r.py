@@ -3,6 +3,7 @@
 The fixtures (shared/fixtures/networks) hold what the official codes give for weights and images made by the recipes below.
 """
 import copy
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -1214,7 +1215,7 @@ def test_evaluation_of_the_truth_the_noisy_and_the_mean(rooms, few_rooms, cache)
     assert list(noisy["scenes"]) == [s.name for s in rooms[:2]] and noisy["mean"].scale == pytest.approx(1, abs=0.05)
     assert noisy["calibration"]["rank"] < -0.3 and mean["calibration"]["rank"] == 0
     assert mean["mean"].accuracy_mean == pytest.approx(np.mean([s.accuracy_mean for s in mean["scenes"].values()]))
-    bare = data.Scene("bare", [data.Frame(**{**vars(f), "depth": None}) for f in rooms[0].frames])
+    bare = data.Scene("bare", [dataclasses.replace(f, depth=None) for f in rooms[0].frames])
     with pytest.raises(DataError, match="no scene has a view with measured depth"):
         d3r.evaluate(GeometricTeacher(SMALL), [bare], SMALL)
     for i, j in ((0, 0), (10, 20), (27, 41)):  # the mean is that of valid pixels
@@ -1567,7 +1568,7 @@ def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, t
     whole, seconds, common = undisturbed
     rng, out = random.Random(0), tmp_path / "run"
     pauses = (rng.uniform(0.2, 0.8) * seconds for _ in itertools.count())
-    kill_and_resume(lambda: fork("train", *common, "--out", out, "--resume"), out, 3, pauses)
+    kill_and_resume(lambda: fork("train", *common, "--out", out, "--resume"), out, 2, pauses)
     killed.same(out, whole, 6)
 
 
