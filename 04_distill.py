@@ -12,8 +12,8 @@ Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py tiny/rooms.py tiny/vit.s
 Read    DINOHead, distill_loss, Network, ema_update, add_lora, networks_of, lift_weights, splat_features,
         image_features, Sample, objective, learn, distil
 Try     --preset tiny alone: matching of held-out views 58.5 -> 69.3 %, effective rank of the tokens 99 -> 91; then
-        --target image --no_blend --upscale bilinear, no 3D: 59.5 %. So it is the splatting that teaches.
-        --no_blend: 69.1 %, rank 95. Blending adds nothing to matching, and makes the tokens of an object alike.
+        --target image --no_blend --upscale bilinear, no 3D: 59.3 %. So it is the splatting that teaches.
+        --no_blend: 69.2 %, rank 95. Blending adds nothing to matching, and makes the tokens of an object alike.
 Not     centering or temperature schedules (the paper has none either); the head is not sharded over GPUs.
 Words   context views: the two that the teacher sees and that are splatted; target view: what the student sees.
         Tokens are a ViT's patch features (N, C), N = h w of the grid. Prototypes are the K directions of the head.
