@@ -13,7 +13,7 @@ import importlib
 
 import pytest
 
-BESIDE = ("test_04_distill.py", "test_05_probe.py")  # half of the suite's time
+BESIDE = ("test_04_distill.py", "test_05_probe.py", "test_reproduce.py")  # half of the suite's time
 OTHER_HALF = pytest.StashKey[tuple]()  # its process, and the file that it writes to
 
 
