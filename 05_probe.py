@@ -1198,7 +1198,7 @@ def flags():
     parser = argparse.ArgumentParser(description="Probe frozen features: depth, normals, segmentation, correspondence.",
                                      epilog=LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    data.scene_flags(parser, "out/05_probe")
+    data.scene_flags(parser, "out/05_probe", view_memory=0)
     add("--models", nargs="+", help="'tiny', published names, files, folders; name=a gives a name, a+b puts the "
         "features of two side by side (a+a: a control of equal width, below); views are sized to the first's patches "
         "(default: tiny, and out/04_distill/student if it exists)")
