@@ -325,14 +325,14 @@ def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
     return scenes
 
 
-def make_rooms(out, **settings):
-    """Write built-in rooms (tiny/rooms.py) into `out`."""
+def make_rooms(out, scenes=48, views=16, size=(96, 128), seed=0):
+    """Write built-in rooms of `size` (H, W) into `out` (tiny/rooms.py); the same seed gives the same bytes."""
     try:
         rooms = importlib.import_module("tiny.rooms")
     except ModuleNotFoundError:
         raise DataError(f"{out}: no rooms can be made without tiny/rooms.py; copy it beside 01_data.py, "
                         "or give --scene_dir a scene") from None
-    rooms.make_rooms(out, **settings)
+    rooms.make_rooms(out, scenes, views, size, seed)
 
 
 def rooms_made(folder):  # -> the settings `make_rooms` was called with, None where it was not
