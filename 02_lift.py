@@ -339,7 +339,7 @@ class MVSplat(nn.Module):
         disparities = 1 / far[:, None] + planes * (1 / near - 1 / far)[:, None]  # (V, D): 1 / depth, far first
 
         # Steps 1 to 3, at a quarter of the resolution
-        cnn, features, probability = self.match(images, K, c2w, disparities)
+        cnn, features, _, probability = self.match(images, K, c2w, disparities)
         coarse = (probability * disparities[:, :, None, None]).sum(1, keepdim=True)  # expected disparity (V, 1, h, w)
         certainty = probability.amax(1, keepdim=True)
 
@@ -362,8 +362,8 @@ class MVSplat(nn.Module):
             return Gaussians(means.flatten(0, 2), (axes @ axes.mT).flatten(0, 2), opacity.flatten())
 
     def match(self, images, K, c2w, disparities):
-        """Steps 1 to 3 -> features (V, C, h, w) before and after the transformer, and the probability of each
-        candidate depth (V, D, h, w)."""
+        """Steps 1 to 3 -> features (V, C, h, w) before and after the transformer, the cost volume, and the probability
+        of each candidate depth, both (V, D, h, w)."""
         cnn = self.backbone["backbone"](images)
         features = self.backbone["transformer"](cnn)
         with no_autocast(images):  # in bfloat16 a camera would be half a pixel off
@@ -371,7 +371,7 @@ class MVSplat(nn.Module):
             volume = cost_volume(features.to(images), small_K, c2w, disparities)
         net, x = self.depth_predictor, torch.cat([volume, features], 1)
         cleaned = net["corr_refine_net"](x) + net["regressor_residual"](x)
-        return cnn, features, net["depth_head_lowres"](cleaned).softmax(1)
+        return cnn, features, volume, net["depth_head_lowres"](cleaned).softmax(1)
 
     def refine(self, images, upsampled, coarse, certainty):
         """Step 4 -> the output of U-Net 2 (V, m2, H, W), and the coarse disparity enlarged to pixels (V, 1, H, W)."""
