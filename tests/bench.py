@@ -247,7 +247,7 @@ def operator_section(rounds, device, height=574, width=868, patch=14):
         apply = [median_ms(lambda: operator(x[:, :1].repeat(1, C)), rounds, device) for C in (384, 768)]
         weights = " + ".join(f"{len(matrix.values())}" for matrix in operator[:3])
         same = "same" if torch.equal(valid, operator.valid) else f"{(valid != operator.valid).sum()} differ"
-        lines.append(f"| {name} | {statistics.median(build_times[name]) / 1000:.2f} ({min(build_times[name]) / 1000:.2f}) | {apply[0]:.0f} | {apply[1]:.0f} "
+        lines.append(f"| {name} | {statistics.median(build_times[name]) / 1000:.2f} ({min(build_times[name]) / 1000:.2f}) | {apply[0]:.3g} | {apply[1]:.3g} "
                      f"| {weights} | {size / 1000:.0f} | {off:.1e}, {same} | {rounded:.1e} |")
     bf16 = ((wanted.bfloat16().float() - wanted).norm() / wanted.norm()).item()
     print(f"{2 * height * width} Gaussians, {height}x{width} -> {grid[0]}x{grid[1]} tokens; dense path with blending, 384 channels: "
@@ -259,7 +259,8 @@ def operator_section(rounds, device, height=574, width=868, patch=14):
 
 def published_size(preset, folder):
     """A ViT of the preset's size with random weights, as a folder: what a step costs does not depend on them."""
-    model = lift.VisionTransformer(dim=768 if preset == "vitb" else 384, heads=12 if preset == "vitb" else 6)
+    dim, depth, heads = {"vits": (384, 12, 6), "vitb": (768, 12, 12), "vitl": (1024, 24, 16)}[preset]
+    model = lift.VisionTransformer(dim=dim, depth=depth, heads=heads)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.02)
     lift.save_vit(model, folder / preset)

@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 data, lift, splat, distill, probe, d3r = (importlib.import_module(name) for name in (
     "01_data", "02_lift", "03_splat", "04_distill", "05_probe", "06_distill3r"))
@@ -450,6 +450,29 @@ def student_step(report, args):
 
 # ------------------------------------------------------------------------------------------------ whole commands
 
+MEMORY = {  # a run of 04 at the paper's setting: which ViT, flags, the GB that it is to stay below
+    "ViT-S": ("vits", [], 4), "ViT-B": ("vitb", [], 6), "ViT-B, --online": ("vitb", ["--online"], 8),
+    "ViT-L, --grad_checkpoint": ("vitl", ["--grad_checkpoint"], 12)}
+
+
+def memory(report, args):
+    """The peak of whole runs of 04 at the paper's setting: published MVSplat, operators, measurements and pictures too."""
+    toy = args.toy
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        rooms, weights = Path(folder, "rooms"), Path(folder, "mvsplat.safetensors")
+        data.make_rooms(rooms, scenes=1, views=8 if toy else 12, size=(48, 64) if toy else (584, 876))
+        geometry = lift.MVSplat(lift.MVSplatConfig.tiny if toy else lift.MVSplatConfig())
+        save_file({name: p.contiguous() for name, p in geometry.state_dict().items()}, weights)
+        steps = "1" if toy else "3"
+        few = ["--max_steps", steps, "--triplets", steps, "--heldout", steps, *["--pixels", "3072"] * toy]
+        for name, (size, flags, goal) in list(MEMORY.items())[: 1 if toy else None]:
+            model = "tiny" if toy else bench.published_size(size, Path(folder))
+            torch.cuda.reset_peak_memory_stats()
+            report.row(f"04, {name}, 3 steps", lambda: command(distill, [
+                "--preset", "tiny" if toy else "vits", "--model", model, "--mvsplat", str(weights), "--scene_dir", str(rooms),
+                "--device", args.device.type, "--out", str(Path(folder, name)), "--operators", str(Path(folder, "operators")),
+                *few, *flags]) | in_all(), f"goal: {goal} GB")
+
 
 def jobs(report, args):
     """The commands of the README on built-in rooms, start to end."""
@@ -483,7 +506,7 @@ def command(stage, arguments) -> dict:
 # ------------------------------------------------------------------------------------------------ the command
 
 SECTIONS = {function.__name__: function for function in (
-    limits, fixtures, raster, operator, mvsplat, step, table_one, student_step, jobs)}
+    limits, fixtures, raster, operator, mvsplat, step, table_one, student_step, memory, jobs)}
 
 
 def parse(argv):

@@ -13,6 +13,26 @@ import torch
 ROOT = Path(__file__).parents[1]
 FAKE = ROOT.parent / "shared/tools/fake_cuda.py"
 
+SMALL = "--max_steps 1 --triplets 1 --heldout 1 --eval_every 1 --pixels 3072 --geometry depth --batch 1".split()  # of 04
+VIEWS = "--pixels 3072 --max_steps 1 --views 2 --pairs 2".split()  # of 05
+DISTILL3R = "--preset tiny --cache cache --out d3r".split()
+COMMANDS = {  # name -> the stage and what it is told, all in one folder, one after the other
+    "02": ("02_lift", "--pixels 3072 --out 02"),
+    "03": ("03_splat", "--pixels 3072 --out 03"),
+    "04 with operators": ("04_distill", "--preset tiny --out 04"),
+    "04 online, without masks": ("04_distill", "--preset tiny --out online --online --no_blend"),
+    "04 adapters in half precision": ("04_distill", "--preset tiny --out lora --no-full_finetune --bf16 --grad_checkpoint"),
+    "04 cosine loss": ("04_distill", "--preset tiny --out cosine --loss cosine --frozen_teacher"),
+    "04 feature rendering": ("04_distill", "--preset tiny --out feature --loss feature --upscale bilinear"),
+    "04 correspondence loss": ("04_distill", "--preset tiny --out correspondence --loss correspondence"),
+    "04 the control": ("04_distill", "--preset tiny --out control --target image"),
+    "04 fine-tuned geometry": ("04_distill", "--preset tiny --out geometry --geometry mvsplat --finetune_geometry 1 --bf16"),
+    "05": ("05_probe", "--models tiny 04/student tiny+04/student --out 05"),
+    "06 cache": ("06_distill3r", "cache"), "06 train": ("06_distill3r", "train --max_steps 1"),
+    "06 train in half precision": ("06_distill3r", "train --max_steps 1 --bf16 --grad_checkpoint --out d3r16"),
+    "06 eval": ("06_distill3r", "eval"), "06 table": ("06_distill3r", "table --counts 2 --size 48 64 --models student"),
+    "06 infer": ("06_distill3r", "infer --images rooms/room_000/images --weights d3r/student --out 06")}
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -39,6 +59,43 @@ def test_every_row_is_measured(run):
     assert sum(line.startswith("| ") for line in lines) == 1 + len(found["rows"])  # one table, with its header
     for key in ("card", "driver", "torch", "date"):
         assert any(line.startswith(f"{key}: {found[key]}") for line in lines)
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """{name: what went wrong, or ""} of COMMANDS, run one after the other by one process."""
+    if not FAKE.exists():
+        pytest.skip(f"{FAKE}, the pretended CUDA device, is not here")
+    program = """if True:
+        import importlib, json, sys, traceback
+        sys.path[:0] = sys.argv[1:3]
+        import fake_cuda
+        installed, result = fake_cuda.install(), {}
+        importlib.import_module("01_data").make_rooms("rooms", scenes=2, views=8, size=(48, 64))
+        for name, (stage, arguments) in json.loads(sys.argv[3]).items():
+            try:
+                importlib.import_module(stage).main(arguments)
+                result[name] = ""
+            except BaseException:
+                result[name] = traceback.format_exc()[-3500:]
+        open("result.json", "w").write(json.dumps(result))"""
+    folder, more = tmp_path_factory.mktemp("commands"), {"04_distill": SMALL, "05_probe": VIEWS}
+    asked = {}
+    for name, (stage, arguments) in COMMANDS.items():
+        first, *rest = arguments.split()
+        given = [first, *DISTILL3R, *rest] if stage == "06_distill3r" else [*more.get(stage, []), first, *rest]
+        given += [] if "--images" in rest else ["--scene_dir", "rooms"]
+        asked[name] = stage, [*given, "--device", "cuda"]
+    done = subprocess.run([sys.executable, "-c", program, FAKE.parent, ROOT, json.dumps(asked)], cwd=folder,
+                          capture_output=True, text=True, env=os.environ | {"FAKE_CUDA_PROJECT": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_runs_on_the_device(commands, name):
+    untrained = name == "06 infer" and "train the student for longer" in commands[name]  # the networks ran; no camera comes of it
+    assert untrained or commands[name] == ""
 
 
 def test_the_device_agrees_with_the_cpu(run):
