@@ -565,6 +565,7 @@ class Source:
         return splat.load_triplet(scene, indices, self.sizes[scene.name], self.args.device, self.args.masks)
 
     @torch.no_grad()
+    @torch.no_grad()
     def reconstruct(self, t: splat.Triplet, geometry=None) -> lift.Gaussians:
         """The frozen 3D model: two context views -> one Gaussian a pixel (SnD Eq. 1)."""
         geometry = geometry or self.args.geometry
