@@ -565,7 +565,6 @@ class Source:
         return splat.load_triplet(scene, indices, self.sizes[scene.name], self.args.device, self.args.masks)
 
     @torch.no_grad()
-    @torch.no_grad()
     def reconstruct(self, t: splat.Triplet, geometry=None) -> lift.Gaussians:
         """The frozen 3D model: two context views -> one Gaussian a pixel (SnD Eq. 1)."""
         geometry = geometry or self.args.geometry
@@ -1028,6 +1027,7 @@ class Judged(NamedTuple):
     operator: splat.SplatOperator  # what `plain_operator` makes of it
 
 
+@torch.no_grad()
 def judged_triplets(source, places) -> list[Judged]:
     """Loads them, and warns where the geometry that teaches carries nothing into their targets."""
     found, carried = [], []
