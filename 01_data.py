@@ -270,7 +270,7 @@ def split(scenes, part):
 
 
 def held_out_views(scene) -> list[int]:
-    """Every eighth view, from the third on: the first two stay, so that there are contexts on both sides of it."""
+    """Every eighth view, from the third on, so that the first one, too, has neighbours on both sides."""
     return list(range(min(2, len(scene) - 1), len(scene), 8))
 
 
@@ -281,7 +281,7 @@ OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # flips y and z: OpenGL camera axes <-
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 IMAGE_TYPES = tuple(spelled(end) for spelled in (str.lower, str.upper, str.title) for end in READABLE)
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr", ".gif")
-MAPS = dict(mask=("instance_segmentation", "masks"), depth=("depth",), normal=("normals",), label=("labels",))  # folders
+UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr", ".gif")
 CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
 DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
 BUILT_IN = {"data": DEFAULT_ROOMS, "data_small": DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))}  # the latter for 06
@@ -340,9 +340,8 @@ def is_empty(folder):  # nothing there, or hidden files alone
 def load_scenes(path, skip_bad_frames=False) -> list[Scene]:
     """All scenes at `path`: the folder itself, or every scene folder up to three levels below it, in natural order.
 
-    Headers of all files are checked here, so that a run does not die of them later. Raises DataError (one line with
-    the remedy) on the first bad one; with `skip_bad_frames` every file is decoded to its end, frames with a problem are
-    left out and listed in `Scene.notes`, and a scene of which too little remains is left out as well.
+    Raises DataError on the first file that is bad, so that no run dies of it later. With `skip_bad_frames` such frames
+    are left out and listed in `Scene.notes`, and a scene of which too little remains is left out as well.
     """
     root = Path(path)
     if not root.is_dir():
@@ -410,9 +409,10 @@ def checked_scene(name, folder, frames, extra, skip_bad_frames):
     notes = [*extra.pop("notes"), *(f"left out: {problem}" for problem in problems)]
     changes = Counter(note for frame in frames for note in frame.notes)
     notes += [f"{note} ({count} views)" for note, count in changes.items()]
-    lacking = {kind: sum(getattr(frame, kind) is None for frame in frames) for kind in MAPS}
-    notes += [f"{n} of {len(frames)} views have no {kind}" for kind, n in lacking.items() if 0 < n < len(frames)]
-    notes += folders_not_read(folder, frames, [kind for kind, n in lacking.items() if n])
+    for kind in MAPS:
+        lacking = sum(getattr(frame, kind) is None for frame in frames)
+        notes += [f"{lacking} of {len(frames)} views have no {kind}"] if 0 < lacking < len(frames) else []
+    notes += folders_not_read(folder, frames)
     bounds, unit_given = extra.pop("bounds", None), extra.pop("unit_given", False)
     scene = Scene(name, frames, notes=notes, **extra)
     if bounds:
@@ -439,11 +439,13 @@ def problem_of(frame, thorough=False):
 def fit_camera(frame, stored):
     """Where a camera is for another size than that of its picture, `stored` (H, W), or for the picture turned as EXIF
     says, its size and K become those of the picture. -> what is wrong, or None"""
-    declared, guessed = frame.size or size_by_centre(frame, stored), frame.size is None
-    frame.size = stored
+    declared, frame.size = frame.size, stored
     if declared == stored:
         return None
     upright = upright_size(frame.image, stored)
+    if declared is None:  # then its centre tells
+        turned = np.abs(2 * frame.K[[1, 0], 2] / upright - 1).max() < 0.08 < abs(stored[0] / stored[1] - 1)
+        declared = upright if turned else stored
     for size in (stored, upright):
         ratio = np.divide(size, declared)
         zoom = math.sqrt(ratio[0] * ratio[1])  # declared sizes are often rounded to whole or even pixels
@@ -452,38 +454,16 @@ def fit_camera(frame, stored):
             break
     else:
         turned = " (EXIF turns it)" if upright != stored else ""
-        return None if guessed else (
-            f"{frame.image} is {stored[1]}x{stored[0]}{turned}, but its camera is for {declared[1]}x{declared[0]}, "
-            "which is another shape: use the pictures that the cameras were made for")
+        return (f"{frame.image} is {stored[1]}x{stored[0]}{turned}, but its camera is for {declared[1]}x{declared[0]}, "
+                "which is another shape: use the pictures that the cameras were made for")
     frame.size, frame.upright = size, size != stored
     if declared != size:
         frame.K = np.array([ratio[1], ratio[0], 1])[:, None] * frame.K
-        what = "intrinsics seem to be" if guessed else "cameras are"
-        frame.notes += (f"{what} for pictures of {declared[1]}x{declared[0]}: "
+        frame.notes += (f"cameras are for pictures of {declared[1]}x{declared[0]}: "
                         f"scaled to the {size[1]}x{size[0]} of {frame.image.parent.name}/",)
     if frame.upright:
         frame.notes += ("pictures are turned upright, as EXIF says and as their cameras expect",)
     return None
-
-
-def size_by_centre(frame, stored):
-    """(H, W) of the picture that K seems to be made for, where nobody says it: about twice the principal point.
-
-    Real centres are off by some pixels. So a size is believed only if the depth map or the upright picture has it, or
-    if it is the picture's own, scaled exactly. Otherwise K is taken to be for the picture, `stored` (H, W).
-    """
-    implied = 2 * frame.K[[1, 0], 2]
-    if not np.isfinite(implied).all() or implied.min() <= 16:
-        return stored
-    sizes = [stored]
-    if np.abs(implied / stored - 1).max() >= 0.08:
-        sizes = [stored_size(frame.depth)] if frame.depth and frame.depth.exists() else []
-        sizes.append(upright_size(frame.image, stored))
-    for size in sizes:
-        if np.abs(implied / size - 1).max() < 0.08:
-            return size
-    zooms = implied / stored
-    return tuple(np.round(implied).astype(int).tolist()) if abs(zooms[0] / zooms[1] - 1) < 0.004 else stored
 
 
 def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, which its EXIF tag may say
@@ -496,17 +476,14 @@ def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, whic
 
 
 def problem_of_camera(frame):
-    if not np.isfinite(frame.c2w).all():
-        return f"{frame.image}: its pose is not finite numbers"
-    if frame.c2w.shape != (4, 4):
-        return f"{frame.image}: its pose is {frame.c2w.shape}, not a 4x4 matrix"
+    if frame.c2w.shape != (4, 4) or not np.isfinite(frame.c2w).all():
+        return f"{frame.image}: its pose is not a 4x4 matrix of finite numbers"
     rotation, last = frame.c2w[:3, :3], frame.c2w[3]
     scale = np.cbrt(np.linalg.det(rotation))
-    if scale <= 1e-9 or np.abs(rotation @ rotation.T / scale**2 - np.eye(3)).max() > 0.02:
-        return (f"{frame.image}: its pose is not a rigid motion (determinant {scale**3:.3f}); "
-                "its matrix mirrors, shears or squeezes")
-    if np.abs(last - [0, 0, 0, 1]).max() > 1e-6:
-        return f"{frame.image}: the last row of its pose is {last.tolist()}, not 0 0 0 1; is the matrix transposed?"
+    rigid = scale > 1e-9 and np.abs(rotation @ rotation.T / scale**2 - np.eye(3)).max() <= 0.02
+    if not rigid or np.abs(last - [0, 0, 0, 1]).max() > 1e-6:
+        return (f"{frame.image}: its pose is not a rigid motion (determinant {scale**3:.3f}, last row {last.tolist()}); "
+                "its matrix mirrors, shears or squeezes, or is transposed")
     if not np.isfinite(frame.K).all() or min(frame.K[0, 0], frame.K[1, 1]) <= 0 or (frame.K[2] != [0, 0, 1]).any():
         return f"{frame.image}: its intrinsics are singular (focal lengths {frame.K[0, 0]:g}, {frame.K[1, 1]:g})"
     (height, width), (cx, cy) = frame.size, frame.K[:2, 2]
@@ -580,8 +557,7 @@ def inside(path, root, where):
 def find_file(root, name, where, folders=(), endings=()):
     """The file that a list calls `name`, below `root` or in one of its `folders`; the first guess if there is none.
 
-    Lists come from other machines. A name may have backslashes or a drive letter, upper and lower case may differ, the
-    ending may lack or be another one, and `images/` may be there as `images_4/` only.
+    Lists come from other machines: backslashes, drive letters, other case or ending, images_4/ in place of images/.
     """
     name = name.replace("\\", "/")
     if re.match("[A-Za-z]:/", name):
@@ -622,27 +598,21 @@ def left_out(paths):  # -> sentences that count the pictures among `paths` that 
             for end, count in sorted(endings.items())]
 
 
-def folders_not_read(folder, frames, lacking):
-    """Sentences that name folders which seem to hold maps that some frame lacks, but are called otherwise than here."""
-    words = dict(depth="depth", mask="mask|instance|segment", normal="normal", label="label|semantic")
-    pattern = "|".join(words[kind] for kind in lacking)
+def folders_not_read(folder, frames):  # -> sentences: their maps may be called otherwise than here
+    files = [getattr(frame, kind) for frame in frames for kind in ("image", *MAPS)]
+    used = {parent for file in files if file for parent in file.parents}
     homes = {frame.image.parent.parent for frame in frames} | {folder}
-    used = {parent for frame in frames for kind in ("image", *MAPS) if getattr(frame, kind)
-            for parent in getattr(frame, kind).parents}
-    places = {place for home in homes for place in home.iterdir() if place.is_dir() and place not in used}
-    endings = (*IMAGE_TYPES, ".npy", ".npz", ".exr", ".pfm")
-    found = {place.name for place in places if pattern and re.search(pattern, place.name.lower())
-             and any(path.suffix in endings for path in place.iterdir())}
+    spare = {d for home in homes for d in home.iterdir() if d.is_dir() and d not in used and d.name[0] != "."}
+    names = sorted({d.name for d in spare for file in d.iterdir() if is_picture(file) or file.suffix == ".npy"})
     return [f"ignored: {name}/ (maps are read from depth/ masks/ normals/ labels/, with the names of the images)"
-            for name in sorted(found)]
+            for name in names]
 
 
 def maps_beside(image, root):
-    """The maps of an image, in folders beside that of the images: -> {kind: path or None}.
+    """The maps of an image: -> {kind: path or None}.
 
-    For scene/images/cam0/7.jpg a mask is looked for at scene/masks/cam0/7.jpg.png, then 7.png there (or .npy, .tif);
-    for an image in the scene folder itself at scene/masks/. A scene whose images lie deeper (scene/dslr/images/7.jpg)
-    may also have the folders beside these (scene/dslr/masks/).
+    The mask of scene/images/cam0/7.jpg is scene/masks/cam0/7.jpg.png, or 7.png there (or .npy, .tif). That of
+    scene/dslr/images/7.jpg may also be in scene/dslr/masks/.
     """
     folders = Path(os.path.relpath(image.parent, root)).parts  # ("images", "cam0"); () for images in the scene folder
     homes = (root, image.parent.parent if folders else root)
@@ -1025,8 +995,7 @@ def settle_depth_unit(scene):
 def ratio_to_points(scene, frames):
     """How many times as far as the sparse points the measured depth is; None where they do not tell.
 
-    Points that something hides from a view lie at any distance behind the surface, so that neither mean nor median will
-    do: of the sorted ratios, the narrowest third is taken.
+    A view may show something in front of a point, so the narrowest third of the sorted ratios is taken.
     """
     ratios = []
     for n in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int):
@@ -1073,11 +1042,8 @@ def covering_crop(stored, size):
 
 
 def read_image(frame, size) -> Tensor:
-    """-> (3, H, W) uint8, undistorted, covering `size`.
-
-    A large photo is decoded and undistorted at two to four times the size that is needed and no larger, which takes a
-    fraction of the time and changes pixels by less than 1/255 on average.
-    """
+    """-> (3, H, W) uint8, undistorted, covering `size`. To save time, a large photo is decoded and undistorted at two
+    to four times that size, which changes pixels by less than 1/255 on average."""
     scale, box = covering_crop(frame.size, size)
     more = scale * min(4, max(2, math.sqrt(2e6 / (size[0] * size[1]))))
     work = tuple(math.ceil(more * side) for side in frame.size) if more < 1 else frame.size  # (H, W) of all of it
@@ -1158,9 +1124,8 @@ def undistorted_K(frame):
 def zoomed_K(stored_K, size, distortion):
     """K of the undistorted picture, or None.
 
-    Straightening moves the borders of a picture, and with the stored focal length some pixels of the straight picture
-    may lie outside of the stored one. So the focal length is raised, a quarter of a percent at a time, until none does.
-    A zoom at which the lens polynomial turns round and shows a place twice is passed over, too.
+    The focal length is raised, a quarter of a percent at a time, until no pixel of the straight picture lies outside of
+    the stored one, and the lens polynomial does not turn round in it and show a place twice.
     """
     K, (height, width) = np.array(stored_K).reshape(3, 3), size
     frame = Frame("", None, K, None, size, distortion)
@@ -1268,9 +1233,8 @@ def layout_depth_range(c2w):  # (V, 4, 4) -> near, far
     """A guess from the cameras alone, where nothing was measured.
 
     Cameras that stand around something look at it. It is the point nearest to all optical axes: with P the projector
-    onto the plane across an axis, it minimises the sum of |P (point - centre)|^2. If nearly all cameras have this point
-    before them, at a distance that fits the space they stand in, it is the middle of the depth range. Otherwise that
-    space, and the step from one camera to the next, are all there is to go by.
+    onto the plane across an axis, it minimises the sum of |P (point - centre)|^2. Where most cameras do not
+    have it before them, at a sensible distance, the space that the cameras stand in and their steps are all there is to go by.
     """
     centre, axis = c2w[:, :3, 3], c2w[:, :3, 2]
     across = np.eye(3) - axis[:, :, None] * axis[:, None]  # (V, 3, 3) the projectors P
@@ -1290,9 +1254,8 @@ def layout_depth_range(c2w):  # (V, 4, 4) -> near, far
 def superpixels(image: Tensor, count: int) -> Tensor:
     """SLIC superpixels of `image` (3, H, W) -> (H, W) int64 ids from 1: regions where no masks exist.
 
-    k-means over colour and position (Achanta et al. 2012). The clusters start as a grid of cells, and a pixel may only
-    join one of the nine cells around it. Simpler than the original: colours are compared in RGB instead of CIE Lab, and
-    fragments keep their id, so that regions may be unconnected, which Eq. 3 and 4 of SnD do not mind.
+    k-means over colour and position (Achanta et al. 2012), from a grid of cells; a pixel may join one of the nine
+    around it. Simpler than the original: RGB instead of CIE Lab, and regions may be unconnected.
     """
     _, height, width = image.shape
     rows = min(max(1, round(math.sqrt(count * height / width))), max(1, count), height)
@@ -1320,10 +1283,7 @@ def superpixels(image: Tensor, count: int) -> Tensor:
 
 
 def write_whole(path, content: bytes):
-    """Written under a temporary name, flushed, and renamed: a killed run leaves the old file or the new one, whole.
-
-    The temporary name is that of this process and thread: two threads may write the same file at the same time.
-    """
+    """Written under a name of this process and thread, flushed, and renamed: a killed run leaves no half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
@@ -1378,7 +1338,7 @@ def explained(args, goes_on):
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-LINE_COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)]
+LINE_COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14)]
 
 
 def to_image(picture: Tensor):  # (3, H, W) in 0 ... 1 -> a Pillow image
@@ -1438,15 +1398,17 @@ def picture_grid(path, headings, rows, scale=None, below=None):
     return path
 
 
-def line_chart(title, curves, width=480, height=260) -> Tensor:
-    """Curves {name: [(x, y), ...]} as a picture (3, height, width); the axes go from the least to the largest value."""
+def line_chart(title, curves, width=480, height=260, even=False) -> Tensor:
+    """Curves {name: [(x, y), ...]} as a picture (3, height, width). The axes go from the least to the largest value;
+    with `even` both have the same scale."""
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     points = np.array([p for curve in curves.values() for p in curve], float)
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
     left, right, top, bottom = 64, width - 16, 44, height - 28
-    place = lambda x, y: (left + (right - left) * (x - x0) / max(x1 - x0, 1e-12),
-                          bottom - (bottom - top) * (y - y0) / max(y1 - y0, 1e-12))
+    scale = np.array([right - left, top - bottom]) / np.maximum([x1 - x0, y1 - y0], 1e-12)
+    scale = np.abs(scale).min() * np.sign(scale) if even else scale
+    place = lambda x, y: tuple(([left, bottom] + scale * [x - x0, y - y0]).tolist())
     draw.text((left, 6), title, fill="black")
     draw.line([(left, top), (left, bottom), (right, bottom)], fill=(150, 150, 150))
     for x, y in zip(np.linspace(x0, x1, 5), np.linspace(y0, y1, 5)):
@@ -1465,26 +1427,17 @@ def line_chart(title, curves, width=480, height=260) -> Tensor:
     return from_image(picture)
 
 
-def camera_plan(scene, triplets, height, width):
-    """Cameras from above with their viewing directions; each triplet in a colour, context - target - context."""
+def camera_plan(scene, triplets, width):
+    """Cameras from above: a line through all of them with their viewing directions, and the triplets."""
     centre, forward, up = scene.c2w[:, :3, 3], scene.c2w[:, :3, 2], -scene.c2w[:, :3, 1].mean(0)
     across = F.normalize(torch.linalg.cross(forward.mean(0), up), dim=0)
-    plan = torch.stack([across, -F.normalize(torch.linalg.cross(up, across), dim=0)], 1)  # world -> right, down
-    at, (low, high) = centre @ plan, (centre @ plan).aminmax(dim=0)
-    zoom = 0.75 * min(width, height) / (high - low).max().clamp_min(1e-9)
-    at = torch.tensor([width, height]) / 2 + zoom * (at - (low + high) / 2)
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    for here, tip in zip(at.tolist(), (at + 14 * forward @ plan).tolist()):
-        draw.line([*here, *tip], fill=(170, 170, 170))
-        draw.circle(here, 2, fill=(90, 90, 90))
-    for n, (a, b, target) in enumerate(triplets):
-        colour = LINE_COLOURS[n % 4]
-        draw.line(at[[a, target, b]].flatten().tolist(), fill=colour, width=2)
-        draw.circle(at[target].tolist(), 5, outline=colour, width=2)
-    caption = "cameras from above; a colour per triplet: circle = target, ends of the line = contexts"
-    draw.text((6, height - 18), caption, fill="black")
-    return from_image(picture)
+    plan = torch.stack([across, F.normalize(torch.linalg.cross(up, across), dim=0)], 1)  # (3, 2) world -> right, ahead
+    at = centre @ plan
+    tips = at + 0.06 * (at.amax(0) - at.amin(0)).max() * forward @ plan
+    curves = {"cameras": torch.stack([at, tips, at], 1).flatten(0, 1).tolist()}
+    for n, (a, b, target) in enumerate(triplets, 1):
+        curves[f"triplet {n}"] = at[[a, target, b]].tolist()
+    return line_chart("from above: context, target, context of each triplet", curves, width, 360, even=True)
 
 
 def fit_size(scene, pixels, multiple):
@@ -1499,21 +1452,24 @@ def fit_size(scene, pixels, multiple):
 
 def show_triplets(scene, triplets, path):
     """One row per triplet: the target between its contexts, and the target's maps. Below: the cameras from above."""
-    size, rows = fit_size(scene, 200 * 150, 2), []
-    views = [[scene.view(i, size) for i in (a, target, b)] for a, b, target in triplets]
-    depth = torch.cat([target.depth.flatten() for _, target, _ in views if target.depth is not None] or [torch.zeros(0)])
-    near, far = usual_range(depth).tolist()
-    for a, target, b in views:
-        depth_map = None if target.depth is None else colour_depth(target.depth, depth)
+    size = fit_size(scene, 200 * 150, 2)
+    rows = [[scene.view(i, size) for i in (a, target, b)] for a, b, target in triplets]
+    targets = [target for _, target, _ in rows]
+    columns = [("context", [a.image for a, _, _ in rows]), ("target", [target.image for target in targets]),
+               ("context", [b.image for _, _, b in rows]), ("its regions", [colour_ids(regions(v)) for v in targets])]
+    depths = [target.depth for target in targets if target.depth is not None]
+    if depths:
+        together = torch.cat([depth.flatten() for depth in depths])  # one scale for all rows
+        near, far = usual_range(together).tolist()
+        pictures = [None if v.depth is None else colour_depth(v.depth, together) for v in targets]
+        columns.append((f"depth: {near:.3g} bright, {far:.3g} dark", pictures))
+    if any(target.normal is not None for target in targets):
         axes = torch.tensor([1.0, -1, -1])  # red right, green up, blue towards the camera
-        normal_map = None if target.normal is None else ((target.normal * axes + 1) / 2).permute(2, 0, 1)
-        rows.append([a.image, target.image, b.image, colour_ids(regions(target)), depth_map, normal_map])
-    masks = "its mask" if any(target.mask is not None for _, target, _ in views) else "its superpixels (no masks)"
-    headings = ["context", "target", "context", masks, f"depth: {near:.3g} bright, {far:.3g} dark", "its normals"]
-    there = [c for c in range(6) if any(row[c] is not None for row in rows)]
-    rows = [[row[c] for c in there] for row in rows]
-    below = lambda width: camera_plan(scene, triplets, 360, width)
-    return picture_grid(path, [headings[c] for c in there], rows, scale=1, below=below)
+        pictures = [None if v.normal is None else ((v.normal * axes + 1) / 2).permute(2, 0, 1) for v in targets]
+        columns.append(("its normals", pictures))
+    below = lambda width: camera_plan(scene, triplets, width)
+    headings, pictures = zip(*columns)
+    return picture_grid(path, headings, list(zip(*pictures)), scale=1, below=below)
 
 
 def describe(scene, triplets):  # -> lines that say what is in a scene
@@ -1544,20 +1500,6 @@ def describe_levels(scene) -> str:
     return f"contexts of {len(targets)} targets: " + ", ".join(parts) + advice
 
 
-def report_scenes(scenes, args):
-    shown = scenes if len(scenes) <= 12 else scenes[:: math.ceil(len(scenes) / 8)]
-    for scene in shown:
-        generator = torch.Generator().manual_seed(args.seed)
-        triplets = [sample_triplet(scene, generator) for _ in range(4)]
-        print("\n".join(describe(scene, triplets)))
-        print(f"  ->  {show_triplets(scene, triplets, Path(args.out) / (scene.name.replace('/', '_') + '.png'))}")
-    held_out = f"{len(split(scenes, 'train'))} train, {len(split(scenes, 'val'))} val"
-    if len(scenes) == 1:
-        held_out = f"a single one: every eighth of its views is held out, {len(held_out_views(scenes[0]))}"
-    print(f"{len(scenes)} scene{'s' * (len(scenes) > 1)} ({held_out}), {sum(map(len, scenes))} views"
-          + (f"; {len(shown)} scenes of them shown" if len(shown) < len(scenes) else ""))
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Look at posed scenes before training, or write the built-in rooms.")
     scene_flags(parser, "out/01_data")
@@ -1569,12 +1511,23 @@ def main(argv=None):
     with explained(args, "the same command starts again"):
         if args.rooms is not None:
             make_rooms(args.scene_dir, scenes=args.rooms, views=args.views, size=args.size, seed=args.seed)
-        scenes, root = open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far), Path(args.scene_dir)
-        below = [] if reader_of(root) else sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
-        for child in below:
-            if not any(scene.name.split("/")[0] == child.name for scene in scenes):
+        root = Path(args.scene_dir)
+        scenes = open_scenes(root, args.skip_bad_frames, args.near, args.far)
+        known = {scene.name.split("/")[0] for scene in scenes}
+        for child in sorted(root.iterdir()) if not reader_of(root) else ():
+            if child.is_dir() and child.name[0] != "." and child.name not in known:
                 print(f"{child}: ignored, no poses in it that are read here")
-        report_scenes(scenes, args)
+        shown = scenes if len(scenes) <= 12 else scenes[:: math.ceil(len(scenes) / 8)]
+        for scene in shown:
+            generator = torch.Generator().manual_seed(args.seed)
+            triplets = [sample_triplet(scene, generator) for _ in range(4)]
+            print("\n".join(describe(scene, triplets)))
+            print(f"  ->  {show_triplets(scene, triplets, Path(args.out) / (scene.name.replace('/', '_') + '.png'))}")
+        held_out = f"{len(split(scenes, 'train'))} train, {len(split(scenes, 'val'))} val"
+        if len(scenes) == 1:
+            held_out = f"a single one: every eighth of its views is held out, {len(held_out_views(scenes[0]))}"
+        print(f"{len(scenes)} scene{'s' * (len(scenes) > 1)} ({held_out}), {sum(map(len, scenes))} views"
+              + (f"; {len(shown)} scenes of them shown" if len(shown) < len(scenes) else ""))
 
 
 if __name__ == "__main__":
