@@ -281,7 +281,7 @@ OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # flips y and z: OpenGL camera axes <-
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 IMAGE_TYPES = tuple(spelled(end) for spelled in (str.lower, str.upper, str.title) for end in READABLE)
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr", ".gif")
-UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr", ".gif")
+MAPS = dict(mask=("instance_segmentation", "masks"), depth=("depth",), normal=("normals",), label=("labels",))
 CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
 DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
 BUILT_IN = {"data": DEFAULT_ROOMS, "data_small": DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))}  # the latter for 06
@@ -482,7 +482,7 @@ def problem_of_camera(frame):
     scale = np.cbrt(np.linalg.det(rotation))
     rigid = scale > 1e-9 and np.abs(rotation @ rotation.T / scale**2 - np.eye(3)).max() <= 0.02
     if not rigid or np.abs(last - [0, 0, 0, 1]).max() > 1e-6:
-        return (f"{frame.image}: its pose is not a rigid motion (determinant {scale**3:.3f}, last row {last.tolist()}); "
+        return (f"{frame.image}: its pose is not a rigid motion (determinant {scale**3:.3f}, last row {last}); "
                 "its matrix mirrors, shears or squeezes, or is transposed")
     if not np.isfinite(frame.K).all() or min(frame.K[0, 0], frame.K[1, 1]) <= 0 or (frame.K[2] != [0, 0, 1]).any():
         return f"{frame.image}: its intrinsics are singular (focal lengths {frame.K[0, 0]:g}, {frame.K[1, 1]:g})"
@@ -1233,8 +1233,8 @@ def layout_depth_range(c2w):  # (V, 4, 4) -> near, far
     """A guess from the cameras alone, where nothing was measured.
 
     Cameras that stand around something look at it. It is the point nearest to all optical axes: with P the projector
-    onto the plane across an axis, it minimises the sum of |P (point - centre)|^2. Where most cameras do not
-    have it before them, at a sensible distance, the space that the cameras stand in and their steps are all there is to go by.
+    onto the plane across an axis, it minimises the sum of |P (point - centre)|^2. Where most cameras do not have it
+    before them, at a sensible distance, their own places and steps are all there is to go by.
     """
     centre, axis = c2w[:, :3, 3], c2w[:, :3, 2]
     across = np.eye(3) - axis[:, :, None] * axis[:, None]  # (V, 3, 3) the projectors P
