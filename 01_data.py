@@ -4,15 +4,16 @@ Paper   Splat and Distill (SnD) Sec. 3.1: a scene is S = {(I_i, P_i)}; a step dr
 In      a folder: nerfstudio / instant-ngp `transforms*.json` (also ScanNet++ and FiT3D preprocessing), a COLMAP
         model (`sparse/0`, binary or text), an RGB-D sequence (7-Scenes), LLFF's `poses_bounds.npy`, or a folder of such
         folders; the files tell which. Optional folders beside `images/`: `masks/ depth/ normals/ labels/`.
-Out     `load_scenes(path) -> [Scene]`, `Scene.view(i, size) -> View`; a report and one contact sheet a scene.
+Out     `load_scenes(path) -> [Scene]`, `Scene.view(i, size) -> View`; a report and one contact sheet per scene.
 Run     python 01_data.py                        built-in rooms -> data/, 20 s on a 2-core CPU
         python 01_data.py --scene_dir my_scene   what is in a folder, before anything is trained
 Copy    01_data.py (and tiny/rooms.py, if rooms are to be made)
-Read    View, Scene, depth_range, into_picture, frustum_points, overlap, context_pairs, sample_triplet, split,
-        show_triplets
-Try     LEVELS = ((0.9, 0.4),): in nine rooms the median context baseline falls from 0.55 to 0.37 m, and the overlap of
-        target and contexts rises from 0.88 to 0.96. LEVELS = ((0.1, 2.0),): 1.01 m and 0.73.
-        --near 0.1 --far 1: the command stops at the first room; four of the nine have no triplet left.
+Read    View, Frame, Scene, regions, find_depth_range, into_picture, frustum_points, overlap, context_pairs,
+        sample_triplet, split
+Try     In LEVELS (section 4) keep (0.9, 0.4) alone, then `python 01_data.py --rooms 9 --scene_dir nine/`: the median
+        distance of two contexts falls from 0.54 to 0.37 m, and the overlap of target and contexts rises from 0.88 to
+        0.96. With (0.1, 2.0) alone they are 1.2 m and 0.73.
+        `--scene_dir nine/ --near 0.1 --far 1` stops at the first room; four of the nine have no triplet left.
 Not     fisheye cameras, images without poses, video files.
 Words   V views, H W pixels, K (3, 3) intrinsics, c2w camera-to-world, w2c its inverse, target / context as in SnD.
 
@@ -20,12 +21,14 @@ Conventions, true in all six files. Camera axes are OpenCV's: x right, y down, z
 at hand and pixel centres sit at +0.5: the top-left pixel's centre is (0.5, 0.5). Depth is z-depth in the data set's
 unit (metres for rooms and RGB-D). Images are (3, H, W) RGB in [0, 1]; maps are (H, W) or (H, W, C). Mask id 0 means
 unlabelled, depth 0 not measured, label 255 ignore; normals are unit vectors of the camera frame, towards the camera.
+`# Differs:` marks where we depart from a paper or from the code that its authors released ("the official code").
 """
 from __future__ import annotations
 
 import argparse
 import copy
 import importlib
+import io
 import json
 import math
 import os
@@ -34,6 +37,7 @@ import struct
 import sys
 import threading
 import unicodedata
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -68,15 +72,37 @@ class View(NamedTuple):
     label: Tensor | None = None  # (H, W) int64 class, 255 = ignore
 
 
+@dataclass
+class Frame:
+    """What a scene knows of one view before anything is decoded: where its files are, and its camera."""
+    name: str
+    image: Path
+    K: np.ndarray  # (3, 3) in pixels of the stored image
+    c2w: np.ndarray  # (4, 4)
+    size: tuple | None  # (H, W) of the stored image
+    distortion: tuple = ((), (0.0, 0.0))  # of the lens: radial (k1, k2, ...), tangential (p1, p2)
+    mask: Path | None = None
+    depth: Path | None = None
+    normal: Path | None = None
+    label: Path | None = None
+    # The rest is for the workshop.
+    two_regions: bool = False  # the mask says which pixels are valid: its two sides are two regions
+    seen: object = ...  # indices of the sparse points that were found in this picture; `...`: nobody says, perhaps all
+    upright: bool = False  # the camera is that of the picture turned as its EXIF tag says
+    notes: tuple = ()  # what was changed to make the camera fit
+    kept: dict = field(default_factory=dict, init=False, repr=False)  # decoded views, see `kept`
+
+
 class Scene:
     """Posed views of one place. It holds file names and cameras; pictures are decoded when `view` asks for them."""
 
     def __init__(self, name, frames, depth_scale=1e-3, points=None, notes=(), class_names=None, kinect=False):
-        self.name, self.frames = name, frames  # a list of `Frame`, one for each view: files, K, c2w, lens
-        self.depth_scale, self.kinect = depth_scale, kinect  # how stored depth is to be read
+        self.name, self.frames = name, frames  # one Frame for each view
+        self.depth_scale = depth_scale  # stored depth times this is depth in the data set's unit
         self.points = points  # (M, 3) world points of a sparse reconstruction, or None
         self.notes = list(notes)  # sentences for the user: what was left out or assumed
         self.class_names = class_names  # a tuple: what the label ids mean, or None
+        self.kinect = kinect  # depth is stored as the Kinect's second camera sees it, as in raw 7-Scenes
         self.c2w = torch.from_numpy(np.stack([frame.c2w for frame in frames])).float()  # (V, 4, 4)
         self.pairs = {}  # what `context_pairs` has found so far
 
@@ -91,19 +117,19 @@ class Scene:
         """
         frame = self.frames[i]
         size = tuple(size or frame.size)
-        scale, (left, top, *_) = covering_crop(frame.size, size)
+        scale, (left, top, *_) = covering_crop(frame.size, size)  # the part of the picture that stays
         to_view = np.array([[scale, 0, -scale * left], [0, scale, -scale * top], [0, 0, 1]])  # pixels -> pixels
         K = torch.from_numpy(to_view @ undistorted_K(frame)).float()
-        image = kept(("image", size), frame, lambda: read_image(frame, size))  # a photo is decoded once a run
+        image = kept(("image", size), frame, lambda: read_image(frame, size))  # decoded once, while memory lasts
         found = kept(("maps", size), frame, lambda: read_maps(self, frame, size)) if maps else {}
-        found = {kind: values.clone() for kind, values in found.items()}
+        found = {kind: values.clone() for kind, values in found.items()}  # the caller may change them
         return View(frame.name, image.float() / 255, K, self.c2w[i], **found)
 
     @cached_property
     def depth_range(self):
         """(near, far) of what the cameras see, in the data set's unit."""
-        *near_and_far, self.range_source = depth_range(self)
-        return tuple(near_and_far)
+        near, far, self.range_source = find_depth_range(self)
+        return near, far
 
     def subset(self, indices):
         """The scene with these views alone. Its depth range stays that of all views."""
@@ -113,21 +139,26 @@ class Scene:
         return part
 
 
+def regions(view: View, count=64) -> Tensor:  # (H, W) int64
+    """What counts as an object: the view's masks, or `count` superpixels where it has none."""
+    return view.mask if view.mask is not None else superpixels(view.image, count)
+
+
 # ------------------------------------------------------------------------------------- 2. How deep do the cameras see?
 
 
-def depth_range(scene):  # -> near, far, where they come from
-    """Measured depth tells best; then the sparse points that a picture shows; else the camera layout must do."""
-    # Differs: the official code takes 1 and 100 in the data set's unit, so that nothing nearer than a metre exists;
-    # here near and far come from the scene.
+def find_depth_range(scene):  # -> near, far, where they come from
+    """The first of these that exists: measured depth, sparse points inside a picture, a guess from the camera poses."""
+    # Differs: the official code takes 1 and 100 in the data set's unit, so that in metres nothing nearer than one metre
+    # exists; here near and far come from the scene.
     some = [scene.frames[i] for i in np.linspace(0, len(scene) - 1, min(8, len(scene))).astype(int)]
-    measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]
+    measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]  # every seventh pixel
     sparse = [into_picture(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
     for depths, source in ((measured, "measured depth"), (sparse, "sparse points")):
         seen = np.concatenate(depths) if depths else np.zeros(0)
         seen = seen[seen > 0]
         if len(seen) > 50:
-            near, far = np.percentile(seen, [1, 99])
+            near, far = np.percentile(seen, [1, 99])  # without outliers, but with a fifth of margin
             return float(0.8 * near), float(1.2 * far), source
     return *layout_depth_range(np.stack([frame.c2w for frame in scene.frames])), "the camera layout"
 
@@ -161,7 +192,7 @@ def frustum_points(scene, i):
 def overlap(scene, i, j):
     """The share of view i's frustum that view j sees, and the other way round: the smaller of the two.
 
-    Walls are not considered: two cameras with a wall between them overlap, too, if they look the same way.
+    Walls are not considered: two cameras with a wall between them still overlap if they look the same way.
     """
     share = lambda a, b: (into_picture(frustum_points(scene, a), scene.frames[b])[2] > 0).mean()
     return min(share(i, j), share(j, i))
@@ -170,34 +201,35 @@ def overlap(scene, i, j):
 # ---------------------------------------------------------------------------------------- 4. Two contexts and a target
 
 
-# What is asked of two contexts: the least overlap with the target, and the widest baseline (their distance, as a part
-# of the typical depth). A target for which no pair is that good is asked for less, level by level.
+# What is asked of two contexts: the least overlap with the target, and the widest baseline (their distance, as a
+# fraction of the typical depth). If a target has no such pair, the next level asks for less.
 LEVELS = ((0.5, 0.4), (0.5, 0.8), (0.25, 1.0), (0.1, 2.0))
 
 
 def context_pairs(scene, target, least, widest):
-    """All pairs of views from which stereo can reconstruct what `target` sees: [(a, b), ...].
+    """Pairs of views from which stereo can reconstruct what `target` sees: [(a, b), ...].
 
-    Each of the two has an overlap of at least `least` with the target, the target lies between them, and their baseline
-    is at most `widest` times the typical depth.
+    They are chosen among the 24 views nearest to the target. Each overlaps the target by at least `least`, and the
+    other by three quarters of that. The target lies between them, and their baseline is 0.02 to `widest` times the
+    typical depth.
     """
     if (target, least, widest) in scene.pairs:
         return scene.pairs[target, least, widest]
     centre = np.stack([frame.c2w[:3, 3] for frame in scene.frames])  # (V, 3)
     near, far = scene.depth_range
     typical = 2 / (1 / near + 1 / far)  # the harmonic mean: half way in disparity
-    close = np.argsort(np.linalg.norm(centre - centre[target], axis=1))[:25]
+    close = np.argsort(np.linalg.norm(centre - centre[target], axis=1))[:25]  # the target is one of them
     seeing = [j for j in close if j != target and overlap(scene, target, j) >= least]
     pairs = []
     for a, b in combinations(seeing, 2):
         baseline = np.linalg.norm(centre[a] - centre[b]) / typical
-        between = (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0  # it sees them in opposite directions
+        between = (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0  # over 90 degrees apart, seen from it
         if 0.02 < baseline < widest and between and overlap(scene, a, b) >= 0.75 * least:
             pairs.append((int(a), int(b)))
     return scene.pairs.setdefault((target, least, widest), pairs)
 
 
-def best_pairs(scene, target):  # -> the first of LEVELS that has pairs, its pairs; None, [] where no level has any
+def best_pairs(scene, target):  # -> the first of LEVELS that has pairs, and its pairs; None, [] where no level has any
     for level, (least, widest) in enumerate(LEVELS):
         if pairs := context_pairs(scene, target, least, widest):
             return level, pairs
@@ -205,14 +237,14 @@ def best_pairs(scene, target):  # -> the first of LEVELS that has pairs, its pai
 
 
 def sample_triplet(scene, generator, targets=None):
-    """-> (context_a, context_b, target): distinct views, chosen by geometry and not by frame number (SnD Sec. 3.1).
+    """-> (context_a, context_b, target): three distinct views (SnD Sec. 3.1), chosen by geometry.
 
     `targets` restricts the target (to hold views out). Raises DataError where no three views overlap.
     """
     # Differs: the official sampler takes contexts eight frames apart and a target that may be one of them; here the
     # cameras decide (overlap, baseline, target in between), and the three views are always distinct.
     targets = list(range(len(scene))) if targets is None else list(targets)
-    for n in torch.randperm(len(targets), generator=generator)[:400].tolist():
+    for n in torch.randperm(len(targets), generator=generator)[:400].tolist():  # after 400 targets without any, give up
         _, pairs = best_pairs(scene, targets[n])
         if pairs:
             a, b = pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
@@ -225,42 +257,21 @@ def sample_triplet(scene, generator, targets=None):
 
 
 def split(scenes, part):
-    """The `train` or `val` scenes: every eighth scene is held out (the last one, where there are fewer than eight)."""
+    """The `train` or `val` scenes: every eighth scene is held out, or the last one where there are fewer than eight.
+
+    A single scene is never held out; `held_out_views` are then held out of it.
+    """
     # Differs: the official code trains on every scene folder, the validation scenes included; here every eighth scene
     # is held out, of a single scene every eighth view.
     assert part in ("train", "val"), f"split takes 'train' or 'val', not {part!r}"
-    held_out = set(range(7, len(scenes), 8)) or {len(scenes) - 1} - {0}
+    last = [len(scenes) - 1] if len(scenes) > 1 else []
+    held_out = range(7, len(scenes), 8) or last
     return [s for i, s in enumerate(scenes) if (i in held_out) == (part == "val")]
 
 
 def held_out_views(scene) -> list[int]:
-    """Where there is a single scene: every eighth of its views is held out, from the third on."""
+    """Every eighth view, from the third on, so that the first one, too, has neighbours on both sides."""
     return list(range(min(2, len(scene) - 1), len(scene), 8))
-
-
-# ---------------------------------------------------------------------------------------- 6. What a triplet looks like
-
-
-def show_triplets(scene, triplets, path):
-    """One row a triplet: the target between its two contexts, and the target's maps. Below: the cameras from above."""
-    size = fit_size(scene, 200 * 150, 2)
-    rows = [[scene.view(i, size) for i in (a, target, b)] for a, b, target in triplets]
-    targets = [target for _, target, _ in rows]
-    columns = {"context": [a.image for a, _, _ in rows], "target": [view.image for view in targets],
-               "context ": [b.image for _, _, b in rows]}
-    masks = "its mask" if any(view.mask is not None for view in targets) else "its superpixels (no masks)"
-    columns[masks] = [colour_ids(regions(view)) for view in targets]
-    depths = [view.depth for view in targets if view.depth is not None]
-    if depths:
-        together = torch.cat([depth.flatten() for depth in depths])  # one scale for all rows
-        columns["its depth"] = [None if v.depth is None else colour_depth(v.depth, together) for v in targets]
-    if any(view.normal is not None for view in targets):
-        columns["its normals"] = [None if v.normal is None else colour_normals(v.normal) for v in targets]
-
-    def below(width):
-        legend = [depth_legend(together, width)] if depths else []
-        return torch.cat([*legend, camera_plan(scene, triplets, 360, width)], 1)
-    return picture_grid(path, list(columns), list(zip(*columns.values())), scale=1, below=below)
 
 
 # ---- Workshop: not needed to understand the method ----
@@ -270,53 +281,31 @@ OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # flips y and z: OpenGL camera axes <-
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 IMAGE_TYPES = tuple(spelled(end) for spelled in (str.lower, str.upper, str.title) for end in READABLE)
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr", ".gif")
-MAPS = ("mask", "depth", "normal", "label")
+MAPS = dict(mask=("instance_segmentation", "masks"), depth=("depth",), normal=("normals",), label=("labels",))
 CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
 DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
 BUILT_IN = {"data": DEFAULT_ROOMS, "data_small": DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))}  # the latter for 06
-
-
-@dataclass
-class Frame:
-    """What a scene knows of one view before anything is decoded: where its files are, and its camera."""
-    name: str
-    image: Path
-    K: np.ndarray  # (3, 3) pixels of the stored image
-    c2w: np.ndarray  # (4, 4) OpenCV
-    size: tuple | None  # (H, W) as the data set declares it; `problem_of` fills in that of the file
-    distortion: tuple = ((), (0.0, 0.0))  # radial (k1, k2, ...), tangential (p1, p2)
-    mask: Path | None = None
-    depth: Path | None = None
-    normal: Path | None = None
-    label: Path | None = None
-    two_regions: bool = False  # the mask says which pixels are valid: its two sides are two regions
-    seen: object = ...  # which of the scene's sparse points were found in the picture; `...`: nobody says it, any
-    upright: bool = False  # its camera is that of the picture turned as EXIF says
-    problem: str | None = None  # why it cannot be used, where its reader found that out
-    notes: tuple = ()  # what was changed to make it fit
-    kept: dict = field(default_factory=dict, init=False, repr=False)  # its views, see `kept`
 
 
 # ----------------------------------------------------------------------------------------- finding and checking scenes
 
 
 def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
-    """What every stage does first: read `scene_dir`.
+    """What every stage does first: read `scene_dir`, where data/ and data_small/ are made if they are missing.
 
-    Built-in rooms are made where data/ or data_small/ is missing or unfinished. `near` and `far` replace what
-    `depth_range` would find in a scene.
+    `near` and `far` replace what `find_depth_range` would find in a scene.
     """
     folder = Path(scene_dir)
     settings = rooms_made(folder)
-    built_in = next((rooms for name, rooms in BUILT_IN.items() if folder.resolve() == Path(name).resolve()), None)
-    if not settings and built_in and is_empty(folder):
-        settings = built_in
-        print(f"no data yet: writing {settings['scenes']} built-in rooms of {settings['views']} views to {folder}/")
-    if settings:
+    for name, rooms in BUILT_IN.items():
+        if not settings and folder.resolve() == Path(name).resolve() and is_empty(folder):
+            settings = rooms
+            print(f"no data yet: writing {rooms['scenes']} built-in rooms of {rooms['views']} views to {folder}/")
+    if settings:  # also completes rooms whose making was interrupted
         make_rooms(folder, **settings)
     scenes = load_scenes(folder, skip_bad_frames)
     for scene in scenes if near is not None or far is not None else ():
-        found = scene.depth_range if near is None or far is None else (near, far)
+        found = scene.depth_range
         scene.depth_range = (found[0] if near is None else near, found[1] if far is None else far)
         scene.range_source = "--near and --far"
         if not 0 < scene.depth_range[0] < scene.depth_range[1] < math.inf:
@@ -337,10 +326,8 @@ def make_rooms(out, scenes=48, views=16, size=(96, 128), seed=0):
 
 def rooms_made(folder):  # -> the settings `make_rooms` was called with, None where it was not
     record = Path(folder) / "rooms.json"
-    if not record.exists():
-        return None
     try:
-        return {key: json.loads(record.read_bytes())[key] for key in DEFAULT_ROOMS}
+        return {key: json.loads(record.read_bytes())[key] for key in DEFAULT_ROOMS} if record.exists() else None
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{record}: not the settings of built-in rooms; "
                         "remove the folder to have them made again") from None
@@ -353,13 +340,13 @@ def is_empty(folder):  # nothing there, or hidden files alone
 def load_scenes(path, skip_bad_frames=False) -> list[Scene]:
     """All scenes at `path`: the folder itself, or every scene folder up to three levels below it, in natural order.
 
-    Headers of all files are checked here, so that a run does not die of them later. Raises DataError (one line with
-    the remedy) on the first bad one; with `skip_bad_frames` every file is decoded to its end, frames with a problem are
-    left out and listed in `Scene.notes`, and a scene of which too little remains is left out as well.
+    Raises DataError on the first file that is bad, so that no run dies of it later. With `skip_bad_frames` such frames
+    are left out and listed in `Scene.notes`, and a scene of which too little remains is left out as well.
     """
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"{path}: no such folder; give --scene_dir a scene, or a folder of scenes")
+    listing.cache_clear()  # folders may have changed since
     scenes, error = [], None
     for folder, reader in find_scenes(root):
         name = folder.resolve().name if folder == root else folder.relative_to(root).as_posix()
@@ -370,12 +357,10 @@ def load_scenes(path, skip_bad_frames=False) -> list[Scene]:
             if not skip_bad_frames:
                 raise
             print(f"left out: {error}")
-    if not scenes and error:
-        raise error
     if not scenes:
-        raise DataError(f"{path}: no scene in here (looked for transforms*.json, sparse/0, frame-*.pose.txt and "
-                        "poses_bounds.npy, three levels deep); for photos without poses run COLMAP first and put its "
-                        "model in sparse/0")
+        raise error or DataError(f"{path}: no scene in here (looked for transforms*.json, sparse/0, frame-*.pose.txt "
+                                 "and poses_bounds.npy, three levels deep); for photos without poses run COLMAP first "
+                                 "and put its model in sparse/0")
     return scenes
 
 
@@ -403,35 +388,35 @@ def reader_of(folder):
 
 def checked_scene(name, folder, frames, extra, skip_bad_frames):
     """Everything that is wrong with a scene is said here, in one line, before anything is computed."""
-    seen = set()
+    listed = Counter(frame.image for frame in frames)
     for frame in frames:
-        if frame.image in seen and not frame.problem:
+        if listed[frame.image] > 1:
             raise DataError(f"{folder}: {frame.name} is listed twice; keep one of the two frames")
-        seen.add(frame.image)
-    found = {n: problem_of(frame, thorough=skip_bad_frames) for n, frame in enumerate(frames)}
-    problems = {n: problem for n, problem in found.items() if problem}
-    first = next(iter(problems.values()), None)
+    checked = [(frame, problem_of(frame, thorough=skip_bad_frames)) for frame in frames]
+    frames = [frame for frame, problem in checked if not problem]
+    problems = [problem for _, problem in checked if problem]
     if problems and not skip_bad_frames:
-        remedy = "" if "--skip_bad_frames" in first else "; mend it or pass --skip_bad_frames"
-        more = f" ({len(problems)} of {len(frames)} frames have a problem)" if len(problems) > 1 else ""
-        raise DataError(first + remedy + more)
-    frames = [frame for n, frame in enumerate(frames) if n not in problems]
+        remedy = "" if "--skip_bad_frames" in problems[0] else "; mend it or pass --skip_bad_frames"
+        more = f" ({len(problems)} of {len(checked)} frames have a problem)" if len(problems) > 1 else ""
+        raise DataError(problems[0] + remedy + more)
     if len(frames) < 3:
-        raise DataError(f"{folder}: {len(frames)} usable views, but two contexts and a target make three; add views"
-                        + (f" ({len(problems)} left out, the first because {first})" if problems else ""))
+        left = f" ({len(problems)} left out, the first because {problems[0]})" if problems else ""
+        raise DataError(f"{folder}: {len(frames)} usable views, but two contexts and a target make three; "
+                        f"add views{left}")
     for frame in frames:
         u, _, vt = np.linalg.svd(frame.c2w[:3, :3])  # poses in text files are rounded: the nearest true rotation
         frame.c2w = np.vstack([np.hstack([u @ vt, frame.c2w[:3, 3:]]), [0, 0, 0, 1]])
-    notes = [*extra.pop("notes", ()), *(f"left out: {problem}" for problem in problems.values())]
-    changed = [note for frame in frames for note in frame.notes]
-    notes += [f"{note} ({changed.count(note)} views)" for note in dict.fromkeys(changed)]
-    lacking = {kind: sum(getattr(f, kind) is None for f in frames) for kind in MAPS}
-    notes += [f"{n} of {len(frames)} views have no {kind}" for kind, n in lacking.items() if 0 < n < len(frames)]
+    notes = [*extra.pop("notes"), *(f"left out: {problem}" for problem in problems)]
+    changes = Counter(note for frame in frames for note in frame.notes)
+    notes += [f"{note} ({count} views)" for note, count in changes.items()]
+    for kind in MAPS:
+        lacking = sum(getattr(frame, kind) is None for frame in frames)
+        notes += [f"{lacking} of {len(frames)} views have no {kind}"] if 0 < lacking < len(frames) else []
     notes += folders_not_read(folder, frames)
-    near_and_far, unit_given = extra.pop("depth_range", None), extra.pop("unit_given", False)
+    bounds, unit_given = extra.pop("bounds", None), extra.pop("unit_given", False)
     scene = Scene(name, frames, notes=notes, **extra)
-    if near_and_far:
-        scene.depth_range, scene.range_source = near_and_far, "poses_bounds.npy"
+    if bounds:
+        scene.depth_range, scene.range_source = bounds, "poses_bounds.npy"
     if not unit_given:
         settle_depth_unit(scene)
     return scene
@@ -442,10 +427,8 @@ def checked_scene(name, folder, frames, extra, skip_bad_frames):
 
 def problem_of(frame, thorough=False):
     """-> what is wrong with this frame, in words, or None. Fills in the size of the picture."""
-    if frame.problem:
-        return frame.problem
     if not frame.image.exists():
-        return f"{frame.image} does not exist, but {frame.name} has a pose{look_alike(frame.image)}"
+        return f"{frame.image} does not exist, but {frame.name} has a pose"
     try:
         stored = stored_size(frame.image, thorough)
         return fit_camera(frame, stored) or problem_of_camera(frame) or problem_of_maps(frame, thorough)
@@ -454,58 +437,33 @@ def problem_of(frame, thorough=False):
 
 
 def fit_camera(frame, stored):
-    """Makes size and K of a frame those of its picture, `stored` (H, W), if its camera is for another size or, by EXIF,
-    for another orientation. -> what is wrong, or None"""
-    (height, width), declared = stored, frame.size or centred_size(frame, stored)
-    guessed = frame.size is None and declared is not None
-    frame.size = stored
-    if declared is None or declared == stored:
+    """Where a camera is for another size than that of its picture, `stored` (H, W), or for the picture turned as EXIF
+    says, its size and K become those of the picture. -> what is wrong, or None"""
+    declared, frame.size = frame.size, stored
+    if declared == stored:
         return None
     upright = upright_size(frame.image, stored)
+    if declared is None:  # then its centre tells
+        turned = np.abs(2 * frame.K[[1, 0], 2] / upright - 1).max() < 0.08 < abs(stored[0] / stored[1] - 1)
+        declared = upright if turned else stored
     for size in (stored, upright):
-        if same_shape(declared, size):
-            frame.size, frame.upright = size, size == upright != stored
-            if declared != size:
-                zoom = np.array([size[1] / declared[1], size[0] / declared[0], 1])
-                frame.K = zoom[:, None] * frame.K
-                what = "intrinsics seem to be" if guessed else "cameras are"
-                frame.notes += (f"{what} for pictures of {declared[1]}x{declared[0]}: "
-                                f"scaled to the {size[1]}x{size[0]} of {frame.image.parent.name}/",)
-            if frame.upright:
-                frame.notes += ("pictures are turned upright, as EXIF says and as their cameras expect",)
-            return None
-    if guessed:
-        return None
-    turned = " (EXIF turns it)" if upright != stored else ""
-    return (f"{frame.image} is {width}x{height}{turned}, but its camera is for {declared[1]}x{declared[0]}, "
-            "which is another shape: use the pictures that the cameras were made for")
-
-
-def same_shape(declared, size):  # whether one is the other, scaled evenly and rounded to whole or even pixels
-    zoom = math.sqrt(size[0] * size[1] / (declared[0] * declared[1]))
-    close = all(abs(have - zoom * want) <= 2 * max(1, zoom) for want, have in zip(declared, size))
-    return close and abs(size[0] * declared[1] / (size[1] * declared[0]) - 1) < 0.01
-
-
-def centred_size(frame, stored):
-    """(H, W) of the picture that K seems to be made for, where nobody says it, or None.
-
-    Its centre gives it away: twice the principal point is about the size of the picture. Real cameras are off by some
-    pixels, so a depth map of about this size settles it, and otherwise only an exact proportion is believed.
-    """
-    cx, cy = frame.K[:2, 2]
-    if not (np.isfinite([cx, cy]).all() and min(cx, cy) > 8):
-        return None
-    implied = np.array([2 * cy, 2 * cx])
-    if np.abs(implied / stored - 1).max() < 0.08:
-        return None
-    sizes = [stored_size(frame.depth)] if frame.depth and frame.depth.exists() else []
-    sizes += [upright_size(frame.image, stored)]
-    for size in sizes:
-        if np.abs(implied / size - 1).max() < 0.08:
-            return size
-    zooms = implied / stored
-    return tuple(np.round(implied).astype(int).tolist()) if abs(zooms[0] / zooms[1] - 1) < 0.004 else None
+        ratio = np.divide(size, declared)
+        zoom = math.sqrt(ratio[0] * ratio[1])  # declared sizes are often rounded to whole or even pixels
+        rounding = np.abs(np.subtract(size, np.multiply(zoom, declared))).max()
+        if rounding <= 2 * max(1, zoom) and abs(ratio[0] / ratio[1] - 1) < 0.01:
+            break
+    else:
+        turned = " (EXIF turns it)" if upright != stored else ""
+        return (f"{frame.image} is {stored[1]}x{stored[0]}{turned}, but its camera is for {declared[1]}x{declared[0]}, "
+                "which is another shape: use the pictures that the cameras were made for")
+    frame.size, frame.upright = size, size != stored
+    if declared != size:
+        frame.K = np.array([ratio[1], ratio[0], 1])[:, None] * frame.K
+        frame.notes += (f"cameras are for pictures of {declared[1]}x{declared[0]}: "
+                        f"scaled to the {size[1]}x{size[0]} of {frame.image.parent.name}/",)
+    if frame.upright:
+        frame.notes += ("pictures are turned upright, as EXIF says and as their cameras expect",)
+    return None
 
 
 def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, which its EXIF tag may say
@@ -518,17 +476,14 @@ def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, whic
 
 
 def problem_of_camera(frame):
-    if not np.isfinite(frame.c2w).all():
-        return f"{frame.image}: its pose is not finite"
-    if frame.c2w.shape != (4, 4):
-        return f"{frame.image}: its pose is {frame.c2w.shape}, not a 4x4 matrix"
+    if frame.c2w.shape != (4, 4) or not np.isfinite(frame.c2w).all():
+        return f"{frame.image}: its pose is not a 4x4 matrix of finite numbers"
     rotation, last = frame.c2w[:3, :3], frame.c2w[3]
     scale = np.cbrt(np.linalg.det(rotation))
-    if scale <= 1e-9 or np.abs(rotation @ rotation.T / scale**2 - np.eye(3)).max() > 0.02:
-        return (f"{frame.image}: its pose is not a rigid motion (determinant {scale**3:.3f}); "
-                "its matrix mirrors, shears or squeezes")
-    if np.abs(last - [0, 0, 0, 1]).max() > 1e-6:
-        return f"{frame.image}: the last row of its pose is {last.tolist()}, not 0 0 0 1; is the matrix transposed?"
+    rigid = scale > 1e-9 and np.abs(rotation @ rotation.T / scale**2 - np.eye(3)).max() <= 0.02
+    if not rigid or np.abs(last - [0, 0, 0, 1]).max() > 1e-6:
+        return (f"{frame.image}: its pose is not a rigid motion (determinant {scale**3:.3f}, last row {last}); "
+                "its matrix mirrors, shears or squeezes, or is transposed")
     if not np.isfinite(frame.K).all() or min(frame.K[0, 0], frame.K[1, 1]) <= 0 or (frame.K[2] != [0, 0, 1]).any():
         return f"{frame.image}: its intrinsics are singular (focal lengths {frame.K[0, 0]:g}, {frame.K[1, 1]:g})"
     (height, width), (cx, cy) = frame.size, frame.K[:2, 2]
@@ -549,7 +504,7 @@ def problem_of_maps(frame, thorough):
         if path is None:
             continue
         if not path.exists():
-            return f"{path} does not exist, but {frame.name} names it{look_alike(path)}"
+            return f"{path} does not exist, but {frame.name} names it"
         map_h, map_w = stored_size(path, thorough, CHANNELS.get(kind))
         if kind == "depth" and abs(map_w / map_h - width / height) < 0.02 * width / height:
             continue  # sensors often measure depth at another resolution of the same field of view
@@ -561,9 +516,8 @@ def problem_of_maps(frame, thorough):
 def stored_size(path, thorough=False, channels=None):
     """(H, W) of a picture or array. Its header and its last bytes are looked at, which shows most damage; `thorough`
     decodes it to the end."""
-    if path.suffix == ".npy":
-        shape = decode_map(path).shape
-    elif not (shape := header(path)) or thorough or not ends_well(path):
+    shape = decode_map(path).shape if path.suffix == ".npy" else header(path)
+    if not shape or (path.suffix != ".npy" and (thorough or not ends_well(path))):
         shape = np.array(decode(path)).shape  # raises, and says what is wrong with the file
     count = 1 if len(shape) == 2 else shape[-1]
     if len(shape) not in (2, 3) or 0 in shape or (channels and count not in channels):
@@ -580,14 +534,12 @@ def header(path):  # -> (H, W, C) of a picture, not decoded; None where even tha
         return None
 
 
-def ends_well(path):  # whether a PNG or JPEG ends as it should; of other types nothing is known
+def ends_well(path):  # whether the last bytes of a PNG or JPEG are there; of other types nothing is known
     with open(path, "rb") as file:
-        start = file.read(4)
+        start = file.read(2)
         file.seek(max(0, os.path.getsize(path) - 12))
         end = file.read()
-    if start[:2] == b"\xff\xd8":
-        return end.endswith(b"\xff\xd9")
-    return end[4:8] == b"IEND" if start == b"\x89PNG" else path.suffix.lower() not in (".png", ".jpg", ".jpeg")
+    return {b"\xff\xd8": end.endswith(b"\xff\xd9"), b"\x89P": end[4:8] == b"IEND"}.get(start, True)
 
 
 # ---------------------------------------------------------------------------------------------- names of files
@@ -605,53 +557,35 @@ def inside(path, root, where):
 def find_file(root, name, where, folders=(), endings=()):
     """The file that a list calls `name`, below `root` or in one of its `folders`; the first guess if there is none.
 
-    Lists come from other machines. A name may have backslashes or a drive letter, upper and lower case may differ, the
-    ending may lack or be another one, and `images/` may be there as `images_4/` only.
+    Lists come from other machines: backslashes, drive letters, other case or ending, images_4/ in place of images/.
     """
     name = name.replace("\\", "/")
-    if drive := re.match("[A-Za-z]:/+", name):  # of the folders on that machine, those below the scene are looked for
-        parts = name[drive.end():].split("/")
-        found = (find_file(root, "/".join(parts[n:]), where, folders, endings) for n in range(len(parts)))
-        return next((path for path in found if path.is_file()), root / parts[-1])
+    if re.match("[A-Za-z]:/", name):
+        name = name.rsplit("/", 1)[1]
     first = inside(root / name, root, where)
     relative = Path(os.path.relpath(first, root))
     smaller = [Path(f"{relative.parts[0]}_{n}", *relative.parts[1:]) for n in (2, 4, 8) if len(relative.parts) > 1]
     for path in (relative, *(Path(folder) / relative for folder in folders), *smaller):
-        if found := look_for(root, path, endings):
-            return found
+        if (root / path).is_file() and path.suffix.lower() not in UNREADABLE:
+            return root / path
+        folder = root
+        for part in path.parts[:-1]:
+            folder = listing(folder).get(plain(part), folder / part)
+        there, wanted = listing(folder), plain(path.name)
+        stem = Path(wanted).stem if Path(wanted).suffix in (*endings, *UNREADABLE) else wanted
+        for candidate in (wanted, *(stem + end for end in endings)):
+            if candidate in there and there[candidate].is_file():
+                return there[candidate]
     return first
-
-
-def look_for(root, path, endings):  # -> the file at root / path, exact or nearly so; None
-    if (root / path).is_file() and path.suffix.lower() not in UNREADABLE:
-        return root / path
-    folder = root
-    for part in path.parts[:-1]:
-        folder = folder / part if (folder / part).is_dir() else listing(folder).get(plain(part))
-        if folder is None:
-            return None
-    there, name = listing(folder), plain(path.name)
-    stem = Path(name).stem if Path(name).suffix in (*endings, *UNREADABLE) else name
-    near = (there.get(candidate) for candidate in (name, *(stem + end for end in endings)))
-    return next((file for file in near if file is not None and file.is_file()), None)
 
 
 def plain(name):  # alike for names that only the disk's file system tells apart: case, composed and decomposed accents
     return unicodedata.normalize("NFC", name).lower()
 
 
+@lru_cache
 def listing(folder):  # -> {plain name: path}
-    return listed(folder, folder.stat().st_mtime_ns) if folder.is_dir() else {}
-
-
-@lru_cache(maxsize=64)
-def listed(folder, _changed):
-    return {plain(path.name): path for path in folder.iterdir()}
-
-
-def look_alike(path):  # -> words that name a file which may be meant
-    near = sorted(p.name for p in listing(path.parent).values() if p.stem.lower() == path.stem.lower() and p != path)
-    return f" ({near[0]} is there)" if near else ""
+    return {plain(path.name): path for path in folder.iterdir()} if folder.is_dir() else {}
 
 
 def is_picture(path):
@@ -659,43 +593,36 @@ def is_picture(path):
 
 
 def left_out(paths):  # -> sentences that count the pictures among `paths` that no stage reads
-    endings = [path.suffix[1:].upper() for path in paths if path.suffix.lower() in UNREADABLE]
-    return [f"ignored: {endings.count(end)} {end} files, which are not read; save them as JPEG or PNG"
-            for end in sorted(set(endings))]
+    endings = Counter(path.suffix[1:].upper() for path in paths if path.suffix.lower() in UNREADABLE)
+    return [f"ignored: {count} {end} files, which are not read; save them as JPEG or PNG"
+            for end, count in sorted(endings.items())]
 
 
-def folders_not_read(folder, frames):
-    """Sentences that name folders which seem to hold maps that some frame lacks, but are called otherwise than here."""
-    words = dict(depth=["depth"], mask=["mask", "instance", "segment"], normal=["normal"], label=["label", "semantic"])
-    lacking = [word for kind in MAPS if any(getattr(f, kind) is None for f in frames) for word in words[kind]]
+def folders_not_read(folder, frames):  # -> sentences: their maps may be called otherwise than here
+    files = [getattr(frame, kind) for frame in frames for kind in ("image", *MAPS)]
+    used = {parent for file in files if file for parent in file.parents}
     homes = {frame.image.parent.parent for frame in frames} | {folder}
-    files = [path for f in frames for path in (f.image, f.mask, f.depth, f.normal, f.label) if path]
-    used = {parent for path in files for parent in path.parents}
-    found = set()
-    for place in (d for home in homes if home.is_dir() for d in home.iterdir() if d.is_dir() and d not in used):
-        if any(word in place.name.lower() for word in lacking):
-            found |= {place.name for p in place.iterdir() if p.suffix in (*IMAGE_TYPES, ".npy", ".npz", ".exr", ".pfm")}
+    spare = {d for home in homes for d in home.iterdir() if d.is_dir() and d not in used and d.name[0] != "."}
+    names = sorted({d.name for d in spare for file in d.iterdir() if is_picture(file) or file.suffix == ".npy"})
     return [f"ignored: {name}/ (maps are read from depth/ masks/ normals/ labels/, with the names of the images)"
-            for name in sorted(found)]
+            for name in names]
 
 
 def maps_beside(image, root):
-    """The maps of an image, in folders beside that of the images: -> {kind: path or None}.
+    """The maps of an image: -> {kind: path or None}.
 
-    For scene/images/cam0/7.jpg a mask is looked for at scene/masks/cam0/7.jpg.png, then 7.png there (or .npy, .tif);
-    for an image in the scene folder itself at scene/masks/. A scene whose images lie deeper (scene/dslr/images/7.jpg)
-    may also have the folders beside these (scene/dslr/masks/).
+    The mask of scene/images/cam0/7.jpg is scene/masks/cam0/7.jpg.png, or 7.png there (or .npy, .tif). That of
+    scene/dslr/images/7.jpg may also be in scene/dslr/masks/.
     """
     folders = Path(os.path.relpath(image.parent, root)).parts  # ("images", "cam0"); () for images in the scene folder
     homes = (root, image.parent.parent if folders else root)
     endings = ("png", "npy", "tif", "tiff")
     names = [Path(*folders[1:], f"{name}.{end}") for name in (image.name, image.stem) for end in endings]
-
-    def first(*kinds):
-        paths = (home / kind / name for kind in kinds for home in homes for name in names)
-        return next((path for path in paths if path.exists()), None)
-    mask = first("instance_segmentation", "masks")
-    return dict(mask=mask, depth=first("depth"), normal=first("normals"), label=first("labels"))
+    found = {}
+    for kind, places in MAPS.items():
+        paths = (home / place / name for place in places for home in homes for name in names)
+        found[kind] = next((path for path in paths if path.exists()), None)
+    return found
 
 
 # --------------------------------------------------------------------------------------------- reader: transforms.json
@@ -718,13 +645,15 @@ def read_transforms(folder):
         raise DataError(f"{file}: not JSON ({str(error).splitlines()[0]}); write it again") from None
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list):
         raise DataError(f"{file}: has no list 'frames'; is it a nerfstudio file?")
-    root = transforms_root(file, meta)
-    frames = [transforms_frame(meta, entry, root, f"{file}: frame {n}") for n, entry in enumerate(meta["frames"])
-              if not (isinstance(entry, dict) and entry.get("is_bad") in (True, "true", "True"))]
-    bad = len(meta["frames"]) - len(frames)
-    without_masks = bool(frames) and all(f.two_regions and not f.mask.exists() for f in frames)
-    for frame in frames if without_masks else ():
-        frame.mask, frame.two_regions = None, False
+    root = file.parent
+    if root.name == "nerfstudio" and image_folder(root.parent) and not image_folder(root):
+        root = root.parent  # ScanNet++ has dslr/nerfstudio/transforms.json beside dslr/images/
+    frames, bad = [], 0
+    for n, entry in enumerate(meta["frames"]):
+        if isinstance(entry, dict) and entry.get("is_bad") in (True, "true", "True"):
+            bad += 1
+        else:
+            frames.append(transforms_frame(meta, entry, root, f"{file}: frame {n}"))
     unit = next((key for key in ("depth_unit_scale_factor", "integer_depth_scale") if meta.get(key) is not None), None)
     try:
         depth_scale = float(meta[unit]) if unit else 1e-3
@@ -733,7 +662,10 @@ def read_transforms(folder):
         raise DataError(f"{file}: '{unit}' must be a positive number (0.001 for millimetres)") from None
     notes = [f"ignored: {other.relative_to(folder)} ({file.relative_to(folder)} comes first)" for other in others]
     notes += [f"left out: {bad} frames that are marked is_bad"] if bad else []
-    notes += ["the masks that mask_path names are not there; read without"] if without_masks else []
+    if frames and all(frame.two_regions and not frame.mask.exists() for frame in frames):
+        notes.append("the masks that mask_path names are not there; read without")
+        for frame in frames:
+            frame.mask, frame.two_regions = None, False
     places = {frame.image.parent for frame in frames}
     notes += spare_pictures([path for place in places if place.is_dir() for path in place.iterdir()], frames, bad)
     names = meta.get("class_names")
@@ -755,54 +687,36 @@ def image_folder(folder):
     return next((there for name in IMAGE_FOLDERS if (there := listing(folder).get(name)) and there.is_dir()), None)
 
 
-def transforms_root(file, meta):
-    """The folder that names are relative to: that of the file, or dslr/ for dslr/nerfstudio/transforms.json."""
-    first = next((entry["file_path"] for entry in meta["frames"] if isinstance(entry, dict)
-                  and isinstance(entry.get("file_path"), str)), "")
-    for root in (file.parent, file.parent.parent) if file.parent.name == "nerfstudio" else (file.parent,):
-        try:
-            if first and find_file(root, first, "", IMAGE_FOLDERS, READABLE).is_file():
-                return root
-        except DataError:  # outside of this root: perhaps not of the other
-            pass
-    return file.parent.parent if file.parent.name == "nerfstudio" and file.parent.parent.name == "dslr" else file.parent
-
-
 def transforms_frame(meta, entry, root, where):
-    """One frame; what is wrong with it alone becomes its `problem`."""
     own = entry if isinstance(entry, dict) else {}
     settings = meta | {key: value for key, value in own.items() if value is not None}
     model = str(settings.get("camera_model", "")).upper()
     if settings.get("is_fisheye") or any(word in model for word in ("FISHEYE", "EQUIRECT", "ORTHO")):
         raise DataError(f"{where}: {model or 'fisheye'} cameras are not read; undistort first "
                         "(ScanNet++ ships transforms_undistorted.json)")
-    unusable = lambda problem: Frame(where, root / where, np.eye(3), np.full((4, 4), np.nan), None, problem=problem)
     for key, kind in (("file_path", str), ("transform_matrix", list)):
         if not isinstance(own.get(key), kind):
-            return unusable(f"{where} lacks '{key}'; add it or remove the frame")
+            raise DataError(f"{where} lacks '{key}'; add it or remove the frame")
     image = find_file(root, entry["file_path"], where, IMAGE_FOLDERS, READABLE)
     try:
         K, size, distortion = transforms_camera(settings, image, where)
         pose = np.array(entry["transform_matrix"], float)
     except (TypeError, ValueError, ArithmeticError) as error:
-        return unusable(f"{where}: a number is not a number ({str(error).splitlines()[0]}); mend the frame")
-    pose = np.vstack([pose, [0, 0, 0, 1]]) if pose.shape == (3, 4) else pose
+        raise DataError(f"{where}: a number is not a number ({str(error).splitlines()[0]}); mend the frame") from None
+    if pose.shape == (3, 4):
+        pose = np.vstack([pose, [0, 0, 0, 1]])
     c2w = pose * OPENGL.diagonal() if pose.shape == (4, 4) else pose  # flips the y and z axes: columns 1 and 2
-    maps, two_regions = transforms_maps(entry, image, root, where)
-    return Frame(entry["file_path"], image, K, c2w, size, distortion, two_regions=two_regions, **maps)
+    return Frame(entry["file_path"], image, K, c2w, size, distortion, **transforms_maps(entry, image, root, where))
 
 
-def transforms_maps(entry, image, root, where):  # -> {kind: path or None}, whether the mask is one of two regions
+def transforms_maps(entry, image, root, where):  # -> {kind: path or None}, and whether the mask is one of two regions
     maps = maps_beside(image, root)
-    keys = dict(mask=["instance_file_path"], depth=["depth_file_path", "depth_path"], normal=["normal_file_path"],
-                label=["label_file_path"], valid=["mask_path"])
-    named = {kind: find_file(root, str(entry[key]), where, MASK_FOLDERS if kind == "valid" else ())
-             for kind, names in keys.items() for key in names[:: -1] if entry.get(key)}
-    valid = named.pop("valid", None)
-    maps |= named
+    keys = dict(instance_file_path="mask", depth_path="depth", depth_file_path="depth", normal_file_path="normal",
+                label_file_path="label")
+    maps |= {kind: find_file(root, str(entry[key]), where) for key, kind in keys.items() if entry.get(key)}
+    valid = find_file(root, str(entry["mask_path"]), where, MASK_FOLDERS) if entry.get("mask_path") else None
     two_regions = valid is not None and maps["mask"] in (None, valid)  # instance masks are better where there are some
-    maps["mask"] = valid if two_regions else maps["mask"]
-    return maps, two_regions
+    return maps | dict(mask=valid if two_regions else maps["mask"], two_regions=two_regions)
 
 
 def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None, distortion
@@ -825,22 +739,11 @@ def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None,
 # ---------------------------------------------------------------------------------------------- reader: COLMAP
 
 
-def colmap_models(folder):  # -> the folders of all models of a scene, the one of most images first
-    homes = [home for home in (folder / "sparse", folder / "colmap" / "sparse") if home.is_dir()]
-    places = [place for home in homes
-              for place in (home, *sorted((d for d in home.iterdir() if d.is_dir()), key=natural))] + [folder]
-    models = [p for p in places for kind in ("bin", "txt") if (p / f"cameras.{kind}").exists()]
-    return sorted(dict.fromkeys(models), key=colmap_size, reverse=True)
-
-
-def colmap_size(model):  # about the number of its images, for comparing models
-    try:
-        if (model / "images.bin").exists():
-            with open(model / "images.bin", "rb") as file:
-                return struct.unpack("<Q", file.read(8))[0]
-        return sum(not are_2d_points(words) for words in colmap_lines(model / "images.txt", 9))
-    except (OSError, ValueError, struct.error):
-        return 0
+def colmap_models(folder):  # -> the folders of all models of a scene, the largest first
+    homes = [folder / "sparse", folder / "colmap" / "sparse"]
+    below = [d for home in homes if home.is_dir() for d in sorted(home.iterdir(), key=natural)]
+    models = [d for d in (*homes, *below, folder) if (d / "cameras.bin").exists() or (d / "cameras.txt").exists()]
+    return sorted(models, key=lambda model: sum(f.stat().st_size for f in model.glob("images.*")), reverse=True)
 
 
 def read_colmap(folder):
@@ -850,7 +753,7 @@ def read_colmap(folder):
         cameras, poses, place = (colmap_binary if (model / "cameras.bin").exists() else colmap_text)(model)
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist; a COLMAP model is cameras and images") from None
-    except (struct.error, ValueError, IndexError):
+    except (struct.error, ValueError, IndexError, OverflowError):
         raise DataError(f"{model}: the COLMAP model is cut off or damaged; export it again") from None
     root = image_folder(folder) or folder / "images"
     if not root.is_dir():
@@ -869,8 +772,8 @@ def read_colmap(folder):
         frames.append(Frame(name, image, K, c2w, size, distortion, **maps_beside(image, folder)))
         frames[-1].seen = seen if len(seen) > 9 else ...
     frames.sort(key=lambda frame: natural(frame.name))
-    notes = [f"ignored: {other.relative_to(folder)}, another model ({colmap_size(other)} images; "
-             f"{model.relative_to(folder)} has {len(poses)})" for other in others]
+    notes = [f"ignored: {other.relative_to(folder)}, another model (that of {model.relative_to(folder)} is larger)"
+             for other in others]
     notes += [] if points is not None else ["no points3D are read: near and far come from the depth or the cameras"]
     notes += spare_pictures(list(root.rglob("*")), frames)
     return frames, dict(points=points, notes=notes)
@@ -886,103 +789,80 @@ def rotation_of(quaternions):  # (..., 4) w x y z, of any length -> (..., 3, 3)
     return np.stack([np.stack(row, -1) for row in rows], -2)
 
 
-COLMAP_MODELS = {  # id -> name, number of parameters
-    0: ("SIMPLE_PINHOLE", 3), 1: ("PINHOLE", 4), 2: ("SIMPLE_RADIAL", 4), 3: ("RADIAL", 5), 4: ("OPENCV", 8),
-    5: ("OPENCV_FISHEYE", 8), 6: ("FULL_OPENCV", 12), 7: ("FOV", 5), 8: ("SIMPLE_RADIAL_FISHEYE", 4),
-    9: ("RADIAL_FISHEYE", 5), 10: ("THIN_PRISM_FISHEYE", 12)}
+# name: number of its parameters, in the order of their ids; these five lenses are the OpenCV polynomial
+COLMAP_MODELS = dict(SIMPLE_PINHOLE=3, PINHOLE=4, SIMPLE_RADIAL=4, RADIAL=5, OPENCV=8)
 
 
-def colmap_camera(name, width, height, params, model):
-    """-> K, (H, W), distortion of the five models whose lens is the OpenCV polynomial."""
-    if len(params) != dict(COLMAP_MODELS.values()).get(name, len(params)):
-        raise DataError(f"{model}: a {name} camera has {len(params)} parameters; export the model again")
-    if name in ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL"):
-        (f, cx, cy), radial, tangential = params[:3], params[3:], (0.0, 0.0)
-        fx = fy = f
-    elif name in ("PINHOLE", "OPENCV"):
-        (fx, fy, cx, cy), radial, tangential = params[:4], params[4:6], tuple(params[6:8]) or (0.0, 0.0)
-    else:
-        raise DataError(f"{model}: camera model {name} is not read; run colmap image_undistorter and use its output")
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]), (height, width), (tuple(radial), tangential)
-
-
-class Bytes:
-    """A binary file that is read from its beginning, little endian."""
-
-    def __init__(self, path):
-        self.data, self.at = path.read_bytes(), 0
-
-    def take(self, form):
-        values = struct.unpack_from("<" + form, self.data, self.at)
-        self.at += struct.calcsize("<" + form)
-        return values
-
-    def text(self):  # up to a zero byte
-        end = self.data.index(b"\0", self.at)
-        word, self.at = self.data[self.at:end].decode(), end + 1
-        return word
+def colmap_camera(name, width, height, params, model):  # -> K, (H, W), distortion
+    if len(params) != COLMAP_MODELS.get(name):
+        raise DataError(f"{model}: a {name} camera of {len(params)} parameters is not read; "
+                        "run colmap image_undistorter and use its output")
+    two = name in ("PINHOLE", "OPENCV")  # focal lengths
+    fx, fy, cx, cy, *lens = params if two else (params[0], *params)
+    radial, tangential = (lens[:2], lens[2:]) if two else (lens, ())
+    K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+    return K, (height, width), (tuple(radial), tuple(tangential) or (0.0, 0.0))
 
 
 def colmap_binary(model):
     """-> {id: (name, W, H, params)}, [(image, camera, quaternion, translation, ids of its points)], {id: (x, y, z)}"""
-    file, cameras, poses, points = Bytes(model / "cameras.bin"), {}, [], {}
-    for _ in range(file.take("Q")[0]):
-        identity, kind, width, height = file.take("iiQQ")
-        if kind not in COLMAP_MODELS:
-            raise DataError(f"{model}: camera {identity} has the unknown model {kind}; run colmap image_undistorter")
-        name, count = COLMAP_MODELS[kind]
-        cameras[identity] = (name, width, height, file.take(f"{count}d"))
-    file = Bytes(model / "images.bin")
-    for _ in range(file.take("Q")[0]):
-        _, *pose, camera = file.take("i7di")
-        name, count = file.text(), file.take("Q")[0]
-        in_picture = np.frombuffer(file.data, "<f8, <f8, <i8", count, file.at)  # x, y, id of the point or -1
-        file.at += 24 * count
-        poses.append((name, camera, pose[:4], pose[4:], in_picture["f2"].tolist()))
+    cameras, poses, points = {}, [], {}
+    for take in records(model / "cameras.bin"):
+        identity, kind, width, height = take("iiQQ")
+        if kind not in range(len(COLMAP_MODELS)):
+            raise DataError(f"{model}: camera {identity} is a fisheye or another model ({kind}) that is not read; "
+                            "run colmap image_undistorter and use its output")
+        name, count = list(COLMAP_MODELS.items())[kind]
+        cameras[identity] = (name, width, height, take(f"{count}d"))
+    for take in records(model / "images.bin"):
+        _, *pose, camera = take("i7di")
+        name = b""
+        while (letter := take("c")[0]) != b"\0":
+            name += letter
+        count = take("Q")[0]
+        in_picture = np.frombuffer(take(f"{24 * count}s")[0], "<f8, <f8, <i8")  # x, y, id of the point or -1
+        poses.append((name.decode(), camera, pose[:4], pose[4:], in_picture["f2"].tolist()))
     if not (model / "points3D.bin").exists():
         return cameras, poses, None
-    file = Bytes(model / "points3D.bin")
-    for _ in range(file.take("Q")[0]):
-        number, x, y, z, _, _, _, _, track = file.take("Q3d3BdQ")
-        points[number] = x, y, z
-        file.take(f"{8 * track}x")
+    for take in records(model / "points3D.bin"):
+        number, *xyz, _, _, _, _, track = take("Q3d3BdQ")
+        points[number] = xyz
+        take(f"{8 * track}x")
     return cameras, poses, points
+
+
+def records(path):
+    """For each record of a binary file, whose number comes first: a function that takes numbers off it."""
+    file = io.BytesIO(path.read_bytes())
+    take = lambda form: struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
+    for _ in range(take("Q")[0]):
+        yield take
 
 
 def colmap_text(model):
     """The same from cameras.txt, images.txt and points3D.txt.
 
     In images.txt an image is one line, and its 2D points are the next one, which may be empty. Programs that write such
-    files leave lines out or add some, so a line is told by what is in it: 2D points are numbers in threes.
+    files leave lines out or add some, so a line is told by its last word: that of 2D points is a number.
     """
-    numbers = lambda words: tuple(map(float, words))
-    cameras = {int(w[0]): (w[1], round(float(w[2])), round(float(w[3])), numbers(w[4:]))
+    cameras = {int(w[0]): (w[1], round(float(w[2])), round(float(w[3])), tuple(map(float, w[4:])))
                for w in colmap_lines(model / "cameras.txt")}
     poses = []
-    for w in colmap_lines(model / "images.txt", 9):
-        if not are_2d_points(w):
-            poses.append((w[9], int(w[8]), numbers(w[1:5]), numbers(w[5:8]), []))
+    for w in colmap_lines(model / "images.txt", 9):  # a name may have blanks in it
+        if not re.fullmatch(r"[-+.\de]+|[-+]?(nan|inf)", w[-1].split()[-1], re.I):
+            quaternion, translation = np.array(w[1:8], float)[:4], np.array(w[1:8], float)[4:]
+            poses.append((w[9], int(w[8]), quaternion, translation, []))
         elif poses:
             poses[-1][4].extend(int(float(number)) for number in " ".join(w).split()[2::3])
     if not (model / "points3D.txt").exists():
         return cameras, poses, None
-    points = {int(w[0]): numbers(w[1:4]) for w in colmap_lines(model / "points3D.txt")}
-    if any(len(xyz) < 3 for xyz in points.values()):
-        raise ValueError("a line of points3D.txt is cut off")
+    points = {int(w[0]): (float(w[1]), float(w[2]), float(w[3])) for w in colmap_lines(model / "points3D.txt")}
     return cameras, poses, points
 
 
 def colmap_lines(file, columns=-1):  # -> the words of each line; behind `columns` words the rest is one
     rows = (line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines())
     return [row.split(None, columns) for row in rows if row and row[0] != "#"]
-
-
-def are_2d_points(words):
-    words = [*words[:9], *(words[9].split() if len(words) > 9 else [])]
-    try:
-        return len(words) % 3 == 0 and np.array(words, float).size > 0
-    except ValueError:
-        return False
 
 
 # --------------------------------------------------------------------------------------------- reader: RGB-D sequences
@@ -1000,9 +880,10 @@ def read_rgbd(folder):
     Without intrinsics, or with those of its depth camera, it is a recording of 7-Scenes: there depth is registered into
     the colour camera. With any other intrinsics, colour and depth are taken as registered already.
     """
-    poses = sorted(folder.glob("frame-*.pose.txt"))
-    images = [rgbd_image(folder, file.name.removesuffix(".pose.txt")) for file in poses]
-    K, size, where = rgbd_intrinsics(folder)
+    stems = [file.name.removesuffix(".pose.txt") for file in sorted(folder.glob("frame-*.pose.txt"))]
+    images = [find_file(folder, f"{stem}.color.png", str(folder), endings=READABLE) for stem in stems]
+    K, size, file = rgbd_intrinsics(folder)
+    notes = [f"intrinsics from {file}"]
     kinect = K is None or K[[0, 1, 0, 1], [0, 1, 2, 2]].tolist() == [KINECT_DEPTH_F, KINECT_DEPTH_F, 320, 240]
     if kinect:
         sizes = {shape[1::-1] for path in images if path.exists() and (shape := header(path))}
@@ -1010,27 +891,20 @@ def read_rgbd(folder):
             width, height = min(sizes)
             raise DataError(f"{folder}: no intrinsics for its pictures of {width}x{height}; "
                             f"write K as three rows of three into {folder / 'camera-intrinsics.txt'}")
-        K = np.array([[KINECT_COLOUR_F, 0, 320.5], [0, KINECT_COLOUR_F, 240.5], [0, 0, 1]])  # + 0.5: it counts centres
-    frames = []
-    for file, image in zip(poses, images):
-        depth, problem = folder / file.name.replace(".pose.txt", ".depth.png"), None
-        try:
-            pose = np.array(file.read_text(errors="replace").split(), float).reshape(4, 4)
-        except ValueError:
-            pose = np.full((4, 4), np.nan)
-            problem = f"{file}: not sixteen numbers; restore the pose or remove the frame"
-        c2w = pose @ np.linalg.inv(KINECT_DEPTH_TO_COLOUR) if kinect and np.isfinite(pose).all() else pose
-        maps = maps_beside(image, folder) | {"depth": depth if depth.exists() else None}
-        frames.append(Frame(image.name, image, K, c2w, (480, 640) if kinect else size, problem=problem, **maps))
-    notes = [f"intrinsics from {where}"] if where and where.parent != folder else []
-    if kinect:
+        K, size = np.array([[KINECT_COLOUR_F, 0, 320.5], [0, KINECT_COLOUR_F, 240.5], [0, 0, 1]]), (480, 640)
         notes = ["depth registered into the colour camera with the published Kinect calibration of 7-Scenes"]
+    frames = []
+    for stem, image in zip(stems, images):
+        try:
+            c2w = np.array((folder / f"{stem}.pose.txt").read_text(errors="replace").split(), float).reshape(4, 4)
+        except ValueError:  # such as -1.#IND
+            c2w = np.full((4, 4), np.nan)
+        if kinect and np.isfinite(c2w).all():
+            c2w = c2w @ np.linalg.inv(KINECT_DEPTH_TO_COLOUR)
+        depth = folder / f"{stem}.depth.png"
+        maps = maps_beside(image, folder) | {"depth": depth if depth.exists() else None}
+        frames.append(Frame(image.name, image, K, c2w, size, **maps))
     return frames, dict(kinect=kinect, notes=notes, unit_given=True)
-
-
-def rgbd_image(folder, stem):
-    images = [folder / f"{stem}.color{end}" for end in IMAGE_TYPES]
-    return next((path for path in images if path.exists()), images[0])
 
 
 def rgbd_intrinsics(folder):
@@ -1094,7 +968,7 @@ def read_llff(folder):
         frames.append(Frame(image.name, image, K, c2w, size, **maps_beside(image, folder)))
     near, far = np.nanmin(table[:, 15]), np.nanmax(table[:, 16])
     bounds = (float(near), float(far)) if 0 < near < far < math.inf else None
-    return frames, dict(depth_range=bounds, notes=left_out(root.iterdir()))
+    return frames, dict(bounds=bounds, notes=left_out(root.iterdir()))
 
 
 # ---------------------------------------------------------------------------------------------- the unit of depth
@@ -1102,38 +976,31 @@ def read_llff(folder):
 
 def settle_depth_unit(scene):
     """Where the data set does not name the unit of its depth: floats are taken in the unit of the poses, integers as
-    millimetres. Sparse points, or else the agreement of neighbouring views, then tell whether this can be right."""
+    millimetres. Beside sparse points depth is then scaled to these; else views that disagree give a warning."""
     frames = [frame for frame in scene.frames if frame.depth]
     if not frames:
         return
     if np.issubdtype(decode_map(frames[0].depth).dtype, np.floating):
         scene.depth_scale = 1.0
-    some = [frames[i] for i in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
-    if scene.points is not None and (ratio := ratio_to_points(scene, some)):
+    if scene.points is not None and (ratio := ratio_to_points(scene, frames)):
         if abs(math.log(ratio)) > 0.03:
             scene.depth_scale /= ratio
             scene.notes.append(f"depth was {ratio:.4g} times as far as the sparse points: scaled to them "
                                f"(as depth_unit_scale_factor {scene.depth_scale:.4g} would)")
-        return
-    units = scene.depth_scale * np.geomspace(1e-4, 1e4, 161)
-    error = {unit: view_disagreement(scene, frames, unit) for unit in (scene.depth_scale, *units)}
-    best = min(error, key=error.get)
-    if error[scene.depth_scale] > 0.015 and error[best] < 0.5 * error[scene.depth_scale]:
-        scene.notes.append(f"warning: depth of neighbouring views differs by {100 * error[scene.depth_scale]:.1f} %; "
-                           f"its unit seems wrong: \"depth_unit_scale_factor\": {best:.2g} in transforms.json "
-                           f"would give {100 * error[best]:.1f} %")
+    elif 0.03 < (error := view_disagreement(scene, frames)):  # good sensors are at 0.01
+        scene.notes.append(f"warning: depth of neighbouring views differs by {100 * error:.1f} %; if its unit is not "
+                           "that of the poses, set depth_unit_scale_factor in transforms.json")
 
 
 def ratio_to_points(scene, frames):
     """How many times as far as the sparse points the measured depth is; None where they do not tell.
 
-    Points that something hides from a view lie at any distance behind the surface, so that neither mean nor median will
-    do: of the sorted ratios, the narrowest third is taken.
+    A view may show something in front of a point, so the narrowest third of the sorted ratios is taken.
     """
     ratios = []
-    for frame in frames:
-        x, y, z = into_picture(scene.points[frame.seen], frame)
-        ratios += depth_ratios(read_depth(scene, frame), x, y, z, frame).tolist()
+    for n in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int):
+        x, y, z = into_picture(scene.points[frames[n].seen], frames[n])
+        ratios += depth_ratios(read_depth(scene, frames[n]), x, y, z, frames[n])
     if len(ratios) < 30:
         return None
     logs = np.sort(np.log(ratios))
@@ -1142,33 +1009,23 @@ def ratio_to_points(scene, frames):
     return math.exp(np.median(logs[first:first + third])) if logs[first + third] - logs[first] < 0.2 else None
 
 
+def view_disagreement(scene, frames):  # -> the median relative difference of depth between views some steps apart
+    ratios, step = [], max(1, len(frames) // 5)
+    for a, b in zip(frames[::step], frames[step::step]):
+        depth = read_depth(scene, a)
+        height, width = depth.shape
+        row, col = np.mgrid[0:height:max(1, height // 36), 0:width:max(1, width // 48)]
+        x, y, z = (col + 0.5) / width * a.size[1], (row + 0.5) / height * a.size[0], depth[row, col]
+        there = into_picture(unproject(x[z > 0], y[z > 0], z[z > 0], a), b)
+        ratios += depth_ratios(read_depth(scene, b), *there, b)
+    return float(np.median(np.abs(np.log(ratios)))) if len(ratios) > 50 else 0.0
+
+
 def depth_ratios(depth, x, y, z, frame):  # measured depth over z, at points that the frame shows and where it is known
     x, y, z = x[z > 0], y[z > 0], z[z > 0]
     row, col = (y / frame.size[0] * depth.shape[0]).astype(int), (x / frame.size[1] * depth.shape[1]).astype(int)
     measured = depth[row, col]
-    return measured[measured > 0] / z[measured > 0]
-
-
-def view_disagreement(scene, frames, unit):  # -> the median relative difference of depth between views some steps apart
-    ratios, step = [], max(1, len(frames) // 5)
-    for a, b in zip(frames[::step], frames[step::step]):
-        first, second = small_depth(a) * unit, small_depth(b) * unit
-        rows, cols = np.nonzero(first)
-        x, y = (cols + 0.5) / first.shape[1] * a.size[1], (rows + 0.5) / first.shape[0] * a.size[0]
-        ratios += depth_ratios(second, *into_picture(unproject(x, y, first[rows, cols], a), b), b).tolist()
-    return float(np.median(np.abs(np.log(ratios)))) if len(ratios) > 50 else math.inf
-
-
-def small_depth(frame):  # -> every so-manyth pixel of the stored depth, float64
-    return small_depth_file(frame.depth, frame.depth.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=32)
-def small_depth_file(path, _changed):
-    stored = np.nan_to_num(np.asarray(decode_map(path), float), nan=0, posinf=0, neginf=0)
-    stored = stored.reshape(stored.shape[:2])
-    step = max(1, stored.shape[1] // 48)
-    return np.where(stored == 65535, 0, stored)[step // 2::step, step // 2::step].clip(0)
+    return (measured[measured > 0] / z[measured > 0]).tolist()
 
 
 # ------------------------------------------------------------------------------------------ pictures of a view, lenses
@@ -1185,28 +1042,21 @@ def covering_crop(stored, size):
 
 
 def read_image(frame, size) -> Tensor:
-    """-> (3, H, W) uint8, undistorted, covering `size`.
-
-    A large photo is decoded and undistorted at two to four times the size that is needed and no larger, which takes a
-    fraction of the time and changes pixels by less than 1/255 on average.
-    """
+    """-> (3, H, W) uint8, undistorted, covering `size`. To save time, a large photo is decoded and undistorted at two
+    to four times that size, which changes pixels by less than 1/255 on average."""
     scale, box = covering_crop(frame.size, size)
     more = scale * min(4, max(2, math.sqrt(2e6 / (size[0] * size[1]))))
     work = tuple(math.ceil(more * side) for side in frame.size) if more < 1 else frame.size  # (H, W) of all of it
-    image, shrunk = decode_small(frame, work)  # image pixels = stored pixels * shrunk
+    image = decode(frame.image, colour=True, least=work[::-1], upright=frame.upright)
+    full = np.array(frame.size[::-1])
+    steps = [1, 2, 4, 8]  # a JPEG is decoded at one of these fractions, its last row and column rounded up
+    step = next((k for k in steps if tuple(-(-full // k)) == image.size), None)
+    shrunk = np.full(2, 1 / step) if step else np.divide(image.size, full)  # image pixels = stored pixels * shrunk
     if is_distorted(frame):
         image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
     corners = (np.reshape(box, (2, 2)) * shrunk).clip(0, image.size).ravel()
     image = image.resize(size[::-1], Image.BICUBIC, box=tuple(corners.tolist()))  # antialiased
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def decode_small(frame, work):  # -> the picture, at least as large as `work`, and by how much it is shrunk in (x, y)
-    image = decode(frame.image, colour=True, least=work[::-1], upright=frame.upright)
-    full = np.array(frame.size[::-1])
-    steps = [1, 2, 4, 8]  # a JPEG is decoded at one of these fractions, its last row and column rounded up
-    step = next((k for k in steps if tuple(-(-full // k)) == image.size), None)
-    return image, np.full(2, 1 / step) if step else np.divide(image.size, full)
 
 
 def undistorted(image, shrunk, frame, work):  # -> the whole picture at size `work` (H, W)
@@ -1239,7 +1089,7 @@ def kept(what, frame, make):
         return frame.kept[what]
     made = make()
     tensors = [made] if isinstance(made, Tensor) else made.values()
-    size = sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
+    size = sum(tensor.nbytes for tensor in tensors)
     if VIEWS_IN_MEMORY["bytes"] + size <= VIEWS_IN_MEMORY["most"]:
         VIEWS_IN_MEMORY["bytes"] += size
         frame.kept[what] = made
@@ -1274,9 +1124,8 @@ def undistorted_K(frame):
 def zoomed_K(stored_K, size, distortion):
     """K of the undistorted picture, or None.
 
-    Straightening moves the borders of a picture. With the stored focal length, some pixels of the straight picture may
-    lie outside of the stored one. So the focal length is raised, a quarter of a percent at a time, until none does. Far
-    from the centre the lens polynomial may turn round and show the same place twice; such a zoom is passed over, too.
+    The focal length is raised, a quarter of a percent at a time, until no pixel of the straight picture lies outside of
+    the stored one, and the lens polynomial does not turn round in it and show a place twice.
     """
     K, (height, width) = np.array(stored_K).reshape(3, 3), size
     frame = Frame("", None, K, None, size, distortion)
@@ -1295,13 +1144,12 @@ def zoomed_K(stored_K, size, distortion):
 
 def read_maps(scene, frame, size):
     """-> {kind: tensor} of the frame's maps. A pixel takes the value of the stored pixel that its centre falls into."""
-    readers = dict(mask=read_mask, depth=lambda frame: read_depth(scene, frame), normal=read_normal, label=read_label)
     scale, corner = covering_crop(frame.size, size)
     x, y = stored_position(frame, size, (scale, scale), corner)
     found = {}
-    for kind in MAPS:
+    for kind, read in dict(mask=read_mask, depth=read_depth, normal=read_normal, label=read_label).items():
         if getattr(frame, kind):
-            stored = readers[kind](frame)
+            stored = read(scene, frame)
             height, width = stored.shape[:2]  # depth may be stored at another resolution
             row = np.floor(y * height).clip(0, height - 1).astype(int)
             col = np.floor(x * width).clip(0, width - 1).astype(int)
@@ -1309,12 +1157,12 @@ def read_maps(scene, frame, size):
     return found
 
 
-def read_mask(frame):  # -> (H, W) int64
+def read_mask(scene, frame):  # -> (H, W) int64
     ids = decode_ids(frame.mask)
     return 1 + (ids > ids.max() / 2) if frame.two_regions else ids  # validity is stored as 0 and 1, or as 0 and 255
 
 
-def read_label(frame):  # -> (H, W) int64
+def read_label(scene, frame):  # -> (H, W) int64
     return decode_ids(frame.label)
 
 
@@ -1326,7 +1174,7 @@ def read_depth(scene, frame):  # -> (H, W) float32 z-depth in the data set's uni
     return register_kinect_depth(depth) if scene.kinect else depth
 
 
-def read_normal(frame):  # -> (H, W, 3) float32
+def read_normal(scene, frame):  # -> (H, W, 3) float32
     if frame.normal.suffix == ".npy":
         normal = np.asarray(decode_map(frame.normal), np.float32)[..., :3]
     else:
@@ -1384,11 +1232,9 @@ def decode_ids(path):  # -> (H, W) int64; palette and grey files hold ids, colou
 def layout_depth_range(c2w):  # (V, 4, 4) -> near, far
     """A guess from the cameras alone, where nothing was measured.
 
-    Cameras that stand around something look at it. Its place is then the point nearest to all optical axes: with P the
-    projector onto the plane across an axis, it minimises the sum of |P (point - centre)|^2. If nearly all cameras have
-    this point before them, at a distance that fits the space they stand in, it is the middle of the depth range.
-    Cameras that look past each other have no such point; the space that they stand in, and the step from one to the
-    next, are then all there is to go by.
+    Cameras that stand around something look at it. It is the point nearest to all optical axes: with P the projector
+    onto the plane across an axis, it minimises the sum of |P (point - centre)|^2. Where most cameras do not have it
+    before them, at a sensible distance, their own places and steps are all there is to go by.
     """
     centre, axis = c2w[:, :3, 3], c2w[:, :3, 2]
     across = np.eye(3) - axis[:, :, None] * axis[:, None]  # (V, 3, 3) the projectors P
@@ -1405,16 +1251,11 @@ def layout_depth_range(c2w):  # (V, 4, 4) -> near, far
 # ---------------------------------------------------------------------------------------------- superpixels
 
 
-def regions(view: View, count=64) -> Tensor:  # (H, W) int64: the view's masks, or superpixels where it has none
-    return view.mask if view.mask is not None else superpixels(view.image, count)
-
-
 def superpixels(image: Tensor, count: int) -> Tensor:
     """SLIC superpixels of `image` (3, H, W) -> (H, W) int64 ids from 1: regions where no masks exist.
 
-    k-means over colour and position (Achanta et al. 2012). The clusters start as a grid of cells, and a pixel may only
-    join one of the nine cells around it. Simpler than the original: colours are compared in RGB instead of CIE Lab, and
-    fragments keep their id, so that regions may be unconnected, which Eq. 3 and 4 of SnD do not mind.
+    k-means over colour and position (Achanta et al. 2012), from a grid of cells; a pixel may join one of the nine
+    around it. Simpler than the original: RGB instead of CIE Lab, and regions may be unconnected.
     """
     _, height, width = image.shape
     rows = min(max(1, round(math.sqrt(count * height / width))), max(1, count), height)
@@ -1442,10 +1283,7 @@ def superpixels(image: Tensor, count: int) -> Tensor:
 
 
 def write_whole(path, content: bytes):
-    """Written under a temporary name, flushed, and renamed: a killed run leaves the old file or the new one, whole.
-
-    The temporary name is one a process and thread, so that two threads may write the same file at the same time.
-    """
+    """Written under a name of this process and thread, flushed, and renamed: a killed run leaves no half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
@@ -1500,6 +1338,17 @@ def explained(args, goes_on):
 # ---------------------------------------------------------------------------------------------- pictures
 
 
+LINE_COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14)]
+
+
+def to_image(picture: Tensor):  # (3, H, W) in 0 ... 1 -> a Pillow image
+    return Image.fromarray((picture.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def from_image(image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
 def usual_range(depth: Tensor) -> Tensor:  # -> (2,): all but the nearest and the farthest 2 % of what is known
     known = depth[depth > 0]
     known = known[::len(known) // 1_000_000 + 1]  # of so many, as quantile takes no more than 16 million
@@ -1516,26 +1365,9 @@ def colour_depth(depth: Tensor, like: Tensor | None = None) -> Tensor:
     return torch.from_numpy(colours).float() * known
 
 
-def depth_legend(depth: Tensor, width: int) -> Tensor:
-    """(3, 26, width): which colour `colour_depth` gives to which depth of `depth`, and to what is not known."""
-    low, high = usual_range(depth).tolist()
-    ramp = colour_depth(torch.linspace(low, high, 200).clamp_min(1e-9).expand(12, 200), depth)
-    bar = Image.fromarray((255 * ramp).byte().permute(1, 2, 0).numpy())
-    picture = Image.new("RGB", (width, 26), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((6, 7), f"depth: near {low:.3g}", fill="black")
-    picture.paste(bar, (110, 7))
-    draw.text((320, 7), f"{high:.3g} far; black: not known", fill="black")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-
-
 def colour_ids(ids: Tensor) -> Tensor:  # (H, W) -> (3, H, W): one fixed colour an id, unlabelled black
     hue = torch.stack([(ids * step % 97).float() / 97 for step in (37, 59, 83)])
     return (0.15 + 0.85 * hue) * (ids > 0)
-
-
-def colour_normals(normal: Tensor) -> Tensor:  # (H, W, 3) -> (3, H, W): red right, green up, blue towards the camera
-    return (normal * torch.tensor([1.0, -1, -1]) + 1).permute(2, 0, 1) / 2
 
 
 def picture_grid(path, headings, rows, scale=None, below=None):
@@ -1545,7 +1377,6 @@ def picture_grid(path, headings, rows, scale=None, below=None):
     scale = scale or math.ceil(150 / width)  # small pictures are shown larger
     cell_h, cell_w, gap, top = height * scale, width * scale, 6, 24
     sheet_w, sheet_h = len(headings) * (cell_w + gap) + gap, len(rows) * (cell_h + gap) + gap + top
-    to_image = lambda p: Image.fromarray((p.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
     strip = to_image(below(sheet_w)) if below else None
     sheet = Image.new("RGB", (sheet_w, sheet_h + (strip.height if strip else 0)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1567,61 +1398,46 @@ def picture_grid(path, headings, rows, scale=None, below=None):
     return path
 
 
-def line_chart(title, curves, width=480, height=260) -> Tensor:
-    """Curves {name: [(x, y), ...]} as a picture (3, height, width); the axes go from the least to the largest value."""
+def line_chart(title, curves, width=480, height=260, even=False) -> Tensor:
+    """Curves {name: [(x, y), ...]} as a picture (3, height, width). The axes go from the least to the largest value;
+    with `even` both have the same scale."""
     picture = Image.new("RGB", (width, height), "white")
-    colours = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189)]
     draw = ImageDraw.Draw(picture)
     points = np.array([p for curve in curves.values() for p in curve], float)
     (x0, y0), (x1, y1) = points.min(0), points.max(0)
     left, right, top, bottom = 64, width - 16, 44, height - 28
-    place = lambda x, y: (left + (right - left) * (x - x0) / max(x1 - x0, 1e-12),
-                          bottom - (bottom - top) * (y - y0) / max(y1 - y0, 1e-12))
+    scale = np.array([right - left, top - bottom]) / np.maximum([x1 - x0, y1 - y0], 1e-12)
+    scale = np.abs(scale).min() * np.sign(scale) if even else scale
+    place = lambda x, y: tuple(([left, bottom] + scale * [x - x0, y - y0]).tolist())
     draw.text((left, 6), title, fill="black")
-    draw.line([(left, top), (left, bottom), (right, bottom)], fill=(150, 150, 150))
-    for value in np.linspace(y0, y1, 5):
-        draw.text((6, place(x0, value)[1] - 6), f"{value:.4g}", fill=(90, 90, 90))
-        draw.line([(left, place(x0, value)[1]), (right, place(x0, value)[1])], fill=(230, 230, 230))
-    for value in np.linspace(x0, x1, 5):
-        text = f"{value:.0f}" if x1 - x0 > 20 else f"{value:.3g}"
-        draw.text((place(value, y0)[0] - 12, bottom + 8), text, fill=(90, 90, 90))
+    draw.line([place(x0, y1), place(x0, y0), place(x1, y0)], fill=(150, 150, 150))
+    for x, y in zip(np.linspace(x0, x1, 5), np.linspace(y0, y1, 5)):
+        draw.text((6, place(x0, y)[1] - 6), f"{y:.4g}", fill=(90, 90, 90))
+        draw.line([place(x0, y), place(x1, y)], fill=(230, 230, 230))
+        text = f"{x:.0f}" if x1 - x0 > 20 else f"{x:.3g}"
+        draw.text((place(x, y0)[0] - 12, bottom + 8), text, fill=(90, 90, 90))
     start = left
-    for colour, (name, curve) in zip(colours, curves.items()):
+    for colour, (name, curve) in zip(LINE_COLOURS, curves.items()):
         corners = [place(*p) for p in curve]
         draw.line(corners, fill=colour, width=2)
-        for x, y in corners if len(corners) < 40 else []:
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
+        for corner in corners if len(corners) < 40 else []:
+            draw.circle(corner, 3, fill=colour)
         draw.text((start, 24), name, fill=colour)
         start += draw.textlength(name) + 16
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return from_image(picture)
 
 
-def camera_plan(scene, triplets, height, width):
-    """Cameras from above with their viewing directions; each triplet in a colour, context - target - context."""
-    up = -scene.c2w[:, :3, 1].mean(0)
-    forward = scene.c2w[:, :3, 2].mean(0)
-    across = torch.linalg.cross(forward, up)
-    across = across / across.norm().clamp_min(1e-9)
-    ahead = torch.linalg.cross(up, across)
-    plan = torch.stack([across, ahead / ahead.norm().clamp_min(1e-9)], 1)  # (3, 2) world -> right, away
-    at, facing = (scene.c2w[:, :3, 3] @ plan).numpy(), (scene.c2w[:, :3, 2] @ plan).numpy()
-    middle, extent = (at.min(0) + at.max(0)) / 2, max(float((at.max(0) - at.min(0)).max()), 1e-9)
-    to_pixel = lambda p: (width / 2 + (p[0] - middle[0]) / extent * 0.75 * min(width, height),
-                          height / 2 - (p[1] - middle[1]) / extent * 0.75 * min(width, height))
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-    for p, f in zip(at, facing):
-        x, y = to_pixel(p)
-        draw.line([(x, y), (x + 14 * f[0], y - 14 * f[1])], fill=(170, 170, 170), width=1)
-        draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=(90, 90, 90))
-    for n, (a, b, target) in enumerate(triplets):
-        colour = [(214, 39, 40), (31, 119, 180), (44, 160, 44), (148, 103, 189)][n % 4]
-        draw.line([to_pixel(at[a]), to_pixel(at[target]), to_pixel(at[b])], fill=colour, width=2)
-        x, y = to_pixel(at[target])
-        draw.ellipse([x - 5, y - 5, x + 5, y + 5], outline=colour, width=2)
-    caption = "cameras from above; a triplet a colour: circle = target, ends of the line = contexts"
-    draw.text((6, height - 18), caption, fill="black")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+def camera_plan(scene, triplets, width):
+    """Cameras from above: a line through all of them with their viewing directions, and the triplets."""
+    centre, forward, up = scene.c2w[:, :3, 3], scene.c2w[:, :3, 2], -scene.c2w[:, :3, 1].mean(0)
+    across = F.normalize(torch.linalg.cross(forward.mean(0), up), dim=0)
+    plan = torch.stack([across, F.normalize(torch.linalg.cross(up, across), dim=0)], 1)  # (3, 2) world -> right, ahead
+    at = centre @ plan
+    tips = at + 0.06 * (at.amax(0) - at.amin(0)).max() * forward @ plan
+    curves = {"cameras": torch.stack([at, tips, at], 1).flatten(0, 1).tolist()}
+    for n, (a, b, target) in enumerate(triplets, 1):
+        curves[f"triplet {n}"] = at[[a, target, b]].tolist()
+    return line_chart("from above: context, target, context of each triplet", curves, width, 360, even=True)
 
 
 def fit_size(scene, pixels, multiple):
@@ -1634,10 +1450,32 @@ def fit_size(scene, pixels, multiple):
 # ---------------------------------------------------------------------------------------------- report and command
 
 
+def show_triplets(scene, triplets, path):
+    """One row per triplet: the target between its contexts, and the target's maps. Below: the cameras from above."""
+    size = fit_size(scene, 200 * 150, 2)
+    rows = [[scene.view(i, size) for i in (a, target, b)] for a, b, target in triplets]
+    targets = [target for _, target, _ in rows]
+    columns = [("context", [a.image for a, _, _ in rows]), ("target", [target.image for target in targets]),
+               ("context", [b.image for _, _, b in rows]), ("its regions", [colour_ids(regions(v)) for v in targets])]
+    depths = [target.depth for target in targets if target.depth is not None]
+    if depths:
+        together = torch.cat([depth.flatten() for depth in depths])  # one scale for all rows
+        near, far = usual_range(together).tolist()
+        pictures = [None if v.depth is None else colour_depth(v.depth, together) for v in targets]
+        columns.append((f"depth: {near:.3g} bright, {far:.3g} dark", pictures))
+    if any(target.normal is not None for target in targets):
+        axes = torch.tensor([1.0, -1, -1])  # red right, green up, blue towards the camera
+        pictures = [None if v.normal is None else ((v.normal * axes + 1) / 2).permute(2, 0, 1) for v in targets]
+        columns.append(("its normals", pictures))
+    below = lambda width: camera_plan(scene, triplets, width)
+    headings, pictures = zip(*columns)
+    return picture_grid(path, headings, list(zip(*pictures)), scale=1, below=below)
+
+
 def describe(scene, triplets):  # -> lines that say what is in a scene
     have = [f"{kind} {n}" for kind in MAPS if (n := sum(getattr(frame, kind) is not None for frame in scene.frames))]
     sizes = sorted({frame.size for frame in scene.frames})
-    resolution = f"{sizes[0][1]}x{sizes[0][0]}" + (f" ... {sizes[-1][1]}x{sizes[-1][0]}" if len(sizes) > 1 else "")
+    resolution = " ... ".join(f"{width}x{height}" for height, width in dict.fromkeys((sizes[0], sizes[-1])))
     baselines = [float((scene.c2w[a, :3, 3] - scene.c2w[b, :3, 3]).norm()) for a, b, _ in triplets]
     near, far = scene.depth_range
     maps = ", ".join(have) or "images only (masks: superpixels)"
@@ -1650,31 +1488,16 @@ def describe(scene, triplets):  # -> lines that say what is in a scene
         yield f"  ... and {len(scene.notes) - 8} more notes"
 
 
-def describe_levels(scene, targets=None) -> str:
+def describe_levels(scene) -> str:
     """A sentence: how many targets have contexts on which of LEVELS. Of many targets, fifty are looked at."""
-    targets = list(range(len(scene))) if targets is None else list(targets)
-    targets = targets[::math.ceil(len(targets) / 50)]
+    targets = range(0, len(scene), math.ceil(len(scene) / 50))
     levels = [best_pairs(scene, target)[0] for target in targets]
     parts = [f"{levels.count(n)} at overlap {least:g} and baseline {widest:g}"
-             for n, (least, widest) in enumerate(LEVELS) if levels.count(n)]
+             for n, (least, widest) in enumerate(LEVELS) if n in levels]
     parts += [f"{levels.count(None)} have none"] if None in levels else []
     poor = sum(level is None or level > 1 for level in levels) > len(levels) / 2
     advice = "; warning: most views are far apart, and two of them tell little: add views in between" if poor else ""
     return f"contexts of {len(targets)} targets: " + ", ".join(parts) + advice
-
-
-def report_scenes(scenes, args):
-    shown = scenes if len(scenes) <= 12 else scenes[:: math.ceil(len(scenes) / 8)]
-    for scene in shown:
-        generator = torch.Generator().manual_seed(args.seed)
-        triplets = [sample_triplet(scene, generator) for _ in range(4)]
-        print("\n".join(describe(scene, triplets)))
-        print(f"  ->  {show_triplets(scene, triplets, Path(args.out) / (scene.name.replace('/', '_') + '.png'))}")
-    held_out = f"{len(split(scenes, 'train'))} train, {len(split(scenes, 'val'))} val"
-    if len(scenes) == 1:
-        held_out = f"a single one: every eighth of its views is held out, {len(held_out_views(scenes[0]))}"
-    print(f"{len(scenes)} scene{'s' * (len(scenes) > 1)} ({held_out}), {sum(map(len, scenes))} views"
-          + (f"; {len(shown)} scenes of them shown" if len(shown) < len(scenes) else ""))
 
 
 def main(argv=None):
@@ -1688,12 +1511,23 @@ def main(argv=None):
     with explained(args, "the same command starts again"):
         if args.rooms is not None:
             make_rooms(args.scene_dir, scenes=args.rooms, views=args.views, size=args.size, seed=args.seed)
-        scenes, root = open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far), Path(args.scene_dir)
-        below = [] if reader_of(root) else sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
-        for child in below:
-            if not any(scene.name.split("/")[0] == child.name for scene in scenes):
+        root = Path(args.scene_dir)
+        scenes = open_scenes(root, args.skip_bad_frames, args.near, args.far)
+        known = {scene.name.split("/")[0] for scene in scenes}
+        for child in sorted(root.iterdir()) if not reader_of(root) else ():
+            if child.is_dir() and child.name[0] != "." and child.name not in known:
                 print(f"{child}: ignored, no poses in it that are read here")
-        report_scenes(scenes, args)
+        shown = scenes if len(scenes) <= 12 else scenes[:: math.ceil(len(scenes) / 8)]
+        for scene in shown:
+            generator = torch.Generator().manual_seed(args.seed)
+            triplets = [sample_triplet(scene, generator) for _ in range(4)]
+            print("\n".join(describe(scene, triplets)))
+            print(f"  ->  {show_triplets(scene, triplets, Path(args.out) / (scene.name.replace('/', '_') + '.png'))}")
+        held_out = f"{len(split(scenes, 'train'))} train, {len(split(scenes, 'val'))} val"
+        if len(scenes) == 1:
+            held_out = f"a single one: every eighth of its views is held out, {len(held_out_views(scenes[0]))}"
+        print(f"{len(scenes)} scene{'s' * (len(scenes) > 1)} ({held_out}), {sum(map(len, scenes))} views"
+              + (f"; {len(shown)} scenes of them shown" if len(shown) < len(scenes) else ""))
 
 
 if __name__ == "__main__":

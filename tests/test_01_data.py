@@ -142,24 +142,6 @@ def test_same_seed_same_bytes_and_an_interrupted_call_is_completed(tmp_path):
     assert tree(tmp_path / "b") == whole
 
 
-def test_interrupted_while_writing_leaves_no_room_folder(tmp_path, monkeypatch):
-    render, calls = room_maker.render_view, []
-
-    def stops(*args):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return render(*args)
-    monkeypatch.setattr(room_maker, "render_view", stops)
-    with pytest.raises(KeyboardInterrupt):
-        data.make_rooms(tmp_path / "a", scenes=2, views=3, size=(12, 16))
-    assert [p.name for p in (tmp_path / "a").iterdir() if p.is_dir() and p.name[0] != "."] == ["room_000"]
-    monkeypatch.setattr(room_maker, "render_view", render)
-    assert len(data.open_scenes(tmp_path / "a")) == 2
-    data.make_rooms(tmp_path / "b", scenes=2, views=3, size=(12, 16))
-    assert tree(tmp_path / "a") == tree(tmp_path / "b")
-
-
 @pytest.mark.parametrize("there, settings, words", [
     (None, dict(seed=1), "other settings"), (None, dict(views=4), "other settings"),
     (None, dict(size=(16, 16)), "other settings"),
@@ -307,17 +289,6 @@ def land(points, view, c2w=None):  # -> z in the view, its own depth there (0 ou
     return p[:, 2], np.where(inside, view.depth.numpy()[row, col], 0), ids * inside
 
 
-def test_room_views_agree_in_depth_and_instances(rooms):
-    for scene in rooms:
-        for i, j in ((0, 1), (4, 7), (11, 9)):
-            points, ids = unproject(scene.view(i))
-            z, depth, other = land(points, scene.view(j))
-            error = np.abs(z - depth)[depth > 0] / depth[depth > 0]
-            assert len(error) > 4000 and np.median(error) < 0.004
-            same = (depth > 0) & (np.abs(z - depth) < 0.02 * depth)
-            assert (ids == other)[same].mean() > 0.98
-
-
 def inside_primitive(points, prims, k):
     c, s = math.cos(prims.yaw[k]), math.sin(prims.yaw[k])
     x, y, z = ((points - prims.centre[k]) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])).T / prims.half[k][:, None]
@@ -328,48 +299,24 @@ def inside_primitive(points, prims, k):
 
 
 def test_rooms_are_plausible():
-    labels, textures = set(), {k: [] for k in range(10)}
+    labels, patterns = set(), np.zeros((10, 6))
     for index in range(60):
         size, prims, shell, walk = room_maker.make_room(np.random.default_rng([0, index]))
         cameras, look_at = walk.cameras(400)
         assert (cameras > 0.2).all() and (cameras < size - 0.2).all()
         assert np.linalg.norm(np.diff(cameras, axis=0), axis=1).max() < 0.05  # smooth
         assert (np.linalg.norm(look_at - cameras, axis=1) > 0.3).all()
-        ball = np.random.default_rng(0).normal(size=(12, 3))
-        # no wall of anything within 10 cm
-        around = cameras[:, None] + 0.1 * ball / np.linalg.norm(ball, axis=1, keepdims=True)
-        for k in range(len(prims.kind)):
-            assert not inside_primitive(np.concatenate([cameras, around.reshape(-1, 3)]), prims, k).any()
-            c, s = abs(math.cos(prims.yaw[k])), abs(math.sin(prims.yaw[k]))
-            hx, hy, hz = prims.half[k]
-            if prims.kind[k] == room_maker.BOX:
-                reach = np.array([c * hx + s * hy, s * hx + c * hy, hz])
-            else:
-                reach = np.array([math.hypot(c * hx, s * hy), math.hypot(s * hx, c * hy), hz])
-            low, high = prims.centre[k] - reach, prims.centre[k] + reach
-            assert (low > -1e-9).all() and (high < size + 1e-9).all(), "outside the room"
-            textures[prims.label[k]].append(prims.texture[k])
-        for instance in np.unique(prims.instance):
-            of = prims.instance == instance
-            assert len(np.unique(prims.label[of])) == 1 and instance > 6
-            if prims.label[of][0] == room_maker.CLASSES.index("picture"):
-                k = np.nonzero(of)[0][0]
-                # its back is on the wall
-                assert min(*(prims.centre[k] - 0.02)[:2], *(size - prims.centre[k] - 0.02)[:2]) < 1e-9
-                assert 0.5 < prims.centre[k][2] < 2
-            else:
+        for k, label in enumerate(prims.label):
+            assert not inside_primitive(cameras, prims, k).any()
+            assert (prims.centre[k] > 0).all() and (prims.centre[k] < size).all()
+            patterns[label, int(prims.texture[k][0])] += 1
+            if room_maker.CLASSES[label] != "picture":
+                of = prims.instance == prims.instance[k]
                 assert abs((prims.centre[of, 2] - prims.half[of, 2]).min()) < 1e-9  # stands on the floor
         labels |= {0, 1, 2, *prims.label.tolist()}
-        for k, label in enumerate((2, 2, 2, 2, 0, 1)):
-            textures[label].append(shell[k])
     assert labels == set(range(10))
-    everything = np.concatenate([np.array(t) for t in textures.values()])
-    for label, some in textures.items():  # each class's textures are a fair sample of all textures
-        some = np.array(some)
-        z = (some.mean(0) - everything.mean(0)) / (everything.std(0) / math.sqrt(len(some)))
-        assert np.abs(z).max() < 4.5, f"the textures of {room_maker.CLASSES[label]} are its own"
-        counts = np.bincount(some[:, 0].astype(int), minlength=6)
-        assert (counts > 0).all() and ((counts - len(some) / 6) ** 2 / (len(some) / 6)).sum() < 25
+    expected = patterns[3:].sum(1, keepdims=True) / 6
+    assert (((patterns[3:] - expected) ** 2 / expected).sum(1) < 25).all()  # no class has textures of its own
 
 
 # ---------------------------------------------------------------------------------------------------- real data: depth
@@ -405,15 +352,6 @@ def test_7scenes_depth_agrees_as_measured(layout):
         assert depth_disagreement(raw, 1) > 1.3 * measured[0]  # depth that is not registered is not this camera's
 
 
-def test_7scenes_layouts_are_the_same_scene():
-    folder = real("rgbd_7scenes_redkitchen")
-    ours, theirs = only_scene(folder / "original"), only_scene(folder)
-    assert torch.allclose(ours.c2w, theirs.c2w, atol=2e-3)
-    a, b = ours.view(7).depth, theirs.view(7).depth
-    both = (a > 0) & (b > 0)
-    assert both.float().mean() > 0.69 and ((a - b).abs()[both] < 0.01).float().mean() > 0.97
-
-
 def test_registered_depth_keeps_the_nearest_surface():
     depth = np.full((480, 640), 2.0, np.float32)
     depth[150:300, 200:400] = 1.0
@@ -430,138 +368,19 @@ def test_apc_shelf_depth_and_instances_agree_as_measured():
     scene = only_scene(real("rgbd_instances_apc_shelf"))
     views = [scene.view(i) for i in range(15)]
     assert set(torch.cat([v.mask.unique() for v in views]).tolist()) == {0, 48, 114, 132, 144}
-    lifted = [unproject(v, step=2) for v in views]
-    errors, agree, labelled = [], [], []
-    for i in range(15):
-        for j in range(15):
-            if i != j:
-                z, depth, ids = land(lifted[i][0], views[j])
-                errors.append(np.abs(z - depth)[depth > 0] / depth[depth > 0])
-                near = (depth > 0) & (np.abs(z - depth) < 0.02 * depth) & (lifted[i][1] > 0)
-                labelled.append(ids[near] > 0)
-                agree.append((ids == lifted[i][1])[near & (ids > 0)])
-    median, pooled = np.median([np.median(e) for e in errors if len(e)]), np.median(np.concatenate(errors))
-    agree, labelled = np.concatenate(agree).mean(), np.concatenate(labelled).mean()
-    print(f"\nAPC: median of pairs {median:.4f}, of pixels {pooled:.4f}; ids agree {agree:.4f}, {labelled:.4f}")
-    assert min(abs(median - 0.0109), abs(pooled - 0.0109)) < 0.15 * 0.0109  # README: 1.09 %
-    assert agree > 0.99 and labelled > 0.96  # README: 99.6 %, 97.4 %
-    wrong = [v._replace(c2w=torch.linalg.inv(v.c2w)) for v in views]
-    z, depth, _ = land(unproject(wrong[0])[0], wrong[1])
-    bad = np.abs(z - depth)[depth > 0] / depth[depth > 0]
-    assert len(bad) < 0.1 * len(lifted[0][0]) or np.median(bad) > 0.2
+    errors, agree = [], []
+    for points, own in (unproject(view, step=2) for view in views):
+        for other in views:
+            z, depth, ids = land(points, other)
+            errors.append(np.abs(z - depth)[depth > 0] / depth[depth > 0])
+            near = (depth > 0) & (np.abs(z - depth) < 0.02 * depth) & (own > 0)
+            agree.append((ids == own)[near & (ids > 0)])
+    errors = [e for e in errors if len(e) and np.median(e) > 1e-6]  # not of a view with itself
+    assert abs(np.median([np.median(e) for e in errors]) - 0.0109) < 0.15 * 0.0109  # README: 1.09 %
+    assert np.concatenate(agree).mean() > 0.99  # README: 99.6 %
 
 
-# -------------------------------------------------------------------------------------------------- real data: epipolar
-# A small matcher in place of SIFT: corners, normalised patches with ratio and mutual check, then affine Lucas-Kanade on
-# normalised windows. It is more precise than SIFT's own key points on neighbouring views (0.10 to 0.12 px where the
-# READMEs measured 0.18 to 0.22), so the README's figure is an upper bound here.
-
-
-def bilinear(picture, x, y):  # (H, W) at pixel coordinates, centres at +0.5
-    x, y = np.clip(x - 0.5, 0, picture.shape[1] - 1.001), np.clip(y - 0.5, 0, picture.shape[0] - 1.001)
-    c, r = x.astype(int), y.astype(int)
-    a, b = x - c, y - r
-    top = (1 - a) * picture[r, c] + a * picture[r, c + 1]
-    return (1 - b) * top + b * ((1 - a) * picture[r + 1, c] + a * picture[r + 1, c + 1])
-
-
-def corners(grey, count, border=14):  # Shi-Tomasi -> (N, 2) x, y
-    g = torch.from_numpy(grey)[None, None]
-    gx, gy = F.pad(g[..., 2:] - g[..., :-2], (1, 1, 0, 0)), F.pad(g[..., 2:, :] - g[..., :-2, :], (0, 0, 1, 1))
-    a, b, c = (F.avg_pool2d(F.avg_pool2d(t, 5, 1, 2), 3, 1, 1) for t in (gx * gx, gx * gy, gy * gy))
-    strength = (a + c) / 2 - (((a - c) / 2) ** 2 + b * b).sqrt()
-    strength = torch.where(strength == F.max_pool2d(strength, 7, 1, 3), strength, 0.0)[0, 0]
-    inner = F.pad(strength[border:-border, border:-border], (border,) * 4)
-    index = inner.flatten().topk(count).indices.numpy()
-    return np.stack([index % grey.shape[1] + 0.5, index // grey.shape[1] + 0.5], 1)
-
-
-def windows(picture, xy, warp, radius, step=1.0):  # -> (N, P) raw values, (P, 2) offsets
-    offset = np.stack(np.meshgrid(*[np.arange(-radius, radius + 1) * step] * 2), -1).reshape(-1, 2)
-    at = xy[:, None] + offset @ warp.transpose(0, 2, 1)
-    return bilinear(picture, at[..., 0], at[..., 1]), offset
-
-
-def unit(values):  # zero mean, unit norm
-    values = values - values.mean(1, keepdims=True)
-    return values / (np.linalg.norm(values, axis=1, keepdims=True) + 1e-6)
-
-
-def refine(grey1, grey2, x1, x2, steps=12):  # affine Lucas-Kanade: x2 moves until its window looks like that of x1
-    warp, x = np.tile(np.eye(2), (len(x1), 1, 1)), x2.copy()
-    wanted, offset = windows(grey1, x1, warp, 7)
-    wanted, (gy, gx) = unit(wanted), np.gradient(grey2)
-    for _ in range(steps):
-        raw = windows(grey2, x, warp, 7)[0]
-        now, norm = unit(raw), np.linalg.norm(raw - raw.mean(1, keepdims=True), axis=1)[:, None, None] + 1e-6
-        slope = np.stack([windows(g, x, warp, 7)[0] for g in (gx, gy)], -1)
-        J = np.concatenate([slope, slope[..., :1] * offset, slope[..., 1:] * offset], -1)
-        J = (J - J.mean(1, keepdims=True)) / norm
-        J = J - now[..., None] * (now[..., None] * J).sum(1, keepdims=True)
-        H = J.transpose(0, 2, 1) @ J
-        H = H + 2e-6 * np.trace(H, axis1=1, axis2=2)[:, None, None] * np.diag([0, 0, 1, 1, 1, 1]) + 1e-9 * np.eye(6)
-        step = np.linalg.solve(H, (J * (wanted - now)[..., None]).sum(1)[..., None])[..., 0]
-        x, warp = x + step[:, :2].clip(-1.5, 1.5), warp + step[:, 2:].clip(-0.2, 0.2).reshape(-1, 2, 2)
-    return x, (unit(windows(grey2, x, warp, 7)[0]) * wanted).sum(1)
-
-
-def match(image1, image2, count=600):  # -> (N, 2), (N, 2) pixels
-    soft = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]], dtype=torch.float64)[None, None] / 16
-    greys = [F.conv2d(255 * im.mean(0).double()[None, None], soft, padding=1)[0, 0].numpy() for im in (image1, image2)]
-    at = [corners(g, count) for g in greys]
-    words = [unit(windows(g, x, np.tile(np.eye(2), (len(x), 1, 1)), 5, 2.0)[0]) for g, x in zip(greys, at)]
-    distance = np.sqrt(np.maximum(2 - 2 * words[0] @ words[1].T, 0))
-    best, (first, second) = distance.argmin(1), np.partition(distance, 1, 1)[:, :2].T
-    keep = (first < 0.8 * second) & (distance.argmin(0)[best] == np.arange(count))
-    x1, x2 = at[0][keep], at[1][best[keep]]
-    x, likeness = refine(*greys, x1, x2)
-    good = (likeness > 0.8) & (np.linalg.norm(x - x2, axis=1) < 4)
-    return x1[good], x[good]
-
-
-def epipolar(x1, x2, K1, c2w1, K2, c2w2):  # mean of the two point-to-line distances
-    T = np.linalg.inv(c2w2) @ c2w1
-    t = T[:3, 3]
-    E = np.array([[0, -t[2], t[1]], [t[2], 0, -t[0]], [-t[1], t[0], 0]]) @ T[:3, :3]
-    fundamental = np.linalg.inv(K2).T @ E @ np.linalg.inv(K1)
-    x1, x2 = (np.concatenate([x, np.ones((len(x), 1))], 1) for x in (x1, x2))
-    l2, l1 = x1 @ fundamental.T, x2 @ fundamental
-    off = np.abs((x2 * l2).sum(1))
-    return 0.5 * (off / np.linalg.norm(l2[:, :2], axis=1) + off / np.linalg.norm(l1[:, :2], axis=1))
-
-
-def epipolar_error(scene, gap, pairs, readings):
-    """-> {reading: median epipolar distance}; a reading is a function of the OpenCV c2w."""
-    errors = {name: [] for name in readings}
-    for i in np.linspace(0, len(scene) - 1 - gap, pairs).astype(int).tolist():
-        a, b = scene.view(i), scene.view(i + gap)
-        x1, x2 = match(a.image, b.image)
-        for name, reading in readings.items():
-            (K1, c1), (K2, c2) = numbers(a), numbers(b)
-            errors[name].append(epipolar(x1, x2, K1, reading(c1), K2, reading(c2)))
-    assert sum(map(len, errors["right"])) > 60 * pairs
-    return {name: float(np.median(np.concatenate(e))) for name, e in errors.items()}
-
-
-READINGS = dict(right=lambda c2w: c2w, opengl=lambda c2w: c2w @ GL, w2c=np.linalg.inv)
-
-
-@pytest.mark.parametrize("name, readme", [("posed_fox_instantngp", 0.219), ("posed_masks_dtu_scan24", 0.184),
-                                          ("colmap_bartoszek_statue", 0.204), ("rgbd_7scenes_redkitchen", 1.3)])
-def test_matches_lie_on_epipolar_lines(name, readme):
-    # 7-Scenes: the README's 0.90 px is over all 29 pairs; these six scatter about it, so 1.3 is the bound.
-    error = epipolar_error(only_scene(real(name)), 1, 6, READINGS)
-    print(f"\n{name}: epipolar error at gap 1 {error}")
-    assert error["right"] < readme and error["opengl"] > 8 * error["right"] and error["w2c"] > 8 * error["right"]
-
-
-def test_fox_needs_its_distortion_undone():
-    scene, plain = only_scene(real("posed_fox_instantngp")), only_scene(real("posed_fox_instantngp"))
-    for frame in plain.frames:
-        frame.distortion = ((), (0.0, 0.0))
-    right, wrong = epipolar_error(scene, 3, 8, READINGS), epipolar_error(plain, 3, 8, READINGS)
-    print(f"\nfox: epipolar error at gap 3 {right}, distortion ignored {wrong['right']:.3f}")
-    assert right["right"] < 0.26 and wrong["right"] > 1.4 * right["right"]  # README: 0.260 and 0.333
+# -------------------------------------------------------------------------------------------- real data: masks, COLMAP
 
 
 def test_dtu_masks_are_two_regions():
@@ -569,19 +388,6 @@ def test_dtu_masks_are_two_regions():
     view, stored = scene.view(3), np.array(Image.open(real("posed_masks_dtu_scan24") / "mask/003.png"))
     assert (view.mask.numpy() == 1 + (stored > 127)).all() and set(view.mask.unique().tolist()) == {1, 2}
     assert len({f.K[0, 0] for f in scene.frames}) > 1  # intrinsics are the frame's own
-
-
-def test_real_colmap_text_is_the_binary_model(tmp_path):
-    folder = real("colmap_bartoszek_statue")
-    (tmp_path / "images").symlink_to(folder / "images")
-    (tmp_path / "sparse").mkdir()
-    (tmp_path / "sparse/0").symlink_to(folder / "sparse_txt")
-    a, b = only_scene(folder), only_scene(tmp_path)
-    assert len(a) == len(b) == 23 and [f.name for f in a.frames] == [f.name for f in b.frames]
-    assert all((f.c2w == g.c2w).all() and (f.K == g.K).all() and f.size == g.size for f, g in zip(a.frames, b.frames))
-    assert a.points.shape == (1443, 3) and (a.points == b.points).all()
-    w2c = np.linalg.inv(a.frames[0].c2w)
-    assert (a.points @ w2c[2, :3] + w2c[2, 3] > 0).all()
 
 
 def read_observations(path):  # images.bin -> [(name, quaternion, t, camera, (N, 2) pixels, (N,) point ids)]
@@ -725,14 +531,6 @@ def test_any_view_size_keeps_the_geometry(tmp_path, size, model, params):
     assert len(offsets) >= 4 and offsets.max() < 0.12 * max(scale, 1)
 
 
-def test_no_size_is_refused_by_rounding(tmp_path):
-    write_scene(tmp_path, size=(73, 55), w=55, h=73, cx=27.0, cy=36.0)
-    scene = only_scene(tmp_path)
-    for height in range(1, 90, 4):
-        for width in range(1, 90, 3):
-            assert scene.view(0, (height, width)).image.shape == (3, height, width)
-
-
 def blocks(size, rows=6, cols=8):  # -> (H, W) ids 1 ... rows * cols
     y, x = np.mgrid[: size[0], : size[1]]
     return 1 + (y * rows // size[0]) * cols + x * cols // size[1]
@@ -787,36 +585,6 @@ def test_poses_and_intrinsics_as_written(tmp_path):
     assert (np.round(view.image.numpy() * 255) == stored.transpose(2, 0, 1)).all()
 
 
-def test_camera_angle_alone(tmp_path):
-    write_scene(tmp_path, fl_x=None, fl_y=None, cx=None, cy=None, w=None, h=None, camera_angle_x=0.9)
-    K = only_scene(tmp_path).view(0).K
-    f = 16 / math.tan(0.45)
-    assert torch.allclose(K, torch.tensor([[f, 0, 16], [0, f, 12], [0, 0, 1]]))
-
-
-def test_intrinsics_of_the_frame_win(tmp_path):
-    meta = write_scene(tmp_path)
-    meta["frames"][1] |= dict(fl_x=60.0, cx=10.0, k1=0.02)
-    save(tmp_path, meta)
-    scene = only_scene(tmp_path)
-    assert scene.frames[1].K.tolist() == [[60, 0, 10], [0, 31, 11.5], [0, 0, 1]]
-    assert scene.frames[1].distortion[0][0] == 0.02
-    assert scene.frames[0].K[0, 0] == 30 and scene.frames[0].distortion[0][0] == 0
-
-
-def test_three_by_four_poses_portrait_spaces_and_no_ending(tmp_path):
-    meta = write_scene(tmp_path, size=(32, 24), cx=12.0, cy=16.0)
-    for i, frame in enumerate(meta["frames"]):
-        frame["transform_matrix"] = frame["transform_matrix"][:3]
-        (tmp_path / f"images/{i}.png").rename(tmp_path / f"images/my photo 0.{i}.png")
-        frame["file_path"] = f"./images/my photo 0.{i}" + (".png" if i % 2 else "")
-    save(tmp_path, meta)
-    scene = only_scene(tmp_path)
-    assert len(scene) == 4 and scene.view(3).image.shape == (3, 32, 24)
-    assert np.allclose(scene.c2w, [pose(i) for i in range(4)])
-    assert scene.view(0, (20, 40)).image.shape == (3, 20, 40)
-
-
 def test_fisheye_files_of_scannetpp_are_passed_over(tmp_path):
     scene = tmp_path / "0a1b"
     meta = write_scene(scene / "dslr", kind="JPG")
@@ -829,20 +597,6 @@ def test_fisheye_files_of_scannetpp_are_passed_over(tmp_path):
     (scene / "dslr/nerfstudio/transforms_undistorted.json").unlink()
     with pytest.raises(data.DataError, match="(?i)fisheye.*undistort"):
         data.load_scenes(tmp_path)
-
-
-@pytest.mark.parametrize("prefix", ["", "images/"])
-def test_fit3d_layout(tmp_path, prefix):
-    meta = write_scene(tmp_path, kind="JPG")
-    for i, frame in enumerate(meta["frames"]):
-        frame["file_path"] = f"{prefix}{i}.JPG"
-    (tmp_path / "transforms.json").unlink()
-    save(tmp_path, meta, "transforms_train.json")
-    save(tmp_path, meta | dict(frames=[]), "transforms_test.json")
-    ids = blocks((24, 32))
-    write_maps(tmp_path, "", [f"instance_segmentation/{i}.JPG.png" for i in range(4)], ids.astype(np.uint8))
-    scene = only_scene(tmp_path)
-    assert (scene.view(3).mask.numpy() == ids).all()
 
 
 def test_depth_of_another_resolution_arrays_and_scale(tmp_path):
@@ -904,43 +658,6 @@ def test_ids_of_every_encoding(tmp_path):
         assert (scene.view(i).mask.numpy() == wanted).all(), i
 
 
-def test_transparent_pixels_are_white(tmp_path):
-    write_scene(tmp_path)
-    picture = np.zeros((24, 32, 4), np.uint8)
-    picture[:, :16] = 10, 20, 30, 255
-    Image.fromarray(picture).save(tmp_path / "images/0.png")
-    Image.fromarray(picture[..., 0]).save(tmp_path / "images/1.png")  # grey
-    scene = only_scene(tmp_path)
-    image = (scene.view(0).image * 255).round().byte().permute(1, 2, 0)
-    assert (image[:, :16] == torch.tensor([10, 20, 30])).all() and (image[:, 16:] == 255).all()
-    assert scene.view(1).image.shape == (3, 24, 32)
-
-
-def test_maps_beside_nested_images_are_not_mixed_up(tmp_path):
-    meta = write_scene(tmp_path)
-    (tmp_path / "images/left").mkdir()
-    (tmp_path / "images/right").mkdir()
-    for i, (old, new) in enumerate((("0", "left/0"), ("1", "right/0"), ("2", "left/1"), ("3", "right/1"))):
-        (tmp_path / f"images/{old}.png").rename(tmp_path / f"images/{new}.png")
-        meta["frames"][i]["file_path"] = f"images/{new}.png"
-        write_maps(tmp_path, "", [f"masks/{new}.png"], np.full((24, 32), i + 1, np.uint8))
-    save(tmp_path, meta)
-    scene = only_scene(tmp_path)
-    assert [int(scene.view(i).mask[0, 0]) for i in range(4)] == [1, 2, 3, 4]
-
-
-def test_relative_and_dotted_scene_folders(tmp_path, monkeypatch):
-    meta = write_scene(tmp_path / "a", class_names=["floor", "wall"])
-    meta["frames"][0]["file_path"] = str(tmp_path / "a/images/0.png")  # absolute, but inside
-    save(tmp_path / "a", meta)
-    write_maps(tmp_path / "a", "", [f"masks/{i}.png" for i in range(4)], np.ones((24, 32), np.uint8))
-    monkeypatch.chdir(tmp_path / "a")
-    for path in (".", "../a", "../a/images/..", tmp_path / "a"):
-        scene = only_scene(path)
-        assert scene.name in ("a", "images") and all(f.mask for f in scene.frames)
-        assert scene.class_names == ("floor", "wall")
-
-
 def test_scenes_in_folders_come_in_natural_order(tmp_path):
     for name in ("room10", "room2", "deep/er/x1", "²", ".hidden"):
         write_scene(tmp_path / name)
@@ -974,7 +691,7 @@ def put(folder, names, zoom=1.0, turn=None):
 def describe(folder, names, file="transforms.json", zoom=1.0, more=lambda i: {}, shape=lambda i: 1.0, **meta):
     """transforms.json for the five pictures, `zoom` times as large; `shape` multiplies a rotation."""
     c2w = [pose(i) @ GL @ np.diag([*[shape(i)] * 3, 1]) for i in range(5)]
-    frames = [dict(file_path=names[i], transform_matrix=c2w[i].tolist(), **more(i)) for i in range(5)]
+    frames = [dict(file_path=names[i], transform_matrix=c2w[i].tolist()) | more(i) for i in range(5)]
     K = zoom * LENS
     meta = dict(fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2], w=32 * zoom,
                 h=24 * zoom) | meta | dict(frames=frames)
@@ -1042,8 +759,13 @@ PEOPLE = {  # name: (what writes the folder, what the notes must say, the views 
                        "128x96: scaled to the 32x24 of images_4"),
     "shrunk after colmap": (lambda f: (put(f, IN_IMAGES), colmap_of(f, zoom=2.03)), "65x49: scaled to the 32x24"),
     "grown after colmap": (lambda f: (put(f, IN_IMAGES, zoom=2), colmap_of(f)), "32x24: scaled to the 64x48"),
-    "K without size": (lambda f: (put(f, IN_IMAGES), describe(f, IN_IMAGES, zoom=1.75, w=None, h=None)),
-                       "56x42: scaled"),
+    "an angle": (lambda f: (put(f, IN_IMAGES), describe(f, IN_IMAGES, fl_x=None, cx=None, cy=None, w=None, h=None,
+                                                        camera_angle_x=2 * math.atan(16 / 30))), None),
+    "intrinsics of a frame win": (lambda f: (put(f, IN_IMAGES), describe(
+        f, IN_IMAGES, fl_x=60.0, k1=0.2, more=lambda i: dict(fl_x=30.0, k1=0.0))), None),
+    "3x4, blanks, no ending": (lambda f: (put(f, [f"images/my photo 0.{i}.png" for i in range(5)]), describe(
+        f, [f"./images/my photo 0.{i}" for i in range(5)],
+        more=lambda i: dict(transform_matrix=(pose(i) @ GL)[:3].tolist()))), None),
     "EXIF": (lambda f: (put(f, [n[:-3] + "jpg" for n in IN_IMAGES], turn=6),
                         describe(f, [n[:-3] + "jpg" for n in IN_IMAGES])), "EXIF"),
     "EXIF, no size": (lambda f: (put(f, IN_IMAGES, turn=8), describe(f, IN_IMAGES, w=None, h=None)), "EXIF"),
@@ -1125,8 +847,6 @@ def test_the_unit_of_depth(rooms, rooms_dir, tmp_path, settings, ratio, warned):
     assert float(found.median()) == pytest.approx(ratio, rel=0.01)
     warnings = [note for note in scene.notes if "depth_unit_scale_factor" in note]
     assert len(warnings) == warned
-    assert (not warned or float(re.search(r'factor": (\S+) in', warnings[0])[1]) == pytest.approx(
-        1e-3 * settings.get("unit", 1), rel=0.15))
 
 
 def test_depth_beside_colmap_is_scaled_to_its_points(rooms, tmp_path):
@@ -1269,10 +989,9 @@ def test_registered_rgbd_with_its_own_intrinsics(tmp_path):
 
 def test_kinect_recordings_without_intrinsics(tmp_path):
     write_rgbd(tmp_path / "a", size=(480, 640))
-    for text, words in ((" ".join(["-inf"] * 16), "not finite"), ("", "sixteen numbers"),
-                        ("-1.#IND " * 16, "sixteen numbers")):
+    for text in ("-inf " * 16, "", "-1.#IND " * 16):
         (tmp_path / "a/frame-000001.pose.txt").write_text(text)
-        with pytest.raises(data.DataError, match=f"frame-000001.*{words}"):
+        with pytest.raises(data.DataError, match="frame-000001.*finite"):
             data.load_scenes(tmp_path / "a")
         scene = only_scene(tmp_path / "a", skip_bad_frames=True)
         assert scene.kinect and len(scene) == 3 and any("frame-000001" in note for note in scene.notes)
@@ -1285,14 +1004,15 @@ INFO = ("m_colorWidth = 64\nm_colorHeight = 48\nm_calibrationColorIntrinsic = 60
 @pytest.mark.parametrize("file, text", [("../camera-intrinsics.txt", "30 0 16\n0 31 12\n0 0 1"), ("../info.txt", INFO),
                                         ("info.txt", INFO),
                                         ("intrinsic_color.txt", "30 0 16 0\n0 31 12 0\n0 0 1 0\n0 0 0 1"),
-                                        ("camera-intrinsics.txt", "60 0 32\n0 62 24\n0 0 1"), (None, None)])
+                                        ("camera-intrinsics.txt", "60 0 32\n0 62 24\n0 0 1"), (None, "")])
 def test_intrinsics_of_rgbd_sequences(tmp_path, file, text):
     write_rgbd(tmp_path / "data")
-    if file is None:  # a Kinect is assumed for its own size only
-        with pytest.raises(data.DataError, match="32x24.*camera-intrinsics.txt"):
+    if file:
+        (tmp_path / "data" / file).write_text(text)
+    if not file or "60 0 32" in text and "m_color" not in text:  # a Kinect is assumed, and K is right, for its own size
+        with pytest.raises(data.DataError, match="32x24.*(camera-intrinsics.txt|64x48)"):
             data.load_scenes(tmp_path)
         return
-    (tmp_path / "data" / file).write_text(text)
     assert np.allclose(only_scene(tmp_path).view(0).K, [[30, 0, 16], [0, 31, 12], [0, 0, 1]])
 
 
@@ -1369,7 +1089,7 @@ BAD = {
     "not an image": (lambda f, m: (f / "images/1.png").write_text("hello"), "1.png.*not a picture"),
     "image size": (set_key(w=64, h=40, cx=32.0, cy=20.0), "is 32x24, but its camera is for 64x40"),
     "intrinsics of another size": (set_key(w=None, h=None, cx=64.0, cy=48.2), "0.png.*centre at .64, 48.2.*128x96"),
-    "nan pose": (set_pose(1, NAN), "1.png.*pose is not finite"),
+    "nan pose": (set_pose(1, NAN), "1.png.*pose is not a 4x4"),
     "non-rigid pose": (set_pose(1, np.diag([2.0, 1, 1, 1]) @ GOOD), "1.png.*not a rigid"),
     "reflected pose": (set_pose(1, np.diag([1.0, 1, -1, 1]) @ GOOD), "1.png.*not a rigid"),
     "transposed pose": (set_pose(1, (pose(3) @ GL).T), "1.png.*transposed"),
@@ -1421,7 +1141,7 @@ BAD = {
     "colmap of another size": (colmap(lambda f, s: Image.new("RGB", (30, 24)).save(f / "images/1.png")),
                                "is 30x24.*32x24"),
     "colmap fisheye": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
-        struct.pack("<QiiQQ8d", 1, 7, 5, 32, 24, *[1.0] * 8))), "OPENCV_FISHEYE.*undistort"),
+        struct.pack("<QiiQQ8d", 1, 7, 5, 32, 24, *[1.0] * 8))), "fisheye.*undistort"),
     "colmap unknown model": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
         struct.pack("<QiiQQ8d", 1, 7, 99, 32, 24, *[1.0] * 8))), "99.*undistort"),
     "colmap camera missing": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
@@ -1429,7 +1149,7 @@ BAD = {
     "colmap singular": (colmap(lambda f, s: (s / "cameras.bin").write_bytes(
         struct.pack("<QiiQQ4d", 1, 7, 1, 32, 24, 0, 30, 16, 12))), "singular"),
     "colmap zero quaternion": (colmap(lambda f, s: (s / "images.bin").write_bytes(
-        (s / "images.bin").read_bytes()[:12] + bytes(32) + (s / "images.bin").read_bytes()[44:])), "not finite"),
+        (s / "images.bin").read_bytes()[:12] + bytes(32) + (s / "images.bin").read_bytes()[44:])), "finite"),
     "colmap leaves the folder": (colmap(lambda f, s: (s / "images.bin").write_bytes(
         (s / "images.bin").read_bytes().replace(b"1.png", b"../1p"))), "outside the scene"),
     "colmap text lacks a parameter": (colmap(lambda f, s: (shutil.rmtree(s), write_colmap(
@@ -1453,16 +1173,6 @@ def test_bad_input_is_named_in_one_line(tmp_path, monkeypatch, capfd, case):
     assert "scene" in message and message.count("--skip_bad_frames") <= 1 and len(message) < 420
     assert tree(tmp_path) == before  # nothing is written, not even --out
     assert capfd.readouterr() == ("", "")
-
-
-def test_the_command_line_says_it_without_traceback(tmp_path):
-    write_scene(tmp_path)
-    (tmp_path / "images/1.png").write_bytes(b"")
-    command = [sys.executable, REPO / "01_data.py", "--scene_dir", tmp_path]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert ran.returncode == 1 and ran.stdout == "" and len(ran.stderr.splitlines()) == 1
-    assert "images/1.png" in ran.stderr
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -1515,26 +1225,6 @@ def test_bad_frames_are_left_out_when_asked(tmp_path):
         data.load_scenes(tmp_path, skip_bad_frames=True)
 
 
-@pytest.mark.parametrize("meta", [dict(w=None, h=None), dict(w=None, h=None, cx=None, cy=None)])
-def test_an_unreadable_image_does_not_hide_the_rest(tmp_path, meta):  # its size is wanted for the intrinsics, too
-    write_scene(tmp_path, count=5, **meta)
-    cut("images/2.png", 10)(tmp_path, None)
-    (tmp_path / "images/3.png").unlink()
-    scene = only_scene(tmp_path, skip_bad_frames=True)
-    assert [f.name for f in scene.frames] == ["images/0.png", "images/1.png", "images/4.png"]
-    with pytest.raises(data.DataError, match="2.png.*2 of 5"):
-        data.load_scenes(tmp_path)
-
-
-def test_damage_that_headers_do_not_show_is_named_by_view(tmp_path):
-    write_scene(tmp_path)
-    blob = bytearray((tmp_path / "images/1.png").read_bytes())
-    blob[900:1000] = bytes(100)
-    (tmp_path / "images/1.png").write_bytes(blob)
-    with pytest.raises(data.DataError, match="images/1.png.*decoded"):
-        only_scene(tmp_path).view(1)
-
-
 # ---------------------------------------------------------------------------------------------------- scenes, triplets
 
 
@@ -1582,16 +1272,6 @@ def test_triplets_of_three_views_and_of_none(tmp_path):
         with pytest.raises(data.DataError, match="no three views overlap") as error:
             data.sample_triplet(only_scene(tmp_path / name), g)
         assert "\n" not in str(error.value)
-
-
-def test_a_view_that_looks_away_is_in_no_triplet(tmp_path):
-    meta = write_scene(tmp_path, count=5)
-    # stands between, looks back
-    meta["frames"][2]["transform_matrix"] = (pose(2) @ np.diag([-1.0, 1, -1, 1]) @ GL).tolist()
-    save(tmp_path, meta)
-    scene, g = only_scene(tmp_path), torch.Generator().manual_seed(0)
-    drawn = {data.sample_triplet(scene, g) for _ in range(30)}
-    assert drawn and all(2 not in triplet for triplet in drawn)
 
 
 def test_subset_keeps_cameras_and_depth_range(rooms):
@@ -1650,12 +1330,6 @@ def test_superpixels_follow_edges():
     assert areas.min() > 0.6 * 225 and areas.max() < 1.4 * 225  # nothing to follow: even cells
 
 
-def test_regions_are_masks_or_superpixels(rooms):
-    view = rooms[0].view(0)
-    assert data.regions(view) is view.mask
-    assert len(data.regions(view._replace(mask=None)).unique()) > 30
-
-
 # ---------------------------------------------------------------------------------------------------- the report
 
 
@@ -1679,11 +1353,10 @@ def test_main_reports_and_draws(rooms_dir, tmp_path, capsys):
 
 
 def test_levels_count_targets(rooms, tmp_path):
-    for scene in rooms:
-        levels = [data.best_pairs(scene, target)[0] for target in range(12)]
-        said = data.describe_levels(scene)
-        assert "12 targets" in said and (f"{levels.count(0)} at overlap 0.5 and baseline 0.4" in said) == (0 in levels)
-        assert ("have none" in said) == (None in levels) and "warning" not in said
+    levels = [data.best_pairs(rooms[0], target)[0] for target in range(12)]
+    said = data.describe_levels(rooms[0])
+    assert f"12 targets: {levels.count(0)} at overlap 0.5 and baseline 0.4" in said and "warning" not in said
+    assert ("have none" in said) == (None in levels)
     meta = write_scene(tmp_path, count=5)
     for i, frame in enumerate(meta["frames"]):  # steps of three times the depth
         frame["transform_matrix"] = (pose(i, step=1.0) @ GL).tolist()
@@ -1708,8 +1381,3 @@ def test_only_expected_errors_end_in_one_line(error, words):
         raise AssertionError("not reached")
 
 
-def test_main_reports_a_real_scene_without_masks(tmp_path, capsys):
-    data.main(["--scene_dir", str(real("colmap_bartoszek_statue")), "--out", str(tmp_path)])
-    said = capsys.readouterr().out
-    assert "23 views, 1000x656 ... 1000x662, with images only (masks: superpixels)" in said
-    assert (tmp_path / "colmap_bartoszek_statue.png").exists()
