@@ -253,6 +253,23 @@ def budget_picture(found, path):
     return data.picture_grid(path, ["", ""], [charts[:2], charts[2:]], scale=1)
 
 
+def place_picture(found, path):
+    """What Splat and Distill and its 2D control change, in percent of the start, over the start's rough place share."""
+    charts = []
+    for (probe, score), _ in AIMS.items():
+        curves = {}
+        for kind in ("SnD", "2D control"):
+            points = []
+            for strength in (0, 1, 2, 4):
+                runs = [found.get(f"{name} artifacts{strength}") for name in ("start", kind)]
+                if all(runs):
+                    start, end = (statistics.mean(scores[probe][score] for scores in run) for run in runs)
+                    points.append((runs[0][0]["place share"]["rough"], 100 * (end / start - 1)))
+            curves[kind] = points
+        charts.append(data.line_chart(f"{probe}, {score}: change in % (over the start's rough place share, %)", curves))
+    return data.picture_grid(path, ["", ""], [charts[:2], charts[2:]], scale=1)
+
+
 def score_pointmaps(name, seed, args):
     """Distill3R's miniature with one loss of Table III: trained on the cache that all share, measured on held-out rooms."""
     folder, out = Path(args.out) / "cache", folder_of(name, seed, args)
@@ -324,6 +341,9 @@ def write_study(args):
     if "start" in found:
         budget_picture(found, Path(args.scores) / "budget.png")
 
+    if all(f"{kind} artifacts{strength}" in found for kind in THREE for strength in (0, 1, 2, 4)):
+        place_picture(found, Path(args.scores) / "place.png")
+
     def when(*names):
         dates, machines = (sorted({record[key] for name in names for record in records.get(name, [])}) for key in ("date", "on"))
         return f"*{' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {'; '.join(machines)}; {args.rooms} rooms.*" if dates else ""
@@ -367,6 +387,8 @@ its features depend on their place in the picture; "fresh": it is another one in
 place explains and that perspective does not (`place_share` of 05_probe.py).
 
 {table(ARTIFACTS, found, columns=[*COLUMNS, ("place share", "rough", "rough place share %", 1)])}
+
+![the change of each score over the place share of the start]({Path(args.scores).name}/place.png)
 
 ## What the student is taught
 
