@@ -24,23 +24,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import json
 import math
 import pickle
-import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -79,10 +74,8 @@ def pixel_rays(K: Tensor, height, width) -> Tensor:
 
 
 def bilinear_axis(size, count, device):
-    """One axis of bilinear interpolation from `count` patches to `size` pixels. A token sits at its patch's centre.
-
-    Returns the two patches around each pixel (size, 2), their weights (size, 2), and, for each patch, the pixel that
-    holds its centre (count,).
+    """One axis of bilinear interpolation from `count` patches, whose tokens sit at their centres, to `size` pixels ->
+    the two patches around each pixel and their weights, both (size, 2), and the pixel at each patch's centre (count,).
     """
     pixel = torch.arange(size, device=device, dtype=torch.float64) + 0.5
     position = (pixel * count / size - 0.5).clamp(0, count - 1)  # on an axis on which patch i has its centre at i
@@ -99,10 +92,8 @@ def upscale_weights(
     grid,  # (h, w) of the tokens
     drop_unmatched=False,  # True: a pixel without a token of its id gets weights of 0, instead of bilinear ones
 ):
-    """SnD Eq. 3 in sparse form: each pixel is a weighted sum of four tokens.
-
-    Returns index (H*W, 4) int64 into the h*w tokens, and weight (H*W, 4), both row-major.
-    """
+    """SnD Eq. 3 in sparse form: each pixel is a weighted sum of four tokens -> index (H*W, 4) int64 into the h*w
+    tokens, and weight (H*W, 4), both row-major."""
     (H, W), (h, w) = mask.shape, grid
     rows, row_weight, centre_row = bilinear_axis(H, h, mask.device)
     cols, col_weight, centre_col = bilinear_axis(W, w, mask.device)
@@ -208,7 +199,6 @@ class VisionTransformer(nn.Module):
         self.patch, self.dim, self.heads, self.grid = patch, dim, heads, grid
         self.mlp_ratio, self.swiglu = mlp_ratio, swiglu
         self.positions = positions or ("antialiased" if registers else "scale")
-        assert self.positions in POSITIONS, f"positions cannot be interpolated by {self.positions!r}"
         self.checkpointing = False  # True: the backward pass computes each block again, which saves most of its memory
         self.patch_embed = PatchEmbed(patch, dim)  # a convolution whose stride is its size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -350,9 +340,8 @@ class MVSplat(nn.Module):
         bounds = (1 / far).view(V, 1, 1, 1), (1 / near).view(V, 1, 1, 1)
         depth = 1 / (coarse + delta).clamp(*bounds)
 
-        # Step 5; one view at a time, because no other tensors are as wide as these
-        views = zip(hints.split(1), images.split(1), upsampled.split(1))
-        raw = torch.cat([self.raw_gaussians(torch.cat(maps, 1)) for maps in views])
+        # Step 5
+        raw = self.raw_gaussians(torch.cat([hints, images, upsampled], 1))
         crop = lambda x: x[:, :, :height, :width].permute(0, 2, 3, 1).to(images)
         depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(raw)  # (V, height, width, 1 or 9)
         with no_autocast(images):
@@ -399,7 +388,7 @@ def cost_volume(
     """How well each candidate depth of a pixel matches the other views, (V, D, h, w) (MVSplat Sec. 3.1).
 
     If the pixel had the candidate depth, it would be seen at a certain place in each other view. The match is the
-    correlation of the features there with its own, and 0 outside the view. Candidates go in blocks to bound the memory.
+    correlation of the features there with its own, and 0 outside the view.
     """
     V, C, h, w = features.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -407,11 +396,11 @@ def cost_volume(
     volume = []
     for r in range(V):
         total = 0
-        for s in (v % V for v in range(r + 1, r + V)):
+        for s in [*range(r + 1, V), *range(r)]:
             to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
             rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
             correlations = []
-            for disparity in disparities[r].split(max(1, 2**24 // features[r].numel())):
+            for disparity in disparities[r].split(64):  # 64 candidates at a time, to bound the memory
                 point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (block, h, w, 3)
                 uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
                 grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
