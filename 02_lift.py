@@ -334,14 +334,20 @@ class MVSplat(nn.Module):
         certainty = probability.amax(1, keepdim=True)
 
         # Step 4
-        upsampled = self.depth_predictor["upsampler"](torch.cat([features, cnn], 1))  # (V, C, H, W)
-        hints, coarse = self.refine(images, upsampled, coarse, certainty)  # hints: the output of U-Net 2
-        delta, logit = self.depth_predictor["to_disparity"](hints).chunk(2, 1)
+        net, enlarged = self.depth_predictor, F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)
+        certainty = F.interpolate(certainty, scale_factor=4, mode="nearest")
+        upsampled = net["upsampler"](torch.cat([features, cnn], 1))  # (V, C, H, W)
+        hints = net["refine_unet"](torch.cat([images, net["proj_feature"](upsampled), enlarged, certainty], 1))
+        delta, logit = net["to_disparity"](hints).chunk(2, 1)
         bounds = (1 / far).view(V, 1, 1, 1), (1 / near).view(V, 1, 1, 1)
-        depth = 1 / (coarse + delta).clamp(*bounds)
+        depth = 1 / (enlarged + delta).clamp(*bounds)
 
         # Step 5
-        raw = self.raw_gaussians(torch.cat([hints, images, upsampled], 1))
+        first, gelu, last = net["to_gaussians"]
+        raw = gelu(first(torch.cat([hints, images, upsampled], 1)))
+        # Differs: MVSplat predicts colours as spherical harmonics, and SnD throws them away (Sec. 3.2). We keep their
+        # rows in the last layer, so that the published weights load to the last tensor, but do not compute them.
+        raw = F.conv2d(raw, last.weight[:9], last.bias[:9], padding=1)  # offset, scales and quaternion
         crop = lambda x: x[:, :, :height, :width].permute(0, 2, 3, 1).to(images)
         depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(raw)  # (V, height, width, 1 or 9)
         with no_autocast(images):
@@ -362,20 +368,6 @@ class MVSplat(nn.Module):
         cleaned = net["corr_refine_net"](x) + net["regressor_residual"](x)
         return cnn, features, volume, net["depth_head_lowres"](cleaned).softmax(1)
 
-    def refine(self, images, upsampled, coarse, certainty):
-        """Step 4 -> the output of U-Net 2 (V, m2, H, W), and the coarse disparity enlarged to pixels (V, 1, H, W)."""
-        coarse = F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)
-        certainty = F.interpolate(certainty, scale_factor=4, mode="nearest")
-        projected = self.depth_predictor["proj_feature"](upsampled)
-        return self.depth_predictor["refine_unet"](torch.cat([images, projected, coarse, certainty], 1)), coarse
-
-    def raw_gaussians(self, x):  # (1, m2 + 3 + C, H, W) -> (1, 9, H, W): offset, scales and quaternion
-        first, gelu, last = self.depth_predictor["to_gaussians"]
-        # Differs: MVSplat predicts colours as spherical harmonics, and SnD throws them away (Sec. 3.2). We keep their
-        # rows in the last layer, so that the published weights load to the last tensor, but do not compute them.
-        return F.conv2d(gelu(first(x)), last.weight[:9], last.bias[:9], padding=1)
-
-
 # ------- Step 2: cost volume
 
 
@@ -393,22 +385,19 @@ def cost_volume(
     V, C, h, w = features.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], -1).to(features)  # (h, w, 3); whole numbers, as published
-    volume = []
-    for r in range(V):
-        total = 0
-        for s in [*range(r + 1, V), *range(r)]:
-            to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
-            rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
-            correlations = []
-            for disparity in disparities[r].split(64):  # 64 candidates at a time, to bound the memory
-                point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (block, h, w, 3)
-                uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
-                grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
-                warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
-                correlations.append((warped * features[r]).sum(1) / C**0.5)
-            total = total + torch.cat(correlations)
-        volume.append(total / (V - 1))
-    return torch.stack(volume)
+    volume = torch.zeros(V, disparities.shape[1], h, w).to(features)
+    for r, s in ((r, s) for r in range(V) for s in range(V) if s != r):
+        to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
+        rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
+        correlations = []
+        for disparity in disparities[r].split(64):  # 64 candidates at a time, to bound the memory
+            point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (64, h, w, 3)
+            uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
+            grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
+            warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
+            correlations.append((warped * features[r]).sum(1) / C**0.5)
+        volume[r] = volume[r] + torch.cat(correlations) / (V - 1)
+    return volume
 
 
 # ------- Step 5: Gaussians
@@ -459,11 +448,8 @@ def mvsplat_gaussians(
 
 
 def step_to_neighbour(points: Tensor, known: Tensor, dim) -> Tensor:
-    """How the point that a pixel sees changes from one pixel to the next along `dim`: (H, W, 3), (H, W) -> (H, W, 3).
-
-    At the edge of an object, one of the two neighbours lies on another surface, so the one closer in depth counts. The
-    step is 0 where neither neighbour is known.
-    """
+    """How the point that a pixel sees changes from one pixel to the next along `dim`, (H, W, 3); 0 = not known. At the
+    edge of an object one neighbour lies on another surface, so the one closer in depth counts."""
     count = points.shape[dim]
     both = known.narrow(dim, 1, count - 1) & known.narrow(dim, 0, count - 1)
     step = torch.where(both[..., None], points.diff(dim=dim), torch.inf)
@@ -484,8 +470,7 @@ def surface_normals(depth: Tensor, K: Tensor) -> Tensor:
 
 
 def limit_slant(normal: Tensor, rays: Tensor) -> Tensor:
-    """Normals that make more than 75 degrees with their ray are turned back to 75. Beyond that, the footprint of a
-    pixel on the surface would be so long that its Gaussian would reach into other objects."""
+    """Turns normals that make more than 75 degrees with their ray back to 75: see `depth_gaussians`."""
     towards = -F.normalize(rays, dim=-1)
     cosine = (normal * towards).sum(-1, keepdim=True)
     across = F.normalize(normal - cosine * towards, dim=-1)
@@ -529,11 +514,9 @@ def rotation_matrix(quaternion: Tensor) -> Tensor:  # (..., 4) x y z w -> (..., 
 
 
 def normalised(images: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1] -> as the networks were trained
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
-
-
-POSITIONS = ("scale", "size", "antialiased")
+    """By plain numbers, because a GPU would have to wait for constants that are copied to it at each call."""
+    channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
 
 def interpolate_positions(pos_embed: Tensor, size, way) -> Tensor:
@@ -631,8 +614,8 @@ class FeatureCNN(nn.Module):  # (V, 3, H, W) in [0, 1] -> (V, C, H / 4, W / 4)
 
 
 class MultiViewTransformer(nn.Module):
-    """In each layer every view looks at itself, then at the others, so that a feature knows what it could be confused
-    with. Attention stays within windows, and in every second layer the windows lie across the borders of the others."""
+    """In each layer every view looks at itself, then at the others, so that a feature knows what it could be taken
+    for. Attention stays within windows, and in every second layer the windows lie across the borders of the others."""
 
     def __init__(self, dim, layers):
         super().__init__()
@@ -644,11 +627,10 @@ class MultiViewTransformer(nn.Module):
         V, C, h, w = features.shape
         x = (features + window_positions(C, h, w).to(features)).permute(0, 2, 3, 1)  # (V, h, w, C)
         for number, layer in enumerate(self.layers):
-            shifted = number % 2 == 1
             others = [torch.stack([x[u] for u in range(V) if u != v], -2) for v in range(V)]
             others = torch.stack(others)  # (V, h, w, V - 1, C), as they were before this layer: so it was published
-            x = layer["self_attn"](x, x[..., None, :], shifted)
-            x = layer["cross_attn_ffn"](x, others, shifted)
+            x = layer["self_attn"](x, x[..., None, :], shifted=number % 2)
+            x = layer["cross_attn_ffn"](x, others, shifted=number % 2)
         return x.permute(0, 3, 1, 2)
 
 
@@ -683,8 +665,8 @@ class WindowAttention(nn.Module):
 def windows(h, w, shifted):
     """The rows and columns of each window: the four quadrants, or nine windows that lie across their borders.
 
-    The official code makes the nine by rolling the image, and adds -100 to the logit of two tokens that only the
-    rolling has brought together. Leaving such pairs out is the same up to a factor of exp(-100), and needs no mask.
+    The official code rolls the image and masks pairs of tokens that only the rolling has brought together. Leaving such
+    pairs out is the same up to a factor of exp(-100).
     """
     cuts = lambda n: (0, n // 4, 3 * n // 4, n) if shifted else (0, n // 2, n)
     parts = lambda n: [slice(a, b) for a, b in zip(cuts(n), cuts(n)[1:])]
@@ -732,32 +714,27 @@ class ResidualBlock(nn.Module):  # of UNet
 
 class UNet(nn.Module):
     """A U-Net over all views, with one width at all levels and cross-view attention at the coarsest (MVSplat Sec. 3.1).
-
-    On the way down there is one convolution, and then, for each level, a residual block and (except at the last level)
-    a convolution that halves the size. The outputs of these 2 * levels input blocks are kept. On the way up there are
-    as many output blocks, two for each level; each takes one of the kept outputs beside its input, the latest first.
-    """
+    The outputs of its input blocks are kept; each output block takes one of them beside its input, the latest first."""
 
     def __init__(self, width, levels):
         super().__init__()
         named = lambda **modules: nn.Sequential(OrderedDict(modules))  # gives the modules their published names
-        halve = lambda: named(op=conv(width, width, 3, 2))
-        double = lambda: named(up=nn.Upsample(scale_factor=2), conv=conv(width, width))
 
         def block(c_in, level, *more):
             attention = [CrossViewAttention(width)] if level == levels - 1 else []
             return nn.Sequential(ResidualBlock(c_in, width), *attention, *more)
 
         self.input_blocks = nn.ModuleList([nn.Sequential(conv(width, width))])
-        for level in range(levels):
-            self.input_blocks.append(block(width, level))
-            if level < levels - 1:
-                self.input_blocks.append(nn.Sequential(halve()))
         self.middle_block = nn.Sequential(ResidualBlock(width, width), nn.Identity(), ResidualBlock(width, width))
         self.output_blocks = nn.ModuleList()
+        for level in range(levels):
+            if level > 0:
+                self.input_blocks.append(nn.Sequential(named(op=conv(width, width, 3, 2))))  # half the size
+            self.input_blocks.append(block(width, level))
         for level in reversed(range(levels)):
+            double = named(up=nn.Upsample(scale_factor=2), conv=conv(width, width))
             self.output_blocks.append(block(2 * width, level))
-            self.output_blocks.append(block(2 * width, level, *([double()] if level > 0 else [])))
+            self.output_blocks.append(block(2 * width, level, *([double] if level > 0 else [])))
         self.out = nn.Sequential(conv(width, width), group_norm(width), nn.SiLU())
 
     def forward(self, x):  # (V, width, h, w) -> the same
@@ -791,6 +768,23 @@ class CrossViewAttention(nn.Module):
 
 # ------------------------------------------------------------------------ weights: networks from files
 
+# How the layouts name what we name as Meta does, and how each one's code interpolates positions (without registers).
+RENAMES = {
+    "meta": (), "timm": ((r"^register_tokens", "reg_token"), (r"\.w12\.", ".fc1."), (r"\.w3\.", ".fc2.")),
+    "transformers": (
+        (r"^(cls_token|mask_token|register_tokens)", r"embeddings.\1"),
+        (r"^pos_embed", "embeddings.position_embeddings"),
+        (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"), (r"^blocks\.", "encoder.layer."),
+        (r"\.attn\.proj\.", ".attention.output.dense."), (r"\.ls(\d)\.gamma", r".layer_scale\1.lambda1"),
+        (r"^norm\.", "layernorm."), (r"\.w12\.", ".weights_in."), (r"\.w3\.", ".weights_out."))}
+POSITIONS = {"meta": "scale", "timm": "antialiased", "transformers": "size"}
+
+# Dicts within a file; prefixes of DDP, torch.compile, Meta's training code, DUNE and transformers; and what stands
+# beside the ViT and is left out knowingly: heads, losses, and the student where the teacher is there too.
+WITHIN = ("model", "model_state_dict", "state_dict", "teacher", "student")
+WRAPPERS = r"^((module|_orig_mod|model|teacher|backbone|vit|dinov2(_with_registers)?|encoder(?!\.layer))\.)+"
+BESIDE = r"(student|(dino|ibot)_head|(dino|ibot_patch)_loss|projectors|teacher_norms|classifier|(linear_)?head|fc)\."
+
 
 def load_vit(name_or_path) -> VisionTransformer:
     """A DINOv2 (ViT-S/B/L/g, with or without registers) or DUNE ViT with its weights, in fp32 and evaluation mode.
@@ -802,86 +796,32 @@ def load_vit(name_or_path) -> VisionTransformer:
     """
     path = find_weights(str(name_or_path))
     stored, chunked = backbone_tensors(path)
-    layout = META if {"mask_token", "register_tokens"} & stored.keys() else TIMM
-    layout = HUGGING_FACE if any(name.startswith("embeddings.") for name in stored) else layout
+    layout = "meta" if {"mask_token", "register_tokens"} & stored.keys() else "timm"
+    layout = "transformers" if "embeddings.cls_token" in stored else layout
     names = lambda key: stored_names(key, layout)
     beside = path.with_name("config.json")
-    config = read_json(beside) if layout is HUGGING_FACE and beside.exists() else None
+    config = read_json(beside) if layout == "transformers" and beside.exists() else {}
     try:
-        sizes = vit_sizes(stored, names, layout is TIMM, config)
+        sizes = vit_sizes(stored, names, layout, config)
         # Differs: SnD trained with Meta's way of interpolating positions, but its weights are opened in timm, which has
         # another. We take the way of the code whose layout the weights have, and `save_vit` keeps it.
+        way = "antialiased" if sizes["registers"] else POSITIONS[layout]
         if chunked or path.name == "vit.safetensors":  # DUNE is as Meta without registers; tiny/ has no config.json
             way = "scale"
-        elif sizes["registers"] or layout is TIMM:
-            way = "antialiased"
-        else:
-            way = "size" if layout is HUGGING_FACE else "scale"
         with torch.device("meta"):  # without memory, until all shapes are known to fit
-            model = VisionTransformer(**sizes, positions=(config or {}).get("positions") or way)
-    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise fault(path, f"not in any layout of DINOv2 or DUNE ({type(error).__name__}: {reason}); give "
-                          "weights of one of these") from None
-    if layout is TIMM and sizes["registers"]:  # timm adds the position of the class token to that token
+            model = VisionTransformer(**sizes, positions=config.get("positions", way))
+    except Exception as error:  # foreign tensors can break any of these lines
+        raise fault(path, f"not in any layout of DINOv2 or DUNE ({type(error).__name__}: {error}); give weights of "
+                          "one of these") from None
+    if layout == "timm" and sizes["registers"]:  # timm adds the position of the class token to that token
         stored["pos_embed"] = F.pad(stored["pos_embed"], (0, 0, 1, 0))
     stored.setdefault(names("mask_token")[0], torch.zeros(1, sizes["dim"]))  # timm has none; no forward pass uses it
     return load_strictly(model, stored, path, names)
 
 
-def fault(path, text):
-    """The error to raise about a file, in one line whatever names the file holds."""
-    return ValueError("".join(c if c.isprintable() else "?" for c in f"{path}: {text}"))
-
-
-# How the layouts name what we name as Meta does.
-META, TIMM = (), ((r"^register_tokens", "reg_token"), (r"\.w12\.", ".fc1."), (r"\.w3\.", ".fc2."))
-HUGGING_FACE = (
-    (r"^(cls_token|mask_token|register_tokens)", r"embeddings.\1"), (r"^pos_embed", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"), (r"^blocks\.", "encoder.layer."),
-    (r"\.attn\.proj\.", ".attention.output.dense."), (r"\.ls(\d)\.gamma", r".layer_scale\1.lambda1"),
-    (r"^norm\.", "layernorm."), (r"\.w12\.", ".weights_in."), (r"\.w3\.", ".weights_out."))
-
-
-def stored_names(key, layout):
-    """Our name -> a list of the layout's; of three, for query, key and value, where Hugging Face splits a qkv."""
-    names = [key]
-    if layout is HUGGING_FACE and ".attn.qkv." in key:
-        names = [key.replace("attn.qkv", f"attention.attention.{third}") for third in ("query", "key", "value")]
-    for ours, theirs in layout:
-        names = [re.sub(ours, theirs, name) for name in names]
-    return names
-
-
-def vit_sizes(stored, names, timm, config):
-    """The arguments of VisionTransformer, from the shapes of the tensors; names(our key) lists the stored ones."""
-    shape = lambda key: stored[names(key)[0]].shape
-    w12, w3 = "blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.weight"
-    C = shape("cls_token")[-1]
-    registers = shape("register_tokens")[1] if names("register_tokens")[0] in stored else 0
-    swiglu = names(w12)[0] in stored and shape(w12)[0] == 2 * shape(w3)[1]
-    positions = shape("pos_embed")[1] + (1 if timm and registers else 0)
-    heads = max(1, C // 64) if config is None else config["num_attention_heads"]
-    if heads < 1 or C % heads:
-        raise ValueError(f"{C} channels cannot be shared by {heads} heads of config.json")
-    depth = len({found[2] for name in stored if (found := re.match(r"(blocks|encoder\.layer)\.(\d+)\.", name))})
-    ratio = 4 if swiglu else shape("blocks.0.mlp.fc1.weight")[0] // C
-    return dict(patch=shape("patch_embed.proj.weight")[-1], dim=C, depth=depth, heads=heads, registers=registers,
-                grid=math.isqrt(positions - 1), mlp_ratio=ratio, swiglu=swiglu)
-
-
-# Dicts within a file; prefixes of DDP, torch.compile, Meta's training code, DUNE and transformers; and what stands
-# beside the ViT and is left out knowingly: heads, losses, and the student where the teacher is there too.
-WITHIN = ("model", "model_state_dict", "state_dict", "teacher", "student")
-WRAPPERS = r"^((module|_orig_mod|model|teacher|backbone|vit|dinov2(_with_registers)?|encoder(?!\.layer))\.)+"
-BESIDE = r"(student|(dino|ibot)_head|(dino|ibot_patch)_loss|projectors|teacher_norms|classifier|(linear_)?head|fc)\."
-
-
 def backbone_tensors(path):
     """-> the ViT's tensors without what training code wraps around them, and whether its blocks came in chunks."""
-    state, stored, chunked = read_checkpoint(path), {}, False
-    for wrapper in WITHIN:
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    state, stored, chunked = state_within(path), {}, False
     student_alone = not any("cls_token" in str(key) and "student." not in str(key) for key in state)
     for full_name, value in state.items():
         name = str(full_name).replace("student.", "") if student_alone else str(full_name)
@@ -895,6 +835,40 @@ def backbone_tensors(path):
     return stored, chunked
 
 
+def state_within(path):  # the dict of tensors in a file, out of the dicts that training code puts around it
+    state = read_checkpoint(path)
+    for wrapper in WITHIN:
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    return state
+
+
+def stored_names(key, layout):
+    """Our name -> a list of the layout's; of three, for query, key and value, where transformers split a qkv."""
+    names = [key]
+    if layout == "transformers" and ".attn.qkv." in key:
+        names = [key.replace("attn.qkv", f"attention.attention.{third}") for third in ("query", "key", "value")]
+    for ours, theirs in RENAMES[layout]:
+        names = [re.sub(ours, theirs, name) for name in names]
+    return names
+
+
+def vit_sizes(stored, names, layout, config):
+    """The arguments of VisionTransformer, from the shapes of the tensors; names(our key) lists the stored ones."""
+    shape = lambda key: stored[names(key)[0]].shape
+    w12, w3 = "blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.weight"
+    C = shape("cls_token")[-1]
+    registers = shape("register_tokens")[1] if names("register_tokens")[0] in stored else 0
+    swiglu = names(w12)[0] in stored and shape(w12)[0] == 2 * shape(w3)[1]
+    positions = shape("pos_embed")[1] + (layout == "timm" and registers > 0)
+    heads = config["num_attention_heads"] if config else max(1, C // 64)
+    if heads < 1 or C % heads:
+        raise ValueError(f"{C} channels cannot be shared by {heads} heads of config.json")
+    depth = len({found[2] for name in stored if (found := re.match(r"(blocks|encoder\.layer)\.(\d+)\.", name))})
+    ratio = 4 if swiglu else shape("blocks.0.mlp.fc1.weight")[0] // C
+    return dict(patch=shape("patch_embed.proj.weight")[-1], dim=C, depth=depth, heads=heads, registers=registers,
+                grid=math.isqrt(positions - 1), mlp_ratio=ratio, swiglu=swiglu)
+
+
 def load_strictly(model, stored, path, names=lambda key: [key]):
     """`model` with the tensors of `stored`, in evaluation mode. names(our key) lists the stored tensors that, one after
     the other, make it up. ValueError names one that is missing, left over or misshapen."""
@@ -906,10 +880,8 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
             if found != part.shape:
                 raise fault(path, f"{name} is {found}, but {tuple(part.shape)} was expected; give the whole "
                                   f"weights of one {kind}")
-            if stored[name].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                raise fault(path, f"{name} is in {stored[name].dtype}; save it in float32, float16 or bfloat16")
-            if not stored[name].isfinite().all():
-                raise fault(path, f"{name} has values that are not finite; copy it again, or give older ones")
+            if not stored[name].is_floating_point() or not stored[name].isfinite().all():
+                raise fault(path, f"{name} holds {stored[name].dtype} or values that are not finite; give float weights")
         state[key] = torch.cat([stored.pop(name) for name in names(key)]).to(value.dtype)  # a copy: files may change
     if stored:
         name = next(iter(stored))
@@ -925,24 +897,20 @@ def load_mvsplat(name_or_path) -> MVSplat:
     if not path.is_file():
         raise fault(path, "no such weights; give 'tiny', or put re10k.ckpt there, from the folder that "
                           "github.com/donydchen/mvsplat links to")
-    state = read_checkpoint(path)
-    for wrapper in ("model_state_dict", "state_dict"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    stored = {key.removeprefix("encoder."): value for key, value in state.items()  # the rest, if any, is the decoder's
+    stored = {key.removeprefix("encoder."): value for key, value in state_within(path).items()
               if str(key).startswith(("encoder.", "backbone.", "depth_predictor.")) and isinstance(value, Tensor)}
     rows = lambda name: len(stored[name + ".weight"])
+    cnn, net, layer = "backbone.backbone.", "depth_predictor.", r"backbone\.transformer\.layers\.(\d+)\."
     try:
-        layers = len({m[1] for key in stored if (m := re.match(r"backbone\.transformer\.layers\.(\d+)\.", key))})
-        cnn, net = "backbone.backbone.", "depth_predictor."
         config = MVSplatConfig(
             rows(cnn + "conv2"), rows(net + "regressor_residual"), rows(net + "corr_refine_net.0"),
             rows(net + "refine_unet.0"), math.isqrt((rows(net + "to_gaussians.2") - 9) // 3) - 1,
-            tuple(rows(cnn + name) for name in ("conv1", "layer2.0.conv1", "layer3.0.conv1")), layers)
+            tuple(rows(cnn + name) for name in ("conv1", "layer2.0.conv1", "layer3.0.conv1")),
+            len({found[1] for key in stored if (found := re.match(layer, key))}))
         with torch.device("meta"):
             model = MVSplat(config)
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise fault(path, f"lacks {reason}; it is no MVSplat, give re10k.ckpt or 'tiny'") from None
+    except Exception as error:
+        raise fault(path, f"lacks {error}; it is no MVSplat, give re10k.ckpt or 'tiny'") from None
     return load_strictly(model, stored, path)
 
 
@@ -950,7 +918,7 @@ def load_mvsplat(name_or_path) -> MVSplat:
 
 # What training frameworks leave in a checkpoint beside its tensors, e.g. Lightning's OneCycleLR a `getattr`.
 HARMLESS = (r"(argparse|collections|functools|lightning|lightning_fabric|numpy|omegaconf|pathlib|pytorch_lightning"
-            r"|torch\.optim|typing)\..+|builtins\.(bool|dict|float|getattr|int|list|str|tuple)")
+            r"|torch\.optim|typing)\.[\w.]+|builtins\.(bool|dict|float|getattr|int|list|str|tuple)")
 
 
 class Inert:  # in place of a foreign class or function: takes anything, keeps nothing, does nothing
@@ -962,29 +930,84 @@ class InertDict:  # in place of a defaultdict and the like, which are filled aft
     __new__ = lambda cls, *args: {}
 
 
-def read_checkpoint(path) -> dict:
-    """What a .safetensors or torch file (.pth, .pt, .ckpt, .bin) holds, on the CPU. No code that it names is run.
+def fault(path, text):
+    """The error to raise about a file, in one line whatever names the file holds."""
+    line = f"{path}: {text}".replace("\n", " ")
+    return ValueError("".join(c if c.isprintable() else "?" for c in line))
 
-    Objects of training frameworks (`HARMLESS`) come back as empty `Inert` ones; their modules are not imported. Raises
-    ValueError, one line naming the file, when it is damaged or names any other class or function.
+
+def read_checkpoint(path) -> dict:
+    """What a .safetensors or torch file (.pth, .pt, .ckpt, .bin) holds, on the CPU, or the files of an .index.json.
+
+    No code that a file names is run. Objects of training frameworks (`HARMLESS`) come back as empty `Inert` ones; their
+    modules are not imported. Raises ValueError, one line, for a damaged file, or if it names other classes or functions.
     """
-    path = Path(path)
+    path, start = Path(path), b""
+    if path.name.endswith(".index.json"):
+        return read_shards(path)
     try:
-        found = load_file(path) if is_safetensors(path) else read_pickled(path)
-    except SafetensorError as error:
-        raise fault(path, f"not a whole safetensors file ({error}); {remedy(path)}") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused:
-            name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
-            raise fault(path, f"refused, for it names {name}, which tensors do not need (nothing of it was run); "
-                              "if it is your own file, save its state_dict() alone") from None
+        with open(path, "rb") as file:
+            start = file.read(64)
+        found = load_file(path) if start[8:9] == b"{" else read_pickled(path)  # people rename files
+        refuse_hollow(found)
+        return found
+    except Exception as error:  # a damaged file can raise anything
+        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         reason = re.split(r"\. |\n", f"{type(error).__name__}: {error}")[0]
-        raise fault(path, f"cannot be read as a checkpoint ({reason}); {remedy(path)}") from None
-    if not isinstance(found, dict):
-        raise fault(path, f"holds a {type(found).__name__}, not tensors by name; save a state_dict()")
-    refuse_hollow(found, path)
-    return found
+    remedy = "copy it again; unpack it if it is an archive; save a dense state_dict() if it is TorchScript or sparse"
+    if foreign:
+        raise fault(path, f"refused, for it names {foreign[1]}, which tensors do not need (nothing of it was run); "
+                          "if it is your own file, save its state_dict() alone")
+    if start.startswith(b"version https://git-lfs"):
+        remedy = "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    elif start.lstrip()[:1] == b"<":
+        remedy = "it is a web page; download the file itself"
+    raise fault(path, f"cannot be read as a checkpoint ({reason}); {remedy}")
+
+
+def read_pickled(path):
+    """A torch file, by torch's own pass for weights alone; harmless foreign names stand for `Inert` in it."""
+    foreign = []
+    if zipfile.is_zipfile(path):  # as torch writes since 1.6; it does not compress them and does not check their sums
+        with zipfile.ZipFile(path) as held:
+            if sum(entry.file_size for entry in held.infolist()) > path.stat().st_size:
+                raise OverflowError("it unpacks to more than it holds")
+            if damaged := held.testzip():
+                raise zipfile.BadZipFile(f"{damaged} has another checksum")
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    stand_ins = [(InertDict if name.lower().endswith("dict") else Inert, name)
+                 for name in foreign if re.fullmatch(HARMLESS, name)]
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def refuse_hollow(held):
+    """An error where a tensor claims to be larger than the numbers in the file, which takes only a few bytes."""
+    if not isinstance(held, dict):
+        raise ValueError(f"it holds a {type(held).__name__}, not tensors by name")
+    for name, value in held.items():
+        if isinstance(value, dict):
+            refuse_hollow(value)
+        elif isinstance(value, Tensor):
+            plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+            if not plain or value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError(f"{name} is a tensor without all of its numbers")
+
+
+def read_shards(index):
+    """The tensors of all the files that a `model.safetensors.index.json` or `pytorch_model.bin.index.json` lists."""
+    try:
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError):
+        raise fault(index, "has no weight_map of tensors to files; fetch it again") from None
+    tensors = {}
+    for name in files:
+        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name):  # no other folder, and no list within the list
+            raise fault(index, f"lists {name}, which is no file of weights beside it; fetch the files again")
+        if not index.with_name(name).is_file():
+            raise fault(index, f"lists {name}, which is missing; fetch that file too")
+        tensors |= read_checkpoint(index.with_name(name))
+    return tensors
 
 
 def read_json(path):
@@ -992,64 +1015,6 @@ def read_json(path):
         return json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:
         raise fault(path, f"not JSON ({error}); copy it again") from None
-
-
-def is_safetensors(path):  # by what it holds: people rename files
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
-def read_pickled(path):
-    stand_ins = [(InertDict if name.lower().endswith("dict") else Inert, name)
-                 for name in named_in(path) if re.fullmatch(HARMLESS, name)]
-    with open(path, "rb") as file, torch.serialization.safe_globals(stand_ins):  # beside these, only torch's own pass
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def named_in(path):
-    """The classes and functions that a torch file names, found by reading its pickles without running them."""
-    names = set()
-    with open(path, "rb") as file, suppress(ValueError, EOFError):  # torch.load says what is wrong with a damaged file
-        pickles = [file] * 5  # a file of torch before 1.6 starts with five pickles; its tensors lie behind them
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as held:
-                entries = held.infolist()
-                if sum(entry.file_size for entry in entries) > path.stat().st_size:
-                    raise OverflowError("it unpacks to more than it holds")  # torch.save does not compress
-                if damaged := held.testzip():  # torch.load does not look at the checksums
-                    raise zipfile.BadZipFile(f"{damaged} has another checksum")
-                pickles = [io.BytesIO(held.read(entry)) for entry in entries if entry.filename.endswith("/data.pkl")]
-        for stream in pickles:
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name == "GLOBAL":
-                    names.add(argument.replace(" ", ".", 1).replace("__builtin__.", "builtins."))
-    return names
-
-
-def refuse_hollow(found, path):
-    """ValueError for a tensor that claims to be larger than the numbers in the file, which takes only a few bytes."""
-    todo, seen = [found], set()
-    while todo:
-        for name, value in todo.pop().items():
-            if isinstance(value, dict) and id(value) not in seen:
-                seen.add(id(value))
-                todo.append(value)
-            elif isinstance(value, Tensor):
-                plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-                if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                    raise fault(path, f"{name} is a tensor without all of its numbers; save a dense copy of it")
-
-
-def remedy(path):
-    """What to do about a file that cannot be read, by what it holds."""
-    start = b""
-    with suppress(OSError), open(path, "rb") as file:
-        start = file.read(64).lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
-    if start[:1] == b"<":
-        return "it is a web page; download the file itself"
-    return "copy it again; unpack it if it is an archive; save a state_dict() if it is TorchScript"
 
 
 # ------------------------------------------------------------------------ weights: saving, names and addresses
@@ -1063,7 +1028,7 @@ def save_vit(model: VisionTransformer, folder):
     """
     state = {}
     for key, value in model.state_dict().items():
-        names = stored_names(key, HUGGING_FACE)
+        names = stored_names(key, "transformers")
         state.update({name: part.clone() for name, part in zip(names, value.chunk(len(names)))})
     registers = 0 if model.register_tokens is None else model.register_tokens.shape[1]
     kind = ("dinov2_with_registers", "Dinov2WithRegistersModel") if registers else ("dinov2", "Dinov2Model")
@@ -1098,14 +1063,15 @@ def weights_in(path: Path) -> Path:
     """The file of weights in a folder: one that transformers or 04 writes, or the only one. A file is handed back."""
     if not path.is_dir():
         return path
-    usual = [path / name for name in ("model.safetensors", "pytorch_model.bin", "student/model.safetensors")]
-    found = [file for file in usual if file.is_file()]
-    others = sorted([*path.glob("*"), *path.glob("snapshots/*/*")])  # snapshots: the cache of Hugging Face
-    others = [file for file in others if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt")]
-    if not found and len(others) > 1:
-        names = ", ".join(str(file.relative_to(path)) for file in others[:5])
-        raise fault(path, f"has several files of weights ({names}); give one of them")
-    return (found + others + usual)[0]
+    names = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+    usual = [path / name for name in (*names, "student/model.safetensors")]
+    cached = [file for file in sorted(path.glob("snapshots/*/*")) if file.name in names]  # as Hugging Face's cache has it
+    others = [file for file in sorted(path.glob("*")) if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt")]
+    found = [file for file in usual if file.is_file()][:1] or cached or others or usual[:1]
+    if len(found) > 1:
+        listed = ", ".join(str(file.relative_to(path)) for file in found[:5])
+        raise fault(path, f"has several files of weights ({listed}); give one of them")
+    return found[0]
 
 
 def find_weights(name: str) -> Path:
@@ -1119,7 +1085,7 @@ def find_weights(name: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 torch.hub.download_url_to_file(address, str(path))
-        except (OSError, HTTPException) as error:
+        except Exception as error:  # of the disk, or of the network in any of its layers
             raise ValueError(f"{name}: cannot be fetched ({error}); put {address} at {path}, or use the built-in "
                              "weights with --preset tiny (02 and 03: --model tiny)") from None
     if not path.is_file():
@@ -1162,30 +1128,25 @@ def held_out_pairs(scenes, seed, count=4):
 
 
 def depth_of_points(points, view) -> Tensor:
-    """(H, W): the z-depth of the nearest of a scene's sparse points (M, 3) in each pixel, 0 where there is none."""
-    _, height, width = view.image.shape
+    """(H, W): the z-depth of a scene's sparse points (M, 3) where they are seen, 0 elsewhere."""
+    depth = torch.zeros(view.image.shape[1:])
     points = (torch.as_tensor(points, dtype=torch.float32) - view.c2w[:3, 3]) @ view.c2w[:3, :3]
-    points = points[points[:, 2] > 1e-6]
     col, row = ((points @ view.K.T)[:, :2] / points[:, 2:]).floor().T
-    inside = (col >= 0) & (col < width) & (row >= 0) & (row < height)
-    pixel, z = (row * width + col)[inside].long(), points[inside, 2]
-    depth = torch.full((height * width,), torch.inf).scatter_reduce(0, pixel, z, "amin").view(height, width)
-    return torch.where(depth.isfinite(), depth, 0.0)
+    seen = (points[:, 2] > 1e-6) & (col >= 0) & (col < depth.shape[1]) & (row >= 0) & (row < depth.shape[0])
+    depth[row[seen].long(), col[seen].long()] = points[seen, 2]
+    return depth
 
 
 def depth_errors(depth, scene, views):
     """{what: mean relative error} of a depth (2, H, W), and of one plane at the median depth, against measured depth
     or, where there is none, COLMAP's points."""
-    if all(view.depth is not None for view in views):
-        truth, where = torch.stack([view.depth for view in views]), ""
-    elif scene.points is not None and len(scene.points):
-        truth, where = torch.stack([depth_of_points(scene.points, view) for view in views]), " (at COLMAP's points)"
-    else:
+    if views[0].depth is None and scene.points is None:
         return {}
+    where = " (at COLMAP's points)" if views[0].depth is None else ""
+    truth = torch.stack([depth_of_points(scene.points, v) if v.depth is None else v.depth for v in views])
     known = truth > 0
     guesses = {"mvsplat": depth, "one plane": truth[known].median()}
-    return {name + where: ((guess - truth).abs() / truth)[known].mean().item()
-            for name, guess in guesses.items() if known.any()}
+    return {name + where: ((guess - truth).abs() / truth)[known].mean().item() for name, guess in guesses.items()}
 
 
 @torch.no_grad()
@@ -1201,15 +1162,13 @@ def lifted_pair(scene, views, vit, mvsplat, device):
 
     depth, measured = view_depth(gaussians, c2w, *size).cpu(), views[0].depth
     solid = depth[0] * (gaussians.opacities.view(2, *size)[0] >= 0.5).cpu()
-    scale = depth[0] if measured is None else measured
-    pictures = {"context": views[0].image, "other context": views[1].image, "mask": data.colour_ids(masks[0].cpu()),
-                "depth: mvsplat": data.colour_depth(solid, scale)}
-    if measured is not None:
-        pictures["depth: measured"] = data.colour_depth(measured, scale)
-    maps = {"bilinear": bilinear_upscale(tokens[0], masks[0], grid),
-            "mask-aware": gaussians.features.view(2, *size, -1)[0]}
-    basis = pca_basis(tokens[0])
-    return gaussians, depth, pictures | {f"{name} (PCA)": pca_colours(x, basis) for name, x in maps.items()}
+    scale, basis = depth[0] if measured is None else measured, pca_basis(tokens[0])
+    return gaussians, depth, {
+        "context": views[0].image, "other context": views[1].image, "mask": data.colour_ids(masks[0].cpu()),
+        "depth: mvsplat": data.colour_depth(solid, scale),
+        "depth: measured": None if measured is None else data.colour_depth(measured, scale),
+        "bilinear (PCA)": pca_colours(bilinear_upscale(tokens[0], masks[0], grid), basis),
+        "mask-aware (PCA)": pca_colours(gaussians.features.view(2, *size, -1)[0], basis)}
 
 
 def main(argv=None):
@@ -1228,15 +1187,13 @@ def main(argv=None):
         for scene, a, b in held_out_pairs(scenes, args.seed):
             views = [scene.view(i, data.fit_size(scene, args.pixels, vit.patch)) for i in (a, b)]
             gaussians, depth, pictures = lifted_pair(scene, views, vit, mvsplat, args.device)
-            rows.append(pictures)
+            rows.append(list(pictures.values()))
             for name, error in depth_errors(depth, scene, views).items():
                 errors.setdefault(name, []).append(error)
             files.append(Path(args.out) / f"{scene.name.replace('/', '_')}_{a}_{b}.ply")
             colours = torch.cat([view.image.permute(1, 2, 0).flatten(0, 1) for view in views])
             splat.save_ply(files[-1], gaussians, colours)
-        headings = list(max(rows, key=len))  # a row without measured depth has one picture less
-        rows = [[row.get(heading) for heading in headings] for row in rows]
-        path = data.picture_grid(Path(args.out) / "lift.png", headings, rows)
+        path = data.picture_grid(Path(args.out) / "lift.png", list(pictures), rows)
         answer = ", ".join(f"{name} {100 * sum(e) / len(e):.1f} %" for name, e in errors.items())
         answer = answer or "unknown, because nothing was measured"
         print(f"mean error of depth: {answer}  ->  {path}, {', '.join(map(str, files))}")
