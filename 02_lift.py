@@ -764,7 +764,7 @@ class CrossViewAttention(nn.Module):
 
 # ------------------------------------------------------------------------ weights: networks from files
 
-# How the layouts name what we name as Meta does, and how their code interpolates positions where there are no registers.
+# How the layouts name what we name as Meta does, and how their code interpolates positions in models without registers.
 RENAMES = {
     "meta": (), "timm": ((r"^register_tokens", "reg_token"), (r"\.w12\.", ".fc1."), (r"\.w3\.", ".fc2.")),
     "transformers": (
@@ -809,7 +809,7 @@ def load_vit(name_or_path) -> VisionTransformer:
     if chunked or path.name == "vit.safetensors":  # DUNE is as Meta without registers; tiny/ has no config.json
         way = "scale"
     model.positions = (config or {}).get("positions", way)
-    if layout == "timm" and sizes["registers"]:  # timm adds the position of the class token to that token
+    if layout == "timm" and sizes["registers"] and sound(stored["pos_embed"]):  # its class token has its own
         stored["pos_embed"] = F.pad(stored["pos_embed"], (0, 0, 1, 0))
     stored.setdefault(names("mask_token")[0], torch.zeros(1, model.dim))  # timm has none; no forward pass uses it
     return load_strictly(model, stored, path, names)
@@ -871,13 +871,12 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
     kind, state = type(model).__name__, {}
     for key, value in model.state_dict().items():
         for name, part in zip(names(key), value.chunk(len(names(key)))):
-            found = stored.get(name, "missing")
-            if not isinstance(found, Tensor) or found.shape != part.shape:
-                found = tuple(found.shape) if isinstance(found, Tensor) else found
+            found = tuple(stored[name].shape) if name in stored else "missing"
+            if found != part.shape:
                 raise fault(path, f"{name} is {found}, but {tuple(part.shape)} was expected; give the whole "
                                   f"weights of one {kind}")
-            if not sound(found):
-                raise fault(path, f"{name} is no dense tensor of finite floats ({found.dtype}); save it as one")
+            if not sound(stored[name]):
+                raise fault(path, f"{name} is no dense tensor of finite floats; copy the file again, or save it so")
         state[key] = torch.cat([stored.pop(name) for name in names(key)]).to(value.dtype)  # a copy: files may change
     if stored:
         name = next(iter(stored))
@@ -986,7 +985,7 @@ def read_pickled(path):
 def read_shards(index):
     """The tensors of all the files that a `model.safetensors.index.json` or `pytorch_model.bin.index.json` lists."""
     try:
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        files = sorted({str(name) for name in read_json(index)["weight_map"].values()})
     except (AttributeError, KeyError, TypeError):
         raise fault(index, "has no weight_map of tensors to files; fetch it again") from None
     tensors = {}
@@ -1079,8 +1078,8 @@ def find_weights(name: str) -> Path:
             raise ValueError(f"{name}: cannot be fetched ({error}); put {address} at {path}, or use the built-in "
                              "weights with --preset tiny (02 and 03: --model tiny)") from None
     if not path.is_file():
-        raise fault(path, "no such weights; give 'tiny', a .pth or .safetensors file, a folder with one, or a name like "
-                          "dinov2_vits14_reg, dune_vitsmall14_448, dinov2_small_snd or facebook/dinov2-small")
+        raise fault(path, "no such weights; give 'tiny', a .pth or .safetensors file, a folder with one, or a name "
+                          "like dinov2_vits14_reg, dune_vitsmall14_448, dinov2_small_snd or facebook/dinov2-small")
     return path
 
 
