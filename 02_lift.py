@@ -659,11 +659,8 @@ class WindowAttention(nn.Module):
 
 
 def windows(h, w, shifted):
-    """The rows and columns of each window: the four quadrants, or nine windows that lie across their borders.
-
-    The official code rolls the image and masks pairs of tokens that only the rolling has brought together. Leaving such
-    pairs out is the same up to a factor of exp(-100).
-    """
+    """The rows and columns of each window: the four quadrants, or nine windows that lie across their borders. (The
+    official code rolls the image and masks what only that brings together, which is the same up to exp(-100).)"""
     cuts = lambda n: (0, n // 4, 3 * n // 4, n) if shifted else (0, n // 2, n)
     parts = lambda n: [slice(a, b) for a, b in zip(cuts(n), cuts(n)[1:])]
     return [(rows, cols) for rows in parts(h) for cols in parts(w)]
@@ -721,16 +718,16 @@ class UNet(nn.Module):
             return nn.Sequential(ResidualBlock(c_in, width), *attention, *more)
 
         self.input_blocks = nn.ModuleList([nn.Sequential(conv(width, width))])
-        self.middle_block = nn.Sequential(ResidualBlock(width, width), nn.Identity(), ResidualBlock(width, width))
-        self.output_blocks = nn.ModuleList()
         for level in range(levels):
             if level > 0:
                 self.input_blocks.append(nn.Sequential(named(op=conv(width, width, 3, 2))))  # half the size
             self.input_blocks.append(block(width, level))
+        self.middle_block = nn.Sequential(ResidualBlock(width, width), nn.Identity(), ResidualBlock(width, width))
+        self.output_blocks = nn.ModuleList()
         for level in reversed(range(levels)):
-            double = named(up=nn.Upsample(scale_factor=2), conv=conv(width, width))
             self.output_blocks.append(block(2 * width, level))
-            self.output_blocks.append(block(2 * width, level, *([double] if level > 0 else [])))
+            double = [named(up=nn.Upsample(scale_factor=2), conv=conv(width, width))] if level > 0 else []
+            self.output_blocks.append(block(2 * width, level, *double))
         self.out = nn.Sequential(conv(width, width), group_norm(width), nn.SiLU())
 
     def forward(self, x):  # (V, width, h, w) -> the same
@@ -963,7 +960,8 @@ def read_checkpoint(path) -> dict:
         remedy = "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
     elif start.lstrip()[:1] == b"<":
         remedy = "it is a web page; download the file itself"
-    raise fault(path, f"cannot be read as a checkpoint ({reason}); {remedy}")
+    what = "not a whole safetensors file" if start[8:9] == b"{" else "cannot be read as a checkpoint"
+    raise fault(path, f"{what} ({reason}); {remedy}")
 
 
 def read_pickled(path):
