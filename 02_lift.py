@@ -24,23 +24,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import json
 import math
 import pickle
-import pickletools
 import re
 import zipfile
 from collections import OrderedDict
-from contextlib import suppress
-from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -79,10 +74,8 @@ def pixel_rays(K: Tensor, height, width) -> Tensor:
 
 
 def bilinear_axis(size, count, device):
-    """One axis of bilinear interpolation from `count` patches to `size` pixels. A token sits at its patch's centre.
-
-    Returns the two patches around each pixel (size, 2), their weights (size, 2), and, for each patch, the pixel that
-    holds its centre (count,).
+    """One axis of bilinear interpolation from `count` patches, whose tokens sit at their centres, to `size` pixels ->
+    the two patches around each pixel and their weights, both (size, 2), and the pixel at each patch's centre (count,).
     """
     pixel = torch.arange(size, device=device, dtype=torch.float64) + 0.5
     position = (pixel * count / size - 0.5).clamp(0, count - 1)  # on an axis on which patch i has its centre at i
@@ -99,10 +92,8 @@ def upscale_weights(
     grid,  # (h, w) of the tokens
     drop_unmatched=False,  # True: a pixel without a token of its id gets weights of 0, instead of bilinear ones
 ):
-    """SnD Eq. 3 in sparse form: each pixel is a weighted sum of four tokens.
-
-    Returns index (H*W, 4) int64 into the h*w tokens, and weight (H*W, 4), both row-major.
-    """
+    """SnD Eq. 3 in sparse form: each pixel is a weighted sum of four tokens -> index (H*W, 4) int64 into the h*w
+    tokens, and weight (H*W, 4), both row-major."""
     (H, W), (h, w) = mask.shape, grid
     rows, row_weight, centre_row = bilinear_axis(H, h, mask.device)
     cols, col_weight, centre_col = bilinear_axis(W, w, mask.device)
@@ -208,7 +199,6 @@ class VisionTransformer(nn.Module):
         self.patch, self.dim, self.heads, self.grid = patch, dim, heads, grid
         self.mlp_ratio, self.swiglu = mlp_ratio, swiglu
         self.positions = positions or ("antialiased" if registers else "scale")
-        assert self.positions in POSITIONS, f"positions cannot be interpolated by {self.positions!r}"
         self.checkpointing = False  # True: the backward pass computes each block again, which saves most of its memory
         self.patch_embed = PatchEmbed(patch, dim)  # a convolution whose stride is its size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -344,15 +334,21 @@ class MVSplat(nn.Module):
         certainty = probability.amax(1, keepdim=True)
 
         # Step 4
-        upsampled = self.depth_predictor["upsampler"](torch.cat([features, cnn], 1))  # (V, C, H, W)
-        hints, coarse = self.refine(images, upsampled, coarse, certainty)  # hints: the output of U-Net 2
-        delta, logit = self.depth_predictor["to_disparity"](hints).chunk(2, 1)
-        bounds = (1 / far).view(V, 1, 1, 1), (1 / near).view(V, 1, 1, 1)
-        depth = 1 / (coarse + delta).clamp(*bounds)
+        net = self.depth_predictor
+        coarse = F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)
+        certainty = F.interpolate(certainty, scale_factor=4, mode="nearest")
+        upsampled = net["upsampler"](torch.cat([features, cnn], 1))  # (V, C, H, W)
+        x = torch.cat([images, net["proj_feature"](upsampled), coarse, certainty], 1)
+        hints = net["refine_unet"](x)  # what U-Net 2 finds, (V, m2, H, W)
+        delta, logit = net["to_disparity"](hints).chunk(2, 1)
+        depth = 1 / (coarse + delta).clamp((1 / far).view(V, 1, 1, 1), (1 / near).view(V, 1, 1, 1))
 
-        # Step 5; one view at a time, because no other tensors are as wide as these
-        views = zip(hints.split(1), images.split(1), upsampled.split(1))
-        raw = torch.cat([self.raw_gaussians(torch.cat(maps, 1)) for maps in views])
+        # Step 5
+        first, gelu, last = net["to_gaussians"]
+        raw = gelu(first(torch.cat([hints, images, upsampled], 1)))
+        # Differs: MVSplat predicts colours as spherical harmonics, and SnD throws them away (Sec. 3.2). We keep their
+        # rows in the last layer, so that the published weights load to the last tensor, but do not compute them.
+        raw = F.conv2d(raw, last.weight[:9], last.bias[:9], padding=1)  # offset, scales and quaternion
         crop = lambda x: x[:, :, :height, :width].permute(0, 2, 3, 1).to(images)
         depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(raw)  # (V, height, width, 1 or 9)
         with no_autocast(images):
@@ -373,22 +369,6 @@ class MVSplat(nn.Module):
         cleaned = net["corr_refine_net"](x) + net["regressor_residual"](x)
         return cnn, features, volume, net["depth_head_lowres"](cleaned).softmax(1)
 
-    def refine(self, images, upsampled, coarse, certainty):
-        """Step 4 -> the output of U-Net 2 (V, m2, H, W), and the coarse disparity enlarged to pixels (V, 1, H, W)."""
-        coarse = F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)
-        certainty = F.interpolate(certainty, scale_factor=4, mode="nearest")
-        projected = self.depth_predictor["proj_feature"](upsampled)
-        return self.depth_predictor["refine_unet"](torch.cat([images, projected, coarse, certainty], 1)), coarse
-
-    def raw_gaussians(self, x):  # (1, m2 + 3 + C, H, W) -> (1, 9, H, W): offset, scales and quaternion
-        first, gelu, last = self.depth_predictor["to_gaussians"]
-        # Differs: MVSplat predicts colours as spherical harmonics, and SnD throws them away (Sec. 3.2). We keep their
-        # rows in the last layer, so that the published weights load to the last tensor, but do not compute them.
-        return F.conv2d(gelu(first(x)), last.weight[:9], last.bias[:9], padding=1)
-
-
-# ------- Step 2: cost volume
-
 
 def cost_volume(
     features: Tensor,  # (V, C, h, w)
@@ -396,33 +376,27 @@ def cost_volume(
     c2w: Tensor,  # (V, 4, 4)
     disparities: Tensor,  # (V, D) the candidates, as 1 / depth
 ) -> Tensor:
-    """How well each candidate depth of a pixel matches the other views, (V, D, h, w) (MVSplat Sec. 3.1).
+    """Step 2: how well each candidate depth of a pixel matches the other views, (V, D, h, w) (MVSplat Sec. 3.1).
 
     If the pixel had the candidate depth, it would be seen at a certain place in each other view. The match is the
-    correlation of the features there with its own, and 0 outside the view. Candidates go in blocks to bound the memory.
+    correlation of the features there with its own, and 0 outside the view.
     """
     V, C, h, w = features.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], -1).to(features)  # (h, w, 3); whole numbers, as published
-    volume = []
-    for r in range(V):
-        total = 0
-        for s in (v % V for v in range(r + 1, r + V)):
-            to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
-            rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
-            correlations = []
-            for disparity in disparities[r].split(max(1, 2**24 // features[r].numel())):
-                point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (block, h, w, 3)
-                uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
-                grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
-                warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
-                correlations.append((warped * features[r]).sum(1) / C**0.5)
-            total = total + torch.cat(correlations)
-        volume.append(total / (V - 1))
-    return torch.stack(volume)
-
-
-# ------- Step 5: Gaussians
+    volume = torch.zeros(V, disparities.shape[1], h, w).to(features)
+    for r, s in ((r, s) for r in range(V) for s in range(V) if s != r):
+        to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
+        rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
+        correlations = []
+        for disparity in disparities[r].split(64):  # 64 candidates at a time, to bound the memory
+            point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (64, h, w, 3)
+            uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
+            grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
+            warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
+            correlations.append((warped * features[r]).sum(1) / C**0.5)
+        volume[r] = volume[r] + torch.cat(correlations) / (V - 1)
+    return volume
 
 
 def gaussian_adapter(
@@ -431,7 +405,7 @@ def gaussian_adapter(
     K: Tensor,  # (V, 3, 3) pixels
     c2w: Tensor,  # (V, 4, 4)
 ):
-    """-> means (V, H, W, 3), world frame; scales (V, H, W, 3) and unit quaternions (V, H, W, 4), camera frame
+    """Step 5: means (V, H, W, 3), world frame; scales (V, H, W, 3) and unit quaternions (V, H, W, 4), camera frame
     (MVSplat Sec. 3.2)."""
     V, H, W, _ = raw.shape
     inverse = torch.linalg.inv(K)
@@ -470,11 +444,8 @@ def mvsplat_gaussians(
 
 
 def step_to_neighbour(points: Tensor, known: Tensor, dim) -> Tensor:
-    """How the point that a pixel sees changes from one pixel to the next along `dim`: (H, W, 3), (H, W) -> (H, W, 3).
-
-    At the edge of an object, one of the two neighbours lies on another surface, so the one closer in depth counts. The
-    step is 0 where neither neighbour is known.
-    """
+    """How the point that a pixel sees changes from one pixel to the next along `dim`, (H, W, 3); 0 = not known. At the
+    edge of an object one neighbour lies on another surface, so the one closer in depth counts."""
     count = points.shape[dim]
     both = known.narrow(dim, 1, count - 1) & known.narrow(dim, 0, count - 1)
     step = torch.where(both[..., None], points.diff(dim=dim), torch.inf)
@@ -495,8 +466,7 @@ def surface_normals(depth: Tensor, K: Tensor) -> Tensor:
 
 
 def limit_slant(normal: Tensor, rays: Tensor) -> Tensor:
-    """Normals that make more than 75 degrees with their ray are turned back to 75. Beyond that, the footprint of a
-    pixel on the surface would be so long that its Gaussian would reach into other objects."""
+    """Turns normals that make more than 75 degrees with their ray back to 75: see `depth_gaussians`."""
     towards = -F.normalize(rays, dim=-1)
     cosine = (normal * towards).sum(-1, keepdim=True)
     across = F.normalize(normal - cosine * towards, dim=-1)
@@ -540,11 +510,9 @@ def rotation_matrix(quaternion: Tensor) -> Tensor:  # (..., 4) x y z w -> (..., 
 
 
 def normalised(images: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1] -> as the networks were trained
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
-
-
-POSITIONS = ("scale", "size", "antialiased")
+    """By plain numbers, because a GPU would have to wait for constants that are copied to it at each call."""
+    channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
 
 def interpolate_positions(pos_embed: Tensor, size, way) -> Tensor:
@@ -642,8 +610,8 @@ class FeatureCNN(nn.Module):  # (V, 3, H, W) in [0, 1] -> (V, C, H / 4, W / 4)
 
 
 class MultiViewTransformer(nn.Module):
-    """In each layer every view looks at itself, then at the others, so that a feature knows what it could be confused
-    with. Attention stays within windows, and in every second layer the windows lie across the borders of the others."""
+    """In each layer every view looks at itself, then at the others, so that a feature knows what it could be taken
+    for. Attention stays within windows, and in every second layer the windows lie across the borders of the others."""
 
     def __init__(self, dim, layers):
         super().__init__()
@@ -655,11 +623,10 @@ class MultiViewTransformer(nn.Module):
         V, C, h, w = features.shape
         x = (features + window_positions(C, h, w).to(features)).permute(0, 2, 3, 1)  # (V, h, w, C)
         for number, layer in enumerate(self.layers):
-            shifted = number % 2 == 1
             others = [torch.stack([x[u] for u in range(V) if u != v], -2) for v in range(V)]
             others = torch.stack(others)  # (V, h, w, V - 1, C), as they were before this layer: so it was published
-            x = layer["self_attn"](x, x[..., None, :], shifted)
-            x = layer["cross_attn_ffn"](x, others, shifted)
+            x = layer["self_attn"](x, x[..., None, :], shifted=number % 2)
+            x = layer["cross_attn_ffn"](x, others, shifted=number % 2)
         return x.permute(0, 3, 1, 2)
 
 
@@ -692,11 +659,8 @@ class WindowAttention(nn.Module):
 
 
 def windows(h, w, shifted):
-    """The rows and columns of each window: the four quadrants, or nine windows that lie across their borders.
-
-    The official code makes the nine by rolling the image, and adds -100 to the logit of two tokens that only the
-    rolling has brought together. Leaving such pairs out is the same up to a factor of exp(-100), and needs no mask.
-    """
+    """The rows and columns of each window: the four quadrants, or nine windows that lie across their borders. (The
+    official code rolls the image and masks what only that brings together, which is the same up to exp(-100).)"""
     cuts = lambda n: (0, n // 4, 3 * n // 4, n) if shifted else (0, n // 2, n)
     parts = lambda n: [slice(a, b) for a, b in zip(cuts(n), cuts(n)[1:])]
     return [(rows, cols) for rows in parts(h) for cols in parts(w)]
@@ -743,17 +707,11 @@ class ResidualBlock(nn.Module):  # of UNet
 
 class UNet(nn.Module):
     """A U-Net over all views, with one width at all levels and cross-view attention at the coarsest (MVSplat Sec. 3.1).
-
-    On the way down there is one convolution, and then, for each level, a residual block and (except at the last level)
-    a convolution that halves the size. The outputs of these 2 * levels input blocks are kept. On the way up there are
-    as many output blocks, two for each level; each takes one of the kept outputs beside its input, the latest first.
-    """
+    The outputs of its input blocks are kept; each output block takes one of them beside its input, the latest first."""
 
     def __init__(self, width, levels):
         super().__init__()
         named = lambda **modules: nn.Sequential(OrderedDict(modules))  # gives the modules their published names
-        halve = lambda: named(op=conv(width, width, 3, 2))
-        double = lambda: named(up=nn.Upsample(scale_factor=2), conv=conv(width, width))
 
         def block(c_in, level, *more):
             attention = [CrossViewAttention(width)] if level == levels - 1 else []
@@ -761,14 +719,15 @@ class UNet(nn.Module):
 
         self.input_blocks = nn.ModuleList([nn.Sequential(conv(width, width))])
         for level in range(levels):
+            if level > 0:
+                self.input_blocks.append(nn.Sequential(named(op=conv(width, width, 3, 2))))  # half the size
             self.input_blocks.append(block(width, level))
-            if level < levels - 1:
-                self.input_blocks.append(nn.Sequential(halve()))
         self.middle_block = nn.Sequential(ResidualBlock(width, width), nn.Identity(), ResidualBlock(width, width))
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(levels)):
             self.output_blocks.append(block(2 * width, level))
-            self.output_blocks.append(block(2 * width, level, *([double()] if level > 0 else [])))
+            double = [named(up=nn.Upsample(scale_factor=2), conv=conv(width, width))] if level > 0 else []
+            self.output_blocks.append(block(2 * width, level, *double))
         self.out = nn.Sequential(conv(width, width), group_norm(width), nn.SiLU())
 
     def forward(self, x):  # (V, width, h, w) -> the same
@@ -802,84 +761,16 @@ class CrossViewAttention(nn.Module):
 
 # ------------------------------------------------------------------------ weights: networks from files
 
-
-def load_vit(name_or_path) -> VisionTransformer:
-    """A DINOv2 (ViT-S/B/L/g, with or without registers) or DUNE ViT with its weights, in fp32 and evaluation mode.
-
-    It comes from `tiny` (built in), a published name (`PUBLISHED`), a file in the layout of Meta, timm, DUNE or
-    transformers, or a folder such as `save_vit` writes. The names of the tensors tell the layout, their shapes every
-    size, and config.json the number of heads (without it they are 64 wide, as in all published models). Raises
-    ValueError, one line naming the file, if it is missing or damaged, or a tensor is missing, left over or misshapen.
-    """
-    path = find_weights(str(name_or_path))
-    stored, chunked = backbone_tensors(path)
-    layout = META if {"mask_token", "register_tokens"} & stored.keys() else TIMM
-    layout = HUGGING_FACE if any(name.startswith("embeddings.") for name in stored) else layout
-    names = lambda key: stored_names(key, layout)
-    beside = path.with_name("config.json")
-    config = read_json(beside) if layout is HUGGING_FACE and beside.exists() else None
-    try:
-        sizes = vit_sizes(stored, names, layout is TIMM, config)
-        # Differs: SnD trained with Meta's way of interpolating positions, but its weights are opened in timm, which has
-        # another. We take the way of the code whose layout the weights have, and `save_vit` keeps it.
-        if chunked or path.name == "vit.safetensors":  # DUNE is as Meta without registers; tiny/ has no config.json
-            way = "scale"
-        elif sizes["registers"] or layout is TIMM:
-            way = "antialiased"
-        else:
-            way = "size" if layout is HUGGING_FACE else "scale"
-        with torch.device("meta"):  # without memory, until all shapes are known to fit
-            model = VisionTransformer(**sizes, positions=(config or {}).get("positions") or way)
-    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise fault(path, f"not in any layout of DINOv2 or DUNE ({type(error).__name__}: {reason}); give "
-                          "weights of one of these") from None
-    if layout is TIMM and sizes["registers"]:  # timm adds the position of the class token to that token
-        stored["pos_embed"] = F.pad(stored["pos_embed"], (0, 0, 1, 0))
-    stored.setdefault(names("mask_token")[0], torch.zeros(1, sizes["dim"]))  # timm has none; no forward pass uses it
-    return load_strictly(model, stored, path, names)
-
-
-def fault(path, text):
-    """The error to raise about a file, in one line whatever names the file holds."""
-    return ValueError("".join(c if c.isprintable() else "?" for c in f"{path}: {text}"))
-
-
-# How the layouts name what we name as Meta does.
-META, TIMM = (), ((r"^register_tokens", "reg_token"), (r"\.w12\.", ".fc1."), (r"\.w3\.", ".fc2."))
-HUGGING_FACE = (
-    (r"^(cls_token|mask_token|register_tokens)", r"embeddings.\1"), (r"^pos_embed", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"), (r"^blocks\.", "encoder.layer."),
-    (r"\.attn\.proj\.", ".attention.output.dense."), (r"\.ls(\d)\.gamma", r".layer_scale\1.lambda1"),
-    (r"^norm\.", "layernorm."), (r"\.w12\.", ".weights_in."), (r"\.w3\.", ".weights_out."))
-
-
-def stored_names(key, layout):
-    """Our name -> a list of the layout's; of three, for query, key and value, where Hugging Face splits a qkv."""
-    names = [key]
-    if layout is HUGGING_FACE and ".attn.qkv." in key:
-        names = [key.replace("attn.qkv", f"attention.attention.{third}") for third in ("query", "key", "value")]
-    for ours, theirs in layout:
-        names = [re.sub(ours, theirs, name) for name in names]
-    return names
-
-
-def vit_sizes(stored, names, timm, config):
-    """The arguments of VisionTransformer, from the shapes of the tensors; names(our key) lists the stored ones."""
-    shape = lambda key: stored[names(key)[0]].shape
-    w12, w3 = "blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.weight"
-    C = shape("cls_token")[-1]
-    registers = shape("register_tokens")[1] if names("register_tokens")[0] in stored else 0
-    swiglu = names(w12)[0] in stored and shape(w12)[0] == 2 * shape(w3)[1]
-    positions = shape("pos_embed")[1] + (1 if timm and registers else 0)
-    heads = max(1, C // 64) if config is None else config["num_attention_heads"]
-    if heads < 1 or C % heads:
-        raise ValueError(f"{C} channels cannot be shared by {heads} heads of config.json")
-    depth = len({found[2] for name in stored if (found := re.match(r"(blocks|encoder\.layer)\.(\d+)\.", name))})
-    ratio = 4 if swiglu else shape("blocks.0.mlp.fc1.weight")[0] // C
-    return dict(patch=shape("patch_embed.proj.weight")[-1], dim=C, depth=depth, heads=heads, registers=registers,
-                grid=math.isqrt(positions - 1), mlp_ratio=ratio, swiglu=swiglu)
-
+# How the layouts name what we name as Meta does, and how their code interpolates positions in models without registers.
+RENAMES = {
+    "meta": (), "timm": ((r"^register_tokens", "reg_token"), (r"\.w12\.", ".fc1."), (r"\.w3\.", ".fc2.")),
+    "transformers": (
+        (r"^(cls_token|mask_token|register_tokens)", r"embeddings.\1"),
+        (r"^pos_embed", "embeddings.position_embeddings"),
+        (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"), (r"^blocks\.", "encoder.layer."),
+        (r"\.attn\.proj\.", ".attention.output.dense."), (r"\.ls(\d)\.gamma", r".layer_scale\1.lambda1"),
+        (r"^norm\.", "layernorm."), (r"\.w12\.", ".weights_in."), (r"\.w3\.", ".weights_out."))}
+POSITIONS = {"meta": "scale", "timm": "antialiased", "transformers": "size"}
 
 # Dicts within a file; prefixes of DDP, torch.compile, Meta's training code, DUNE and transformers; and what stands
 # beside the ViT and is left out knowingly: heads, losses, and the student where the teacher is there too.
@@ -888,27 +779,91 @@ WRAPPERS = r"^((module|_orig_mod|model|teacher|backbone|vit|dinov2(_with_registe
 BESIDE = r"(student|(dino|ibot)_head|(dino|ibot_patch)_loss|projectors|teacher_norms|classifier|(linear_)?head|fc)\."
 
 
+def load_vit(name_or_path) -> VisionTransformer:
+    """A DINOv2 (ViT-S/B/L/g, with or without registers) or DUNE ViT with its weights, in fp32 and evaluation mode.
+
+    It comes from `tiny` (built in), a published name (`PUBLISHED`), a file, or a folder such as `save_vit` writes. The
+    names of the tensors tell the layout, their shapes every size, and config.json the number of heads (without it they
+    are 64 wide, as in all published models). Raises ValueError, one line naming the file, where anything does not fit.
+    """
+    path = find_weights(str(name_or_path))
+    stored, chunked = backbone_tensors(path)
+    layout = "meta" if {"mask_token", "register_tokens"} & stored.keys() else "timm"
+    layout = "transformers" if any(name.startswith("embeddings.") for name in stored) else layout
+    names = lambda key: stored_names(key, layout)
+    beside = path.with_name("config.json")
+    config = read_json(beside) if layout == "transformers" and beside.exists() else None
+    try:
+        sizes = vit_sizes(stored, names, config)
+        with torch.device("meta"):  # without memory, until all shapes are known to fit
+            model = VisionTransformer(**sizes)
+    except Exception as error:  # foreign tensors can break any line of these
+        raise fault(path, f"not in any layout of DINOv2 or DUNE ({type(error).__name__}: {error}); give "
+                          "weights of one of these") from None
+    # Differs: SnD trained with Meta's way of interpolating positions, but its weights are opened in timm, which has
+    # another. We take the way of the code whose layout the weights have, and `save_vit` keeps it.
+    way = "antialiased" if sizes["registers"] else POSITIONS[layout]
+    if chunked or path.name == "vit.safetensors":  # DUNE is as Meta without registers; tiny/ has no config.json
+        way = "scale"
+    model.positions = (config or {}).get("positions", way)
+    if layout == "timm" and sizes["registers"] and sound(stored["pos_embed"]):  # its class token has its own
+        stored["pos_embed"] = F.pad(stored["pos_embed"], (0, 0, 1, 0))
+    stored.setdefault(names("mask_token")[0], torch.zeros(1, model.dim))  # timm has none; no forward pass uses it
+    return load_strictly(model, stored, path, names)
+
+
 def backbone_tensors(path):
     """-> the ViT's tensors without what training code wraps around them, and whether its blocks came in chunks."""
-    state, stored, chunked = read_checkpoint(path), {}, False
-    for wrapper in WITHIN:
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    state, stored, chunked = state_within(path), {}, False
     student_alone = not any("cls_token" in str(key) and "student." not in str(key) for key in state)
     for full_name, value in state.items():
         name = str(full_name).replace("student.", "") if student_alone else str(full_name)
         name = re.sub(WRAPPERS, "", name)
         name, chunks = re.subn(r"^blocks\.\d+\.(?=\d)", "blocks.", name)  # blocks.0.3.x -> blocks.3.x
         if not re.match(BESIDE, name):
-            if name in stored or not isinstance(value, Tensor):
-                said = "there twice" if name in stored else "not a tensor"
-                raise fault(path, f"{full_name} is {said}; save the state_dict() of the ViT alone")
+            if name in stored:
+                raise fault(path, f"{full_name} is there twice; save the state_dict() of the ViT alone")
             stored[name], chunked = value, chunked or bool(chunks)
     return stored, chunked
 
 
+def state_within(path):  # the dict of tensors in a file, out of the dicts that training code puts around it
+    state = read_checkpoint(path)
+    for wrapper in WITHIN:
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    return state
+
+
+def stored_names(key, layout):
+    """Our name -> a list of the layout's; of three, for query, key and value, where transformers split a qkv."""
+    names = [key]
+    if layout == "transformers" and ".attn.qkv." in key:
+        names = [key.replace("attn.qkv", f"attention.attention.{third}") for third in ("query", "key", "value")]
+    for ours, theirs in RENAMES[layout]:
+        names = [re.sub(ours, theirs, name) for name in names]
+    return names
+
+
+def vit_sizes(stored, names, config):
+    """The arguments of VisionTransformer, from the shapes of the tensors; names(our key) lists the stored ones."""
+    shape = lambda key: stored[names(key)[0]].shape
+    w12, w3 = "blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.weight"
+    C = shape("cls_token")[-1]
+    registers = shape("register_tokens")[1] if names("register_tokens")[0] in stored else 0
+    swiglu = names(w12)[0] in stored and shape(w12)[0] == 2 * shape(w3)[1]
+    heads = max(1, C // 64) if config is None else config["num_attention_heads"]
+    if heads < 1 or C % heads:
+        raise ValueError(f"{C} channels cannot be shared by {heads} heads of config.json")
+    depth = len({found[2] for name in stored if (found := re.match(r"(blocks|encoder\.layer)\.(\d+)\.", name))})
+    ratio = 4 if swiglu else shape("blocks.0.mlp.fc1.weight")[0] // C
+    grid = math.isqrt(shape("pos_embed")[1])  # with the class token's position or, in timm with registers, without
+    return dict(patch=shape("patch_embed.proj.weight")[-1], dim=C, depth=depth, heads=heads, registers=registers,
+                grid=grid, mlp_ratio=ratio, swiglu=swiglu)
+
+
 def load_strictly(model, stored, path, names=lambda key: [key]):
     """`model` with the tensors of `stored`, in evaluation mode. names(our key) lists the stored tensors that, one after
-    the other, make it up. ValueError names one that is missing, left over or misshapen."""
+    the other, make it up. ValueError names one that is missing, left over or does not fit."""
     # Differs: SnD's README loads its weights with strict=False, which hides errors. Here, every tensor must fit.
     kind, state = type(model).__name__, {}
     for key, value in model.state_dict().items():
@@ -917,16 +872,19 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
             if found != part.shape:
                 raise fault(path, f"{name} is {found}, but {tuple(part.shape)} was expected; give the whole "
                                   f"weights of one {kind}")
-            if stored[name].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                raise fault(path, f"{name} is in {stored[name].dtype}; save it in float32, float16 or bfloat16")
-            if not stored[name].isfinite().all():
-                raise fault(path, f"{name} has values that are not finite; copy it again, or give older ones")
+            if not sound(stored[name]):
+                raise fault(path, f"{name} is no dense tensor of finite floats; copy the file again, or save it so")
         state[key] = torch.cat([stored.pop(name) for name in names(key)]).to(value.dtype)  # a copy: files may change
     if stored:
         name = next(iter(stored))
         raise fault(path, f"has a tensor that no part of the {kind} takes: {name}; save the {kind} without it")
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def sound(tensor):  # a file of few bytes can claim a tensor of any size, whose numbers are all one and the same
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
+    return plain and tensor.nbytes <= tensor.untyped_storage().nbytes() and tensor.isfinite().all()
 
 
 def load_mvsplat(name_or_path) -> MVSplat:
@@ -936,24 +894,20 @@ def load_mvsplat(name_or_path) -> MVSplat:
     if not path.is_file():
         raise fault(path, "no such weights; give 'tiny', or put re10k.ckpt there, from the folder that "
                           "github.com/donydchen/mvsplat links to")
-    state = read_checkpoint(path)
-    for wrapper in ("model_state_dict", "state_dict"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    stored = {key.removeprefix("encoder."): value for key, value in state.items()  # the rest, if any, is the decoder's
+    stored = {key.removeprefix("encoder."): value for key, value in state_within(path).items()
               if str(key).startswith(("encoder.", "backbone.", "depth_predictor.")) and isinstance(value, Tensor)}
     rows = lambda name: len(stored[name + ".weight"])
+    cnn, net, layer = "backbone.backbone.", "depth_predictor.", r"backbone\.transformer\.layers\.(\d+)\."
     try:
-        layers = len({m[1] for key in stored if (m := re.match(r"backbone\.transformer\.layers\.(\d+)\.", key))})
-        cnn, net = "backbone.backbone.", "depth_predictor."
         config = MVSplatConfig(
             rows(cnn + "conv2"), rows(net + "regressor_residual"), rows(net + "corr_refine_net.0"),
             rows(net + "refine_unet.0"), math.isqrt((rows(net + "to_gaussians.2") - 9) // 3) - 1,
-            tuple(rows(cnn + name) for name in ("conv1", "layer2.0.conv1", "layer3.0.conv1")), layers)
+            tuple(rows(cnn + name) for name in ("conv1", "layer2.0.conv1", "layer3.0.conv1")),
+            len({found[1] for key in stored if (found := re.match(layer, key))}))
         with torch.device("meta"):
             model = MVSplat(config)
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise fault(path, f"lacks {reason}; it is no MVSplat, give re10k.ckpt or 'tiny'") from None
+    except Exception as error:
+        raise fault(path, f"lacks {error}; it is no MVSplat, give re10k.ckpt or 'tiny'") from None
     return load_strictly(model, stored, path)
 
 
@@ -961,7 +915,7 @@ def load_mvsplat(name_or_path) -> MVSplat:
 
 # What training frameworks leave in a checkpoint beside its tensors, e.g. Lightning's OneCycleLR a `getattr`.
 HARMLESS = (r"(argparse|collections|functools|lightning|lightning_fabric|numpy|omegaconf|pathlib|pytorch_lightning"
-            r"|torch\.optim|typing)\..+|builtins\.(bool|dict|float|getattr|int|list|str|tuple)")
+            r"|torch\.optim|typing)\.[\w.]+|builtins\.(bool|dict|float|getattr|int|list|str|tuple)")
 
 
 class Inert:  # in place of a foreign class or function: takes anything, keeps nothing, does nothing
@@ -973,29 +927,73 @@ class InertDict:  # in place of a defaultdict and the like, which are filled aft
     __new__ = lambda cls, *args: {}
 
 
-def read_checkpoint(path) -> dict:
-    """What a .safetensors or torch file (.pth, .pt, .ckpt, .bin) holds, on the CPU. No code that it names is run.
+def fault(path, text):
+    """The error to raise about a file, in one line whatever names the file holds."""
+    line = f"{path}: {text}".replace("\n", " ")
+    return ValueError("".join(c if c.isprintable() else "?" for c in line))
 
-    Objects of training frameworks (`HARMLESS`) come back as empty `Inert` ones; their modules are not imported. Raises
-    ValueError, one line naming the file, when it is damaged or names any other class or function.
+
+def read_checkpoint(path) -> dict:
+    """What a .safetensors or torch file (.pth, .pt, .ckpt, .bin) holds, on the CPU, or the files of an .index.json.
+
+    No code that a file names is run. Objects of training frameworks (`HARMLESS`) come back as empty `Inert` ones; their
+    modules are not imported. Raises ValueError, one line, for a damaged file or one that names anything else.
     """
-    path = Path(path)
+    path, start = Path(path), b""
+    if path.name.endswith(".index.json"):
+        return read_shards(path)
     try:
-        found = load_file(path) if is_safetensors(path) else read_pickled(path)
-    except SafetensorError as error:
-        raise fault(path, f"not a whole safetensors file ({error}); {remedy(path)}") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused:
-            name = refused[1] if "." in refused[1] else f"builtins.{refused[1]}"
-            raise fault(path, f"refused, for it names {name}, which tensors do not need (nothing of it was run); "
-                              "if it is your own file, save its state_dict() alone") from None
+        with open(path, "rb") as file:
+            start = file.read(64)
+        found = load_file(path) if start[8:9] == b"{" else read_pickled(path)  # by what it holds: people rename files
+        if isinstance(found, dict):
+            return found
+        reason, foreign = f"it holds a {type(found).__name__}, not tensors by name", None
+    except Exception as error:  # a damaged file can raise anything
         reason = re.split(r"\. |\n", f"{type(error).__name__}: {error}")[0]
-        raise fault(path, f"cannot be read as a checkpoint ({reason}); {remedy(path)}") from None
-    if not isinstance(found, dict):
-        raise fault(path, f"holds a {type(found).__name__}, not tensors by name; save a state_dict()")
-    refuse_hollow(found, path)
-    return found
+        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if foreign:
+        raise fault(path, f"refused, for it names {foreign[1]}, which tensors do not need (nothing of it was run); "
+                          "if it is your own file, save its state_dict() alone")
+    remedy = "copy it again; unpack it if it is an archive; save a state_dict() if it is TorchScript"
+    if start.startswith(b"version https://git-lfs"):
+        remedy = "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    elif start.lstrip()[:1] == b"<":
+        remedy = "it is a web page; download the file itself"
+    what = "not a whole safetensors file" if start[8:9] == b"{" else "cannot be read as a checkpoint"
+    raise fault(path, f"{what} ({reason}); {remedy}")
+
+
+def read_pickled(path):
+    """A torch file, read by torch's own pass for weights alone, with stand-ins for what is foreign but harmless."""
+    foreign = []
+    if zipfile.is_zipfile(path):  # as torch writes since 1.6, without compression
+        with zipfile.ZipFile(path) as held:
+            if sum(entry.file_size for entry in held.infolist()) > path.stat().st_size:
+                raise OverflowError("it unpacks to more than it holds")
+            if damaged := held.testzip():  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile(f"{damaged} has another checksum")
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    stand_ins = [(InertDict if name.lower().endswith("dict") else Inert, name)
+                 for name in foreign if re.fullmatch(HARMLESS, name)]
+    with open(path, "rb") as file, torch.serialization.safe_globals(stand_ins):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def read_shards(index):
+    """The tensors of all the files that a `model.safetensors.index.json` or `pytorch_model.bin.index.json` lists."""
+    try:
+        files = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+    except (AttributeError, KeyError, TypeError):
+        raise fault(index, "has no weight_map of tensors to files; fetch it again") from None
+    tensors = {}
+    for name in files:
+        if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name):  # no other folder, and no list within the list
+            raise fault(index, f"lists {name}, which is no file of weights beside it; fetch the files again")
+        if not index.with_name(name).is_file():
+            raise fault(index, f"lists {name}, which is missing; fetch that file too")
+        tensors |= read_checkpoint(index.with_name(name))
+    return tensors
 
 
 def read_json(path):
@@ -1005,76 +1003,18 @@ def read_json(path):
         raise fault(path, f"not JSON ({error}); copy it again") from None
 
 
-def is_safetensors(path):  # by what it holds: people rename files
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
-def read_pickled(path):
-    stand_ins = [(InertDict if name.lower().endswith("dict") else Inert, name)
-                 for name in named_in(path) if re.fullmatch(HARMLESS, name)]
-    with open(path, "rb") as file, torch.serialization.safe_globals(stand_ins):  # beside these, only torch's own pass
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def named_in(path):
-    """The classes and functions that a torch file names, found by reading its pickles without running them."""
-    names = set()
-    with open(path, "rb") as file, suppress(ValueError, EOFError):  # torch.load says what is wrong with a damaged file
-        pickles = [file] * 5  # a file of torch before 1.6 starts with five pickles; its tensors lie behind them
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as held:
-                entries = held.infolist()
-                if sum(entry.file_size for entry in entries) > path.stat().st_size:
-                    raise OverflowError("it unpacks to more than it holds")  # torch.save does not compress
-                if damaged := held.testzip():  # torch.load does not look at the checksums
-                    raise zipfile.BadZipFile(f"{damaged} has another checksum")
-                pickles = [io.BytesIO(held.read(entry)) for entry in entries if entry.filename.endswith("/data.pkl")]
-        for stream in pickles:
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name == "GLOBAL":
-                    names.add(argument.replace(" ", ".", 1).replace("__builtin__.", "builtins."))
-    return names
-
-
-def refuse_hollow(found, path):
-    """ValueError for a tensor that claims to be larger than the numbers in the file, which takes only a few bytes."""
-    todo, seen = [found], set()
-    while todo:
-        for name, value in todo.pop().items():
-            if isinstance(value, dict) and id(value) not in seen:
-                seen.add(id(value))
-                todo.append(value)
-            elif isinstance(value, Tensor):
-                plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-                if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                    raise fault(path, f"{name} is a tensor without all of its numbers; save a dense copy of it")
-
-
-def remedy(path):
-    """What to do about a file that cannot be read, by what it holds."""
-    start = b""
-    with suppress(OSError), open(path, "rb") as file:
-        start = file.read(64).lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
-    if start[:1] == b"<":
-        return "it is a web page; download the file itself"
-    return "copy it again; unpack it if it is an archive; save a state_dict() if it is TorchScript"
-
-
 # ------------------------------------------------------------------------ weights: saving, names and addresses
 
 
 def save_vit(model: VisionTransformer, folder):
     """Write `folder/{config.json, model.safetensors}` in the Hugging Face DINOv2 layout, each file whole or not at all.
 
-    transformers opens it as Dinov2Model or Dinov2WithRegistersModel. Away from the trained image size it interpolates
-    positions in its own way (see `interpolate_positions`); `load_vit` keeps the model's, which stands in config.json.
+    transformers opens it, but away from the trained image size it interpolates positions in its own way. `load_vit`
+    keeps the model's, which stands in config.json (see `interpolate_positions`).
     """
     state = {}
     for key, value in model.state_dict().items():
-        names = stored_names(key, HUGGING_FACE)
+        names = stored_names(key, "transformers")
         state.update({name: part.clone() for name, part in zip(names, value.chunk(len(names)))})
     registers = 0 if model.register_tokens is None else model.register_tokens.shape[1]
     kind = ("dinov2_with_registers", "Dinov2WithRegistersModel") if registers else ("dinov2", "Dinov2Model")
@@ -1109,14 +1049,16 @@ def weights_in(path: Path) -> Path:
     """The file of weights in a folder: one that transformers or 04 writes, or the only one. A file is handed back."""
     if not path.is_dir():
         return path
-    usual = [path / name for name in ("model.safetensors", "pytorch_model.bin", "student/model.safetensors")]
-    found = [file for file in usual if file.is_file()]
-    others = sorted([*path.glob("*"), *path.glob("snapshots/*/*")])  # snapshots: the cache of Hugging Face
-    others = [file for file in others if file.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt")]
-    if not found and len(others) > 1:
-        names = ", ".join(str(file.relative_to(path)) for file in others[:5])
-        raise fault(path, f"has several files of weights ({names}); give one of them")
-    return (found + others + usual)[0]
+    names = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+    usual = [path / name for name in (*names, "student/model.safetensors")]
+    cached = [file for file in sorted(path.glob("snapshots/*/*")) if file.name in names]  # Hugging Face's cache
+    endings = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+    others = [file for file in sorted(path.iterdir()) if file.suffix in endings]
+    found = [file for file in usual if file.is_file()][:1] or cached or others or usual[:1]
+    if len(found) > 1:
+        listed = ", ".join(str(file.relative_to(path)) for file in found[:5])
+        raise fault(path, f"has several files of weights ({listed}); give one of them")
+    return found[0]
 
 
 def find_weights(name: str) -> Path:
@@ -1130,17 +1072,16 @@ def find_weights(name: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 torch.hub.download_url_to_file(address, str(path))
-        except (OSError, HTTPException) as error:
+        except Exception as error:  # of the disk, or of the network in any of its layers
             raise ValueError(f"{name}: cannot be fetched ({error}); put {address} at {path}, or use the built-in "
                              "weights with --preset tiny (02 and 03: --model tiny)") from None
     if not path.is_file():
-        raise fault(path, "no such weights; give 'tiny', a .pth or .safetensors file, a folder with "
-                          "model.safetensors, or a name like dinov2_vits14_reg, dune_vitsmall14_448, "
-                          "dinov2_small_snd, facebook/dinov2-small, timm/vit_small_patch14_dinov2.lvd142m")
+        raise fault(path, "no such weights; give 'tiny', a .pth or .safetensors file, a folder with one, or a name "
+                          "like dinov2_vits14_reg, dune_vitsmall14_448, dinov2_small_snd or facebook/dinov2-small")
     return path
 
 
-# ------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------ pictures and the command
 
 
 def pca_basis(features: Tensor):
@@ -1158,9 +1099,6 @@ def pca_colours(features: Tensor, basis) -> Tensor:  # (H, W, C) -> (3, H, W) in
     return (((features - mean) @ axes - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).permute(2, 0, 1)
 
 
-# ------------------------------------------------------------------------ the command
-
-
 def held_out_pairs(scenes, seed, count=4):
     """Up to `count` different pairs of context views (scene, a, b), from held-out scenes if there are any."""
     data = importlib.import_module("01_data")
@@ -1170,33 +1108,6 @@ def held_out_pairs(scenes, seed, count=4):
         a, b, _ = data.sample_triplet(scene, torch.Generator().manual_seed(seed + n))
         found.setdefault((scene.name, *sorted((a, b))), (scene, a, b))
     return list(found.values())[:count]
-
-
-def depth_of_points(points, view) -> Tensor:
-    """(H, W): the z-depth of the nearest of a scene's sparse points (M, 3) in each pixel, 0 where there is none."""
-    _, height, width = view.image.shape
-    points = (torch.as_tensor(points, dtype=torch.float32) - view.c2w[:3, 3]) @ view.c2w[:3, :3]
-    points = points[points[:, 2] > 1e-6]
-    col, row = ((points @ view.K.T)[:, :2] / points[:, 2:]).floor().T
-    inside = (col >= 0) & (col < width) & (row >= 0) & (row < height)
-    pixel, z = (row * width + col)[inside].long(), points[inside, 2]
-    depth = torch.full((height * width,), torch.inf).scatter_reduce(0, pixel, z, "amin").view(height, width)
-    return torch.where(depth.isfinite(), depth, 0.0)
-
-
-def depth_errors(depth, scene, views):
-    """{what: mean relative error} of a depth (2, H, W), and of one plane at the median depth, against measured depth
-    or, where there is none, COLMAP's points."""
-    if all(view.depth is not None for view in views):
-        truth, where = torch.stack([view.depth for view in views]), ""
-    elif scene.points is not None and len(scene.points):
-        truth, where = torch.stack([depth_of_points(scene.points, view) for view in views]), " (at COLMAP's points)"
-    else:
-        return {}
-    known = truth > 0
-    guesses = {"mvsplat": depth, "one plane": truth[known].median()}
-    return {name + where: ((guess - truth).abs() / truth)[known].mean().item()
-            for name, guess in guesses.items() if known.any()}
 
 
 @torch.no_grad()
@@ -1212,15 +1123,13 @@ def lifted_pair(scene, views, vit, mvsplat, device):
 
     depth, measured = view_depth(gaussians, c2w, *size).cpu(), views[0].depth
     solid = depth[0] * (gaussians.opacities.view(2, *size)[0] >= 0.5).cpu()
-    scale = depth[0] if measured is None else measured
-    pictures = {"context": views[0].image, "other context": views[1].image, "mask": data.colour_ids(masks[0].cpu()),
-                "depth: mvsplat": data.colour_depth(solid, scale)}
-    if measured is not None:
-        pictures["depth: measured"] = data.colour_depth(measured, scale)
-    maps = {"bilinear": bilinear_upscale(tokens[0], masks[0], grid),
-            "mask-aware": gaussians.features.view(2, *size, -1)[0]}
-    basis = pca_basis(tokens[0])
-    return gaussians, depth, pictures | {f"{name} (PCA)": pca_colours(x, basis) for name, x in maps.items()}
+    scale, basis = depth[0] if measured is None else measured, pca_basis(tokens[0])
+    return gaussians, depth, {
+        "context": views[0].image, "other context": views[1].image, "mask": data.colour_ids(masks[0].cpu()),
+        "depth: mvsplat": data.colour_depth(solid, scale),
+        "depth: measured": None if measured is None else data.colour_depth(measured, scale),
+        "bilinear (PCA)": pca_colours(bilinear_upscale(tokens[0], masks[0], grid), basis),
+        "mask-aware (PCA)": pca_colours(gaussians.features.view(2, *size, -1)[0], basis)}
 
 
 def main(argv=None):
@@ -1235,21 +1144,24 @@ def main(argv=None):
     with data.explained(args, "the same command starts again"):
         vit, mvsplat = load_vit(args.model).to(args.device), load_mvsplat(args.mvsplat).to(args.device)
         scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
-        rows, errors, files = [], {}, []
+        rows, errors, files = [], [], []
         for scene, a, b in held_out_pairs(scenes, args.seed):
             views = [scene.view(i, data.fit_size(scene, args.pixels, vit.patch)) for i in (a, b)]
             gaussians, depth, pictures = lifted_pair(scene, views, vit, mvsplat, args.device)
-            rows.append(pictures)
-            for name, error in depth_errors(depth, scene, views).items():
-                errors.setdefault(name, []).append(error)
+            rows.append(list(pictures.values()))
+            if all(view.depth is not None for view in views):
+                truth = torch.stack([view.depth for view in views])
+                known = truth > 0
+                guesses = depth, truth[known].median()  # MVSplat's, and one plane for all pixels
+                errors.append([((guess - truth).abs() / truth)[known].mean().item() for guess in guesses])
             files.append(Path(args.out) / f"{scene.name.replace('/', '_')}_{a}_{b}.ply")
             colours = torch.cat([view.image.permute(1, 2, 0).flatten(0, 1) for view in views])
             splat.save_ply(files[-1], gaussians, colours)
-        headings = list(max(rows, key=len))  # a row without measured depth has one picture less
-        rows = [[row.get(heading) for heading in headings] for row in rows]
-        path = data.picture_grid(Path(args.out) / "lift.png", headings, rows)
-        answer = ", ".join(f"{name} {100 * sum(e) / len(e):.1f} %" for name, e in errors.items())
-        answer = answer or "unknown, because nothing was measured"
+        path = data.picture_grid(Path(args.out) / "lift.png", list(pictures), rows)
+        answer = "unknown, because nothing was measured"
+        if errors:
+            found, plane = 100 * torch.tensor(errors, dtype=torch.float64).mean(0)
+            answer = f"mvsplat {found:.1f} %, one plane {plane:.1f} %"
         print(f"mean error of depth: {answer}  ->  {path}, {', '.join(map(str, files))}")
 
 
