@@ -345,12 +345,14 @@ class MVSplat(nn.Module):
 
         # Step 5
         first, gelu, last = net["to_gaussians"]
-        raw = gelu(first(torch.cat([hints, images, upsampled], 1)))
+        raw = []
+        for maps in zip(hints.split(1), images.split(1), upsampled.split(1)):  # no other tensors are as wide as these
+            raw.append(gelu(first(torch.cat(maps, 1))))
         # Differs: MVSplat predicts colours as spherical harmonics, and SnD throws them away (Sec. 3.2). We keep their
         # rows in the last layer, so that the published weights load to the last tensor, but do not compute them.
-        raw = F.conv2d(raw, last.weight[:9], last.bias[:9], padding=1)  # offset, scales and quaternion
+        raw = [F.conv2d(x, last.weight[:9], last.bias[:9], padding=1) for x in raw]  # offset, scales and quaternion
         crop = lambda x: x[:, :, :height, :width].permute(0, 2, 3, 1).to(images)
-        depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(raw)  # (V, height, width, 1 or 9)
+        depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(torch.cat(raw))  # (V, height, width, 1 or 9)
         with no_autocast(images):
             means, scales, quaternions = gaussian_adapter(depth, raw, K, c2w)
             rotation = c2w[:, None, None, :3, :3] @ rotation_matrix(quaternions)  # to the world frame
@@ -389,8 +391,8 @@ def cost_volume(
         to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
         rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
         correlations = []
-        for disparity in disparities[r].split(64):  # 64 candidates at a time, to bound the memory
-            point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (64, h, w, 3)
+        for disparity in disparities[r].split(8):  # 8 candidates at a time, to bound the memory
+            point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (8, h, w, 3)
             uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
             grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
             warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
@@ -1110,6 +1112,33 @@ def held_out_pairs(scenes, seed, count=4):
     return list(found.values())[:count]
 
 
+def depth_of_points(points, view) -> Tensor:
+    """(H, W): the z-depth of the nearest of a scene's sparse points (M, 3) in each pixel, 0 where there is none."""
+    _, height, width = view.image.shape
+    points = (torch.as_tensor(points, dtype=torch.float32) - view.c2w[:3, 3]) @ view.c2w[:3, :3]
+    points = points[points[:, 2] > 1e-6]
+    col, row = ((points @ view.K.T)[:, :2] / points[:, 2:]).floor().T
+    inside = (col >= 0) & (col < width) & (row >= 0) & (row < height)
+    pixel, z = (row * width + col)[inside].long(), points[inside, 2]
+    depth = torch.full((height * width,), torch.inf).scatter_reduce(0, pixel, z, "amin").view(height, width)
+    return torch.where(depth.isfinite(), depth, 0.0)
+
+
+def depth_errors(depth, scene, views):
+    """{what: mean relative error} of a depth (2, H, W), and of one plane at the median depth, against measured depth
+    or, where there is none, COLMAP's points."""
+    if all(view.depth is not None for view in views):
+        truth, where = torch.stack([view.depth for view in views]), ""
+    elif scene.points is not None and len(scene.points):
+        truth, where = torch.stack([depth_of_points(scene.points, view) for view in views]), " (at COLMAP's points)"
+    else:
+        return {}
+    known = truth > 0
+    guesses = {"mvsplat": depth, "one plane": truth[known].median()}
+    return {name + where: ((guess - truth).abs() / truth)[known].mean().item()
+            for name, guess in guesses.items() if known.any()}
+
+
 @torch.no_grad()
 def lifted_pair(scene, views, vit, mvsplat, device):
     """-> the Gaussians of two views with their features, the views' depth (2, H, W), and {heading: picture (3, H, W)}
@@ -1144,24 +1173,19 @@ def main(argv=None):
     with data.explained(args, "the same command starts again"):
         vit, mvsplat = load_vit(args.model).to(args.device), load_mvsplat(args.mvsplat).to(args.device)
         scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
-        rows, errors, files = [], [], []
+        rows, errors, files = [], {}, []
         for scene, a, b in held_out_pairs(scenes, args.seed):
             views = [scene.view(i, data.fit_size(scene, args.pixels, vit.patch)) for i in (a, b)]
             gaussians, depth, pictures = lifted_pair(scene, views, vit, mvsplat, args.device)
             rows.append(list(pictures.values()))
-            if all(view.depth is not None for view in views):
-                truth = torch.stack([view.depth for view in views])
-                known = truth > 0
-                guesses = depth, truth[known].median()  # MVSplat's, and one plane for all pixels
-                errors.append([((guess - truth).abs() / truth)[known].mean().item() for guess in guesses])
+            for name, error in depth_errors(depth, scene, views).items():
+                errors.setdefault(name, []).append(error)
             files.append(Path(args.out) / f"{scene.name.replace('/', '_')}_{a}_{b}.ply")
             colours = torch.cat([view.image.permute(1, 2, 0).flatten(0, 1) for view in views])
             splat.save_ply(files[-1], gaussians, colours)
         path = data.picture_grid(Path(args.out) / "lift.png", list(pictures), rows)
-        answer = "unknown, because nothing was measured"
-        if errors:
-            found, plane = 100 * torch.tensor(errors, dtype=torch.float64).mean(0)
-            answer = f"mvsplat {found:.1f} %, one plane {plane:.1f} %"
+        answer = ", ".join(f"{name} {100 * sum(e) / len(e):.1f} %" for name, e in errors.items())
+        answer = answer or "unknown, because nothing was measured"
         print(f"mean error of depth: {answer}  ->  {path}, {', '.join(map(str, files))}")
 
 

@@ -958,3 +958,24 @@ def test_the_command_needs_no_measured_depth(rooms, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(data, "open_scenes", lambda *_: [bare])
     lift.main(["--out", str(tmp_path), "--pixels", "3072", "--device", "cpu"])
     assert "nothing was measured" in capsys.readouterr().out
+
+
+def test_sparse_points_become_depth_where_they_fall_into_the_picture():
+    depth, K, c2w, _ = plane_scene()
+    view = data.View("v", torch.zeros(3, 48, 64), K[1], c2w[1], None, None, None, None)
+    points = lift.depth_gaussians(depth, K, c2w).means.view(2, 48, 64, 3)[1, ::8, ::8].reshape(-1, 3)
+    behind, beside = c2w[1, :3, 3] - c2w[1, :3, 2], c2w[1, :3, 3] + c2w[1, :3, 0] + 0.1 * c2w[1, :3, 2]
+    farther = c2w[1, :3, 3] + 1.5 * (points[0] - c2w[1, :3, 3])  # hidden by the first point
+    found = lift.depth_of_points(torch.cat([points, behind[None], beside[None], farther[None]]).numpy(), view)
+    assert (found > 0).sum() == len(points)
+    torch.testing.assert_close(found[::8, ::8], depth[1, ::8, ::8])
+
+
+def test_points_of_colmap_judge_the_depth_where_none_is_measured(rooms, tmp_path, monkeypatch, capsys):
+    bare = rooms[0].subset(range(len(rooms[0])))
+    view = bare.view
+    monkeypatch.setattr(bare, "view", lambda *given: view(*given)._replace(depth=None))
+    monkeypatch.setattr(data, "open_scenes", lambda *_: [bare])
+    bare.points = (bare.c2w[:, :3, 3] + 2 * bare.c2w[:, :3, 2]).numpy()  # before each camera
+    lift.main(["--out", str(tmp_path), "--pixels", "3072", "--device", "cpu"])
+    assert "mvsplat (at COLMAP's points)" in capsys.readouterr().out
