@@ -56,6 +56,9 @@ from tqdm import tqdm
 class DataError(Exception):
     """Bad input. The message is one line that names the file and the remedy."""
 
+    def __str__(self):  # one line, whatever the names of files hold
+        return "".join(c if c.isprintable() else "?" for c in super().__str__())
+
 
 # ---------------------------------------------------------------------------------------------- 1. Views and scenes
 
@@ -442,6 +445,8 @@ def fit_camera(frame, stored):
     declared, frame.size = frame.size, stored
     if declared == stored:
         return None
+    if declared and min(declared) < 1:
+        return f"{frame.image}: its camera is for {declared[1]:g}x{declared[0]:g} pixels; export it again"
     upright = upright_size(frame.image, stored)
     if declared is None:  # then its centre tells
         turned = np.abs(2 * frame.K[[1, 0], 2] / upright - 1).max() < 0.08 < abs(stored[0] / stored[1] - 1)
@@ -476,7 +481,7 @@ def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, whic
 
 
 def problem_of_camera(frame):
-    if frame.c2w.shape != (4, 4) or not np.isfinite(frame.c2w).all():
+    if frame.c2w.shape != (4, 4) or not (np.abs(frame.c2w) < 1e30).all():
         return f"{frame.image}: its pose is not a 4x4 matrix of finite numbers"
     rotation, last = frame.c2w[:3, :3], frame.c2w[3]
     scale = np.cbrt(np.linalg.det(rotation))
@@ -484,7 +489,7 @@ def problem_of_camera(frame):
     if not rigid or np.abs(last - [0, 0, 0, 1]).max() > 1e-6:
         return (f"{frame.image}: its pose is not a rigid motion (determinant {scale**3:.3f}, last row {last}); "
                 "its matrix mirrors, shears or squeezes, or is transposed")
-    if not np.isfinite(frame.K).all() or min(frame.K[0, 0], frame.K[1, 1]) <= 0 or (frame.K[2] != [0, 0, 1]).any():
+    if not (np.abs(frame.K) < 1e30).all() or min(frame.K[0, 0], frame.K[1, 1]) <= 0 or (frame.K[2] != [0, 0, 1]).any():
         return f"{frame.image}: its intrinsics are singular (focal lengths {frame.K[0, 0]:g}, {frame.K[1, 1]:g})"
     (height, width), (cx, cy) = frame.size, frame.K[:2, 2]
     zooms = np.array([2 * cx / width, 2 * cy / height])
@@ -641,7 +646,7 @@ def read_transforms(folder):
     file, *others = transforms_files(folder)
     try:
         meta = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({str(error).splitlines()[0]}); write it again") from None
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list):
         raise DataError(f"{file}: has no list 'frames'; is it a nerfstudio file?")
@@ -657,7 +662,7 @@ def read_transforms(folder):
     unit = next((key for key in ("depth_unit_scale_factor", "integer_depth_scale") if meta.get(key) is not None), None)
     try:
         depth_scale = float(meta[unit]) if unit else 1e-3
-        assert 0 < depth_scale < math.inf
+        assert 0 < depth_scale < 1e30
     except (AssertionError, TypeError, ValueError):
         raise DataError(f"{file}: '{unit}' must be a positive number (0.001 for millimetres)") from None
     notes = [f"ignored: {other.relative_to(folder)} ({file.relative_to(folder)} comes first)" for other in others]
@@ -669,6 +674,8 @@ def read_transforms(folder):
     places = {frame.image.parent for frame in frames}
     notes += spare_pictures([path for place in places if place.is_dir() for path in place.iterdir()], frames, bad)
     names = meta.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise DataError(f"{file}: 'class_names' must be a list of names")
     return frames, dict(depth_scale=depth_scale, unit_given=bool(unit), notes=notes,
                         class_names=tuple(map(str, names)) if names else None)
 
@@ -968,7 +975,8 @@ def read_llff(folder):
         frames.append(Frame(image.name, image, K, c2w, size, **maps_beside(image, folder)))
     near, far = np.nanmin(table[:, 15]), np.nanmax(table[:, 16])
     bounds = (float(near), float(far)) if 0 < near < far < math.inf else None
-    return frames, dict(bounds=bounds, notes=left_out(root.iterdir()))
+    odd = [] if bounds else [f"{file.name}: its near and far are not 0 < near < far, and are not used"]
+    return frames, dict(bounds=bounds, notes=odd + left_out(root.iterdir()))
 
 
 # ---------------------------------------------------------------------------------------------- the unit of depth
@@ -1191,6 +1199,8 @@ def decode(path, colour=False, least=None, upright=False):
     """
     try:
         with Image.open(path) as image:
+            image.verify()  # the checksums of a PNG, at which decoding does not look
+        with Image.open(path) as image:
             if least:
                 image.draft(None, least[::-1] if upright else least)
             image.load()
@@ -1214,13 +1224,20 @@ def decode_map(path):  # -> (H, W) or (H, W, C) as stored
     if path.suffix != ".npy":
         return np.array(decode(path))
     try:
-        return np.lib.format.open_memmap(path, mode="r")  # reads the header and checks the length of the file
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a whole .npy array ({str(error).splitlines()[0]}); restore the file") from None
+        array = np.lib.format.open_memmap(path, mode="r")  # reads the header and checks the length of the file
+        if array.dtype.kind not in "buif":
+            raise ValueError(f"it holds {array.dtype}, no numbers")
+        return array
+    except Exception as error:  # a damaged header makes NumPy raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: not a whole .npy array ({reason}); restore the file") from None
 
 
 def decode_ids(path):  # -> (H, W) int64; palette and grey files hold ids, colour files hold ids in base 256
-    ids = decode_map(path).astype(np.int64)
+    stored = decode_map(path)
+    if not (np.isfinite(stored).all() and (stored >= 0).all() and (stored < 2**31).all()):
+        raise DataError(f"{path}: holds numbers that are no ids, which are 0 or more; write it again")
+    ids = stored.astype(np.int64)
     if ids.ndim == 2:
         return ids
     return ids[..., :3] @ np.array([1, 256, 65536]) if ids.shape[2] >= 3 else ids[..., 0]  # (H, W, 1) or grey and alpha
@@ -1293,6 +1310,8 @@ def write_whole(path, content: bytes):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:  # a full disk's error does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)  # still there where the disk was full
 
