@@ -1,14 +1,15 @@
 """Splats Gaussians of any number of channels into a new view, blends the result by masks and reads patch tokens off.
 
-Paper  Splat and Distill (SnD) Sec. 3.4: rasterised features, blending (Eq. 4). 3D Gaussian Splatting Sec. 4-6.
+Paper  Splat and Distill (SnD) Sec. 3.4: rasterised features, blending (Eq. 4); Sec. 3.5: from pixels to tokens.
+       3D Gaussian Splatting (Kerbl et al. 2023) Sec. 4-6: projection and compositing.
 In     Gaussians in the world (means, covariances, opacities, a row of features each) and a camera (w2c, K).
 Out    features (H, W, C), alpha (H, W) and depth (H, W); after the blend, tokens (N, C) that a student can learn from.
-       Or all of this as one sparse matrix that acts on the context views' tokens: the splat operator.
+       Or all of this as one linear map of the context views' tokens, kept as sparse matrices: the splat operator.
 Run    python 03_splat.py             held-out views, splatted from two others, as a picture; 6 s on a 2-core CPU
        python 03_splat.py --flight    an animated flight between two views
-Copy   this file alone for part 1; the commands need 01_data.py 02_lift.py and --mvsplat tiny its weights.
-Read   rasterize_plainly; divide_by_alpha semantic_blend bilinear_taps splat_to_tokens; rasterize project polynomial
-       front_to_back walk Composite; SplatOperator splat_operator
+Copy   03_splat.py alone; its command also needs 01_data.py, 02_lift.py and tiny/.
+Read   rasterize_plainly divide_by_alpha semantic_blend bilinear_taps splat_to_tokens rasterize Composite polynomial
+       front_to_back SplatOperator splat_operator
 Try    set DILATION to 0.0001: by measured depth psnr 22.6 -> 27.6, since what blurs thin splats blurs the picture too
        --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6, since the same blur is half as wide on finer views
 Not    no view-dependent colour (one row of features a Gaussian, the same from all sides), no second derivatives.
@@ -41,15 +42,9 @@ from tqdm import tqdm
 
 NEAR = 0.01  # what is nearer to the camera is not drawn; in units of the world
 DILATION = 0.3  # px^2, added to the variance of every splat: none is thinner than about a pixel
-MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # below the first a Gaussian is skipped, the second is the most that one can stop
-MIN_LIGHT = 1e-4  # a pixel stops BEFORE the Gaussian that would leave this little light
+MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # a smaller alpha is skipped, a larger one is cut to 0.99
+MIN_LIGHT = 1e-4  # a pixel stops BEFORE the Gaussian that would leave no more light than this
 COVERED = 0.5  # a pixel of the target view is valid from this alpha on
-
-# Of the fast version:
-BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
-CHUNK = 32  # Gaussians that one step takes from a block's list
-FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
-
 
 class Render(NamedTuple):
     features: Tensor  # (H, W, C) sum of w f over all Gaussians, not divided by alpha
@@ -80,8 +75,9 @@ def rasterize_plainly(
     order = order[(p[order, 2] > NEAR) & (opacities[order] >= MIN_ALPHA)]
     p, z, features = p[order], p[order, 2], features[order]
     mean = p[:, :2] / z[:, None] @ K[:2, :2].T + K[:2, 2]  # (G, 2) pixels
-    # EWA: seen from nearby, a projection is linear, d pixel = J d p, and a Gaussian stays one: Sigma_2d = J Sigma J'.
-    # Far outside the view that goes wrong. As in gsplat, J is taken at most 15 % of the view's size beyond its border.
+    # EWA: around its mean a projection is nearly linear, d pixel = M d world with M = K [I | -(x, y) / z] R / z, and so
+    # a Gaussian stays a Gaussian: Sigma_2d = M Sigma M'. That fails far outside the view. As in gsplat, (x, y) / z is
+    # taken at most 15 % of the view's size beyond its border.
     focal, centre = K.diagonal()[:2], K[:2, 2]
     slope = (p[:, :2] / z[:, None]).clamp(-(centre + 0.15 * size) / focal, (1.15 * size - centre) / focal)
     J = torch.cat([torch.eye(2).to(p).expand(len(p), 2, 2), -slope[..., None]], 2)  # (G, 2, 3)
@@ -118,7 +114,7 @@ def divide_by_alpha(render: Render) -> tuple[Tensor, Tensor]:
 def semantic_blend(
     features: Tensor,  # (H, W, C), divided by alpha
     mask: Tensor,  # (H, W) int64 instance ids, 0 = unlabelled
-    alpha: float = 0.5,  # how much of its own features a pixel keeps
+    blend: float = 0.5,  # the alpha of Eq. 4: how much of its own features a pixel keeps
     valid: Tensor | None = None,  # (H, W) bool, the pixels that enter the means
 ) -> Tensor:
     """Draws each pixel's features towards the mean of its instance, which evens out small errors of the geometry."""
@@ -126,20 +122,16 @@ def semantic_blend(
     valid = torch.ones_like(mask, dtype=torch.bool) if valid is None else valid
     assert mask.shape == valid.shape == (H, W), f"mask and valid must be ({H}, {W}) like the features"
     ids, segment = torch.unique(mask, return_inverse=True)  # ids may be huge; from here on they are 0, 1, ...
-    bins = segment.where(valid, len(ids)).flatten()  # invalid pixels, which may be NaN, go to a row of their own
-    total = features.new_zeros(len(ids) + 1, C, dtype=torch.float64)  # float32 loses digits over 10^5 pixels
-    for i, rows in zip(bins.split(2**14), features.flatten(0, 1).split(2**14)):  # a float64 copy of a part at a time
-        total.index_add_(0, i, rows.double())
-    count = torch.bincount(bins, minlength=len(ids) + 1)[:-1]
-    mean = (total[:-1] / count.clamp(min=1)[:, None]).to(features.dtype)  # (ids, C)
+    mean, known = segment_means(features, segment, valid, len(ids))  # (ids, C), and which have any valid pixel
     # Differs: the official code averages over holes too, and blends unlabelled pixels as if 0 were an instance. Here
     # only valid pixels enter a mean, and unlabelled pixels stay as they are.
-    blended = ((ids != 0) & (count > 0))[segment][..., None]
-    return torch.where(blended, alpha * features + (1 - alpha) * mean[segment], features)  # SnD Eq. 4
+    blended = ((ids != 0) & known)[segment][..., None]
+    return torch.where(blended, blend * features + (1 - blend) * mean[segment], features)  # SnD Eq. 4
 
 
 def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Along one side of the view, the two pixels around each patch centre: index and weight (count, 2)."""
+    """Along one side of the view, the two pixels around each patch centre: index and weight (count, 2). The same pixels
+    as in F.interpolate(mode="bilinear", align_corners=False)."""
     centre = (torch.arange(count, dtype=torch.float64) + 0.5) * size / count - 0.5  # pixel i has its centre at i here
     centre = centre.clamp(0, size - 1)  # with more patches than pixels, the outermost pixel counts alone
     first = centre.floor()
@@ -171,8 +163,8 @@ def over_valid_taps(
     hit: Tensor,  # (N, taps) bool, which taps are valid pixels
 ) -> tuple[Tensor, Tensor]:
     """The factor (N,) that makes the weights of the valid taps sum to 1 again; and which tokens are valid (N,)."""
-    # Differs: the official code drops a token only where the rendered colour is exactly black, and teaches it as zeros.
-    # Here a token is valid where valid pixels make up at least half of it, and the others leave the loss.
+    # Differs: the official code sets a token to zeros only where the rendered colour is exactly black, and keeps it in
+    # the loss. Here a token is valid if valid pixels make up half of its weight; the others leave the loss.
     total = (weight * hit).sum(1)
     valid = total > 0.5 - 1e-9  # the weights are rounded
     return valid / total.clamp(min=0.5), valid
@@ -183,15 +175,14 @@ def over_valid_taps(
 # `rasterize` makes 0.05 s, with the same result. It has four tricks. Each number is the time without a trick over the
 # time with it, on one core (python tests/bench.py --section tricks):
 #   1. Blocks with lists, 87 times. A Gaussian reaches few pixels. The view is cut into blocks of 8x8 pixels, and each
-#      goes down its own list of the Gaussians that reach it, nearest first, until its light is used up
-#      (`BlockLists`, `walk`).
+#      has a list of the Gaussians that reach it, nearest first (`BlockLists`). `walk` goes down the lists of many
+#      blocks at the same time: a step takes the next 32 Gaussians of each, until its list ends or its light is used up.
 #   2. log2 alpha is a polynomial of second degree in the position of a pixel, so one matrix product evaluates it at all
-#      pixels of all blocks: 2.8 times (`polynomial`). The light is taken off in place: 3.8 times (`front_to_back`).
-#   3. Weights once, then all channels in one matrix product, instead of the geometry again for every 32 channels:
-#      6.7 times for 384 channels (`all_channels`).
+#      pixels of all blocks: 2.8 times (`polynomial`, `front_to_back`).
+#   3. Weights do not depend on features. They are found once, then all channels in one matrix product, instead of the
+#      geometry again for every 32 channels: 6.7 times for 384 channels (`Composite`).
 #   4. Nothing is kept for the backward pass but inputs and images; it goes down the lists again. Blocks with lists in
 #      plain autograd need 870 MB where this needs 140, and 3.3 times as long (`Composite`, `gradients`).
-# Memory is bounded because a walk takes only so many blocks at a time, CHUNK Gaussians of each in a step.
 
 
 def rasterize(
@@ -200,17 +191,13 @@ def rasterize(
     w2c: Tensor, K: Tensor, height: int, width: int, background: Tensor | None = None,
     max_elements: int | None = None,  # by default 2^20, on a GPU 2^24
 ) -> Render:
-    """What `rasterize_plainly` gives, value and gradient, fast and in bounded memory; any number of channels.
-
-    A step of the walk, forward or backward, works on a handful of tensors of about max_elements numbers; lists are made
-    for four times as many (Gaussian, block) pairs at a time, or for one row of blocks. A smaller value is slower and
-    changes nothing else. On top come a few dozen numbers a Gaussian and the rendered view itself.
-    """
-    check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements)
+    """What `rasterize_plainly` gives, value and gradient, fast; any number of channels. `max_elements` bounds the
+    memory: a smaller value is slower and changes nothing else."""
+    check_arguments(means, covariances, opacities, features, w2c, K, background)
     max_elements, C = max_elements or elements_at_once(features), features.shape[1]
     # Differs: the official code renders 3 channels a pass, 128 passes for a ViT-S; here one pass has all channels. It
-    # also passes variances where scales are meant, and makes reflected frames the identity; we use the true
-    # covariances.
+    # also takes Sigma apart into scales and a rotation again: it passes variances for scales, and where the
+    # eigenvectors form a reflection it sets the rotation to the identity. We use Sigma itself.
     with full_precision(features.device):
         camera = w2c, K, height, width
         table, z, box = project_in_parts(means, covariances, opacities, *camera, features.dtype, max_elements)
@@ -227,132 +214,6 @@ def rasterize(
     if background is not None:
         image = image + (1 - alpha) * background.to(image)
     return Render(image, alpha[..., 0], depth[..., 0])
-
-
-def project(
-    means: Tensor, covariances: Tensor, opacities: Tensor, w2c: Tensor, K: Tensor, height: int, width: int,
-    dtype: torch.dtype,  # of the table
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All that the pixels need to know: a table (G, 8), the depth z (G,) and the box of reached pixels (4, G).
-
-    With d = (dx, dy) from the mean to a pixel, log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2: as a sum of squares
-    no rounding makes d' Sigma^-1 d negative. The columns of the table are the pixel at the mean (x, y), from there to
-    the mean (x, y), l11, l21, l22, lo. The mean comes in two parts because a float32 that counts hundreds of pixels is
-    off by 1e-5.
-    """
-    # In float64: in float32 near-equal depths swap places and needles change shape, for errors of 6e-3 instead of 7e-6.
-    # Components come first, (3, G), so that every operation runs over Gaussians that lie side by side in memory.
-    means, covariances, opacities, w2c, K = (x.double() for x in (means, covariances, opacities, w2c, K))
-    R, size = w2c[:3, :3], K.new_tensor([[width], [height]])
-    p = R @ means.T + w2c[:3, 3:]
-    # What is not seen is replaced before anything is divided by z, so that it cannot send a NaN back.
-    seen = (p[2] > NEAR) & (opacities >= MIN_ALPHA)
-    p, opacities = torch.where(seen, p, K.new_tensor([[0.0], [0], [1]])), torch.where(seen, opacities, 1.0)
-    z, ray = p[2], p / p[2]
-    mean = K[:2] @ ray
-    focal, centre = K.diagonal()[:2, None], K[:2, 2:]
-    slope = torch.minimum(torch.maximum(ray[:2], -(centre + 0.15 * size) / focal), (1.15 * size - centre) / focal)
-    a, b, c = splat_covariance(covariances, K[:2, :2] @ slope, z, torch.cat([K[:2, :2] @ R[:2], R[2:]]))
-    # The two bounds act only where the covariance that was given is not positive semi-definite.
-    c = c.clamp(min=DILATION / 2)
-    det = (a * c - b * b).clamp(min=DILATION**2 / 4)
-    root, scale = c.sqrt(), math.sqrt(0.5 / math.log(2))  # exp(-x / 2) = 2^(-scale^2 x)
-    l11, l22, lo = root * (scale / det.sqrt()), scale / root, opacities.log2().where(seen, -math.inf)
-    pixel = mean.detach().round()
-    columns = torch.stack([*pixel, *(mean - pixel), l11, -b / c * l11, l22, lo])
-    table = columns.T.to(dtype, memory_format=torch.contiguous_format)
-    return table, z, reached_pixels(columns.detach(), height, width)
-
-
-def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
-    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
-    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
-
-
-def polynomial(
-    columns: Tensor,  # (8, S, B) of the table
-    centre: Tensor,  # (2, B) of the blocks, in pixels
-) -> Tensor:
-    """log2 alpha as a polynomial about a block's centre: coefficients (6, S, B) of the `monomials`."""
-    l11, l21, l22, lo = columns[4:]
-    dx, dy = centre[:, None] - columns[:2] - columns[2:4]  # from the mean to the centre
-    u, v = l11 * dx + l21 * dy, l22 * dy  # at a pixel: lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
-    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
-
-
-def front_to_back(
-    alpha: Tensor,  # (S, B, P)
-    light: Tensor,  # (B, P) T before the first of them, overwritten by that behind the last; 0 where a pixel has stopped
-) -> Tensor:
-    """The weights w_k = alpha_k T_k (S, B, P), and 0 from the Gaussian on at which a pixel stops."""
-    T = torch.cat([light[None], 1 - alpha]).cumprod(0)  # T_{k+1} = T_k (1 - alpha_k), so it only falls
-    F.threshold_(T, MIN_LIGHT, 0.0)  # too little light becomes none, and it stays so
-    light.copy_(T[-1])
-    return (alpha * T[:-1]).where(T[1:] > 0, 0.0)
-
-
-def walk(
-    table: Tensor,  # (G, 8 + E), which may carry E features behind the geometry
-    band: Band,
-    shape: tuple[int, int],  # of a block
-    max_elements: int,
-    backward: bool = False,
-) -> Iterator[Step]:
-    """Goes down the lists of many blocks at the same time, and yields the weights of CHUNK Gaussians of each as a
-    `Step`.
-
-    Blocks whose list ends, or whose pixels have all stopped, leave and make room for others. The tensors of a step
-    are overwritten by the next one.
-    """
-    pixels, device = monomials(shape, table), table.device
-    P, centres, end = pixels.shape[1], band.centre.to(table), band.start[1:]
-    # An odd number: a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
-    slots = (max(1, max_elements // (CHUNK * P)) - 1) | 1
-    # Longest lists first, so that no long one is left over at the end; in powers of 2, so that neighbours stay
-    # together.
-    queue = band.lengths.log2().floor().argsort(descending=True, stable=True)
-    queue = queue[: int((band.lengths > 0).sum())].to(device)
-    ahead = torch.arange(CHUNK, device=device)
-    buffer = table.new_empty(CHUNK * min(slots, len(queue)) * P)
-    # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights
-    # are 0.
-    longest = -(-int(band.lengths.max()) // CHUNK)
-    patience, taken = min(8, longest) if table.is_cuda else 1, 0
-    blocks = at = queue[:0]
-    light = table.new_empty(0, P)
-    while taken < len(queue) or len(blocks):
-        fresh = queue[taken : taken + slots - len(blocks)]
-        taken += len(fresh)
-        blocks, at = torch.cat([blocks, fresh]), torch.cat([at, band.start[fresh]])
-        light = torch.cat([light, light.new_ones(len(fresh), P)])
-        for _ in range(patience):
-            place = at[:, None] + ahead
-            place = place.where(place < end[blocks, None], len(band.gaussian) - 1)
-            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffer, backward)
-            at = at + CHUNK
-        going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
-        blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
-
-
-def make_step(table, band, blocks, centre, place, light, pixels, buffer, backward) -> Step:
-    """The weights of B blocks' next Gaussians; takes what they stop from `light` (B, P)."""
-    ids = band.gaussian.index_select(0, place.flatten())
-    rows = table.index_select(0, ids).view(*place.shape, -1)
-    columns = rows[..., :8].permute(2, 1, 0).contiguous()
-    coefficients = polynomial(columns, centre)
-    coefficients[0].masked_fill_((place == len(band.gaussian) - 1).T, -1e30)  # whatever is there, 2^ it is 0
-    alpha = buffer[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1)
-    torch.mm(coefficients.flatten(1).T, pixels, out=alpha.flatten(0, 1)).exp2_()  # all pixels of all blocks at once
-    F.threshold_(alpha, MIN_ALPHA, 0.0)
-    kept = ()
-    if backward:  # which alphas will be clamped: those of few Gaussians, but asking for them would make a GPU wait
-        opaque = ... if alpha.is_cuda else tuple((columns[7] > math.log2(MAX_ALPHA)).nonzero().T)
-        kept = light.clone(), opaque, alpha[opaque] >= MAX_ALPHA
-    # Few large operations suit a GPU. A CPU is 25 % faster with many small ones in place, which stay in its cache.
-    weights_of = front_to_back if alpha.is_cuda else front_to_back_in_turn
-    weight = weights_of(alpha.clamp_(max=MAX_ALPHA), light)
-    return Step(blocks, centre, place, ids.view(place.shape), rows, columns, weight, *kept)
 
 
 class Composite(torch.autograd.Function):
@@ -388,20 +249,47 @@ class Composite(torch.autograd.Function):
             return None, None, *gradients(ctx.lists, ctx.max_elements, ctx.saved_tensors, grads, needed)
 
 
+def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
+    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
+    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
+
+
+def polynomial(
+    columns: Tensor,  # (8, S, B) of the table
+    centre: Tensor,  # (2, B) of the blocks, in pixels
+) -> Tensor:
+    """log2 alpha as a polynomial about a block's centre: coefficients (6, S, B) of the `monomials`."""
+    l11, l21, l22, lo = columns[4:]
+    dx, dy = centre[:, None] - columns[:2] - columns[2:4]  # from the mean to the centre
+    u, v = l11 * dx + l21 * dy, l22 * dy  # at a pixel: lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
+    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
+
+
+def front_to_back(
+    alpha: Tensor,  # (S, B, P)
+    light: Tensor,  # (B, P) T, overwritten by that behind the last Gaussian; 0 where the pixel has stopped
+) -> Tensor:
+    """The weights w_k = alpha_k T_k (S, B, P), and 0 from the Gaussian on at which a pixel stops."""
+    T = torch.cat([light[None], 1 - alpha]).cumprod(0)  # T_{k+1} = T_k (1 - alpha_k), so it only falls
+    F.threshold_(T, MIN_LIGHT, 0.0)  # too little light becomes none, and it stays so
+    light.copy_(T[-1])
+    return (alpha * T[:-1]).where(T[1:] > 0, 0.0)
+
+
 # ------------------------------------------------------------------------------------------------ 4. The splat operator
-# While geometry and masks stand still, all of the way from the context views' tokens x to the target's tokens y is
-# linear. The feature of a Gaussian is f_g = sum_t u_gt x_t, with four weights u each (SnD Eq. 2-3). A pixel has
+# 04 draws the same triplets again and again while only the teacher changes. With geometry and masks fixed, the whole
+# way from the context views' tokens x to the target's tokens y is linear. So it is computed once a triplet, and from
+# then on costs a sparse product. The feature of a Gaussian is f_g = sum_t u_gt x_t, with four weights u each (SnD Eq.
+# 2-3). A pixel has
 #     F(p) = sum_g w_pg f_g / alpha(p) = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha(p).
 # A token is y_n = sum_p b_np F'(p) over its valid taps p, where the blend (Eq. 4) is F'(p) = a_p F(p) + (1 - a_p) F_m:
-# a_p is its alpha, or 1 where p is unlabelled, and F_m the mean of F over the valid pixels of the mask m that holds p.
+# a_p is the blend of Eq. 4, or 1 where p is unlabelled, and F_m the mean of F over the valid pixels of p's mask m.
 # The means stay factored out, since a mask has thousands of tokens and a token only a few masks:
 #     y = S x + L (M x),  S_nt = sum_p b_np a_p A_pt,  L_nm = sum_{p in m} b_np (1 - a_p),  M_mt = mean_{p in m} A_pt.
 # S needs the taps alone: 2x2 pixels a token, one pixel in 49 at the paper's size, which is why `walk` takes blocks of
 # any shape. M needs every pixel. Rows of S and M are made alike: (rows x Gaussians) times u (Gaussians x tokens),
 # both sparse.
-
-OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
-
 
 class SplatOperator(NamedTuple):
     """y = operator(x) takes the context views' tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid."""
@@ -436,21 +324,21 @@ def splat_operator(
     w2c: Tensor, K: Tensor, height: int, width: int,  # the target view
     grid: tuple[int, int],  # (h, w) of the target
     mask: Tensor | None = None,  # (H, W) int64 instance ids of the target, 0 = unlabelled; None: no blending
-    alpha: float = 0.5,
+    blend: float = 0.5,
     downscale: str = "bilinear",  # or "area"
-    max_elements: int | None = None,  # by default 2^20, on a GPU 2^24; 32 times as many weights are kept at a time
+    max_elements: int | None = None,
 ) -> SplatOperator:
     """What `rasterize`, `divide_by_alpha`, `semantic_blend` and `splat_to_tokens` together make of the tokens."""
-    check_operator_arguments(means, index, weight, mask, height, width)
+    check_operator_arguments(means, index, weight, mask, (height, width))
     max_elements, N, device = max_elements or elements_at_once(weight), math.prod(grid), weight.device
-    mask = index.new_zeros(height, width) if mask is None or alpha == 1 else mask
+    mask = index.new_zeros(height, width) if mask is None or blend == 1 else mask
     ids, mask = mask.unique(return_inverse=True)  # from here on 0, 1, ...
     labelled = (ids != 0).to(weight)
-    (y, wy), (x, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
-    taps = Blocks(y[:, 0].contiguous(), x[:, 0].contiguous(), (y.shape[1], x.shape[1]))  # a block a token
+    (ty, wy), (tx, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
+    taps = Blocks(ty[:, 0].contiguous(), tx[:, 0].contiguous(), (ty.shape[1], tx.shape[1]))  # a block a token
     b = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1)  # (N, P) float64
     token, m = torch.arange(N, device=device)[:, None].expand(b.shape), pixels_of(mask, taps)
-    mixed = (1 - alpha) * labelled[m]  # (N, P) 1 - a_p
+    mixed = (1 - blend) * labelled[m]  # (N, P) 1 - a_p
     with full_precision(device):
         camera = w2c, K, height, width
         table, z, box = project_in_parts(means, covariances, opacities, *camera, weight.dtype, max_elements)
@@ -478,6 +366,11 @@ def splat_operator(
 # --------------------------------------------------------------------------------------------------------- small things
 
 
+BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
+CHUNK = 32  # Gaussians that one step takes from a block's list
+FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
+
+
 def elements_at_once(like: Tensor) -> int:
     return 2**24 if like.is_cuda else 2**20
 
@@ -492,6 +385,16 @@ def where_positive_(x: Tensor, by: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(x, by, 0.0, grad_input=x)
 
 
+def segment_means(features: Tensor, segment: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The mean of the valid pixels of each segment 0, 1, ... count - 1 (count, C), and which have any (count,)."""
+    bins = segment.where(valid, count).flatten()  # invalid pixels, which may be NaN, go to a row of their own
+    total = features.new_zeros(count + 1, features.shape[-1], dtype=torch.float64)  # float32 loses digits
+    for i, rows in zip(bins.split(2**14), features.flatten(0, 1).split(2**14)):  # a float64 copy of a part at a time
+        total.index_add_(0, i, rows.double())
+    pixels = torch.bincount(bins, minlength=count + 1)[:-1]
+    return (total[:-1] / pixels.clamp(min=1)[:, None]).to(features.dtype), pixels > 0
+
+
 class Precision:  # how many threads are inside `full_precision`, and what was set outside
     lock, inside, outside = threading.Lock(), 0, None
 
@@ -504,7 +407,7 @@ def full_precision(device: torch.device):
     matmul, count = torch.backends.cuda.matmul, int(device.type == "cuda")
     with Precision.lock:
         if count and not Precision.inside:
-            Precision.outside, matmul.allow_tf32 = matmul_precision(), False
+            Precision.outside, matmul.allow_tf32 = matmul.fp32_precision, False
         Precision.inside += count
     try:
         with torch.autocast(device.type, enabled=False):
@@ -512,45 +415,25 @@ def full_precision(device: torch.device):
     finally:
         with Precision.lock:
             Precision.inside -= count
-            if count and not Precision.inside:
-                restore_matmul_precision(*Precision.outside)
+            if count and not Precision.inside:  # PyTorch has an older and a newer name for it, which must agree
+                matmul.allow_tf32 = Precision.outside == "tf32"
+                matmul.fp32_precision = Precision.outside
 
 
-def matmul_precision() -> tuple[str | None, str]:
-    """PyTorch has two settings for matrix products: the older one, None where it cannot be read, and the newer one."""
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer one alone was used, and the two disagree
-        older = None
-    return older, torch.backends.cuda.matmul.fp32_precision
-
-
-def restore_matmul_precision(older: str | None, newer: str) -> None:
-    if older == "medium":
-        torch.set_float32_matmul_precision(older)
-    elif older:
-        torch.backends.cuda.matmul.allow_tf32 = older == "high"
-    torch.backends.cuda.matmul.fp32_precision = newer
-
-
-def check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements):
+def check_arguments(means, covariances, opacities, features, w2c, K, background):
     G, C = len(means), features.shape[-1]
-    shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
-    assert shapes == [(G, 3), (G, 3, 3), (G,), (G, C)], f"need (G, 3), (G, 3, 3), (G,), (G, C) with one G, not {shapes}"
-    dtype = features.dtype
-    assert dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {dtype}"
-    sizes = tuple(w2c.shape), tuple(K.shape)
-    assert sizes == ((4, 4), (3, 3)), f"w2c must be (4, 4) and K (3, 3), not {sizes[0]}, {sizes[1]}"
+    shapes = [tuple(x.shape) for x in (means, covariances, opacities, features, w2c, K)]
+    wanted = [(G, 3), (G, 3, 3), (G,), (G, C), (4, 4), (3, 3)]
+    assert shapes == wanted, f"means, covariances, opacities, features, w2c, K must be {wanted}, not {shapes}"
+    assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or 64, not {features.dtype}"
     assert background is None or background.shape == (C,), f"background must be ({C},), a value per channel"
-    most = 1 if max_elements is None else max_elements
-    assert min(height, width, most) > 0, "height, width and max_elements must be at least 1"
 
 
-def check_operator_arguments(means, index, weight, mask, height, width):
+def check_operator_arguments(means, index, weight, mask, size):
     G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
     assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
     assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
-    assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
+    assert mask is None or mask.shape == size, f"mask must be {size}, not {tuple(mask.shape)}"
 
 
 def companions():
@@ -572,6 +455,41 @@ TAPS = {"bilinear": bilinear_taps, "area": area_taps}
 
 
 # ------------------------------------------------------------------------------------------------ projection, continued
+
+
+def project(
+    means: Tensor, covariances: Tensor, opacities: Tensor, w2c: Tensor, K: Tensor, height: int, width: int,
+    dtype: torch.dtype,  # of the table
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All that the pixels need to know: a table (G, 8), the depth z (G,) and the box of reached pixels (4, G).
+
+    With d = (dx, dy) from the mean to a pixel, log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2. Written as a sum of
+    squares, d' Sigma^-1 d cannot become negative by rounding. The columns of the table are the pixel at the mean (x,
+    y), from there to the mean (x, y), l11, l21, l22, lo. The mean comes in two parts because a float32 that counts
+    hundreds of pixels is off by 1e-5.
+    """
+    # In float64: in float32 near-equal depths swap places and needles change shape, for errors of 6e-3 instead of 7e-6.
+    # Components come first, (3, G), so that every operation runs over Gaussians that lie side by side in memory.
+    means, covariances, opacities, w2c, K = (x.double() for x in (means, covariances, opacities, w2c, K))
+    R, size = w2c[:3, :3], K.new_tensor([[width], [height]])
+    p = R @ means.T + w2c[:3, 3:]
+    # What is not seen is replaced before anything is divided by z, so that it cannot send a NaN back.
+    seen = (p[2] > NEAR) & (opacities >= MIN_ALPHA)
+    p, opacities = torch.where(seen, p, K.new_tensor([[0.0], [0], [1]])), torch.where(seen, opacities, 1.0)
+    z, ray = p[2], p / p[2]
+    mean = K[:2] @ ray
+    focal, centre = K.diagonal()[:2, None], K[:2, 2:]
+    slope = torch.minimum(torch.maximum(ray[:2], -(centre + 0.15 * size) / focal), (1.15 * size - centre) / focal)
+    a, b, c = splat_covariance(covariances, K[:2, :2] @ slope, z, torch.cat([K[:2, :2] @ R[:2], R[2:]]))
+    # The two bounds act only where the covariance that was given is not positive semi-definite.
+    c = c.clamp(min=DILATION / 2)
+    det = (a * c - b * b).clamp(min=DILATION**2 / 4)
+    root, scale = c.sqrt(), math.sqrt(0.5 / math.log(2))  # exp(-x / 2) = 2^(-scale^2 x)
+    l11, l22, lo = root * (scale / det.sqrt()), scale / root, opacities.log2().where(seen, -math.inf)
+    pixel = mean.detach().round()
+    columns = torch.stack([*pixel, *(mean - pixel), l11, -b / c * l11, l22, lo])
+    table = columns.T.to(dtype, memory_format=torch.contiguous_format)
+    return table, z, reached_pixels(columns.detach(), height, width)
 
 
 def project_in_parts(means, covariances, opacities, w2c, K, height, width, dtype, max_elements):
@@ -739,6 +657,69 @@ class Step(NamedTuple):
     clamped: Tensor | None = None  # (n, P) where they were
 
 
+def walk(
+    table: Tensor,  # (G, 8 + E), which may carry E features behind the geometry
+    band: Band,
+    shape: tuple[int, int],  # of a block
+    max_elements: int,
+    backward: bool = False,
+) -> Iterator[Step]:
+    """Goes down the lists of many blocks at the same time, and yields the weights of CHUNK Gaussians of each as a
+    `Step`.
+
+    Blocks whose list ends, or whose pixels have all stopped, leave and make room for others. The tensors of a step
+    are overwritten by the next one.
+    """
+    pixels, device = monomials(shape, table), table.device
+    P, centres, end = pixels.shape[1], band.centre.to(table), band.start[1:]
+    # An odd number: a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
+    slots = (max(1, max_elements // (CHUNK * P)) - 1) | 1
+    # Longest lists first, so that no long one is left over at the end; in powers of 2, so that neighbours stay
+    # together.
+    queue = band.lengths.log2().floor().argsort(descending=True, stable=True)
+    queue = queue[: int((band.lengths > 0).sum())].to(device)
+    ahead = torch.arange(CHUNK, device=device)
+    buffer = table.new_empty(CHUNK * min(slots, len(queue)) * P)
+    # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights
+    # are 0.
+    longest = -(-int(band.lengths.max()) // CHUNK)
+    patience, taken = min(8, longest) if table.is_cuda else 1, 0
+    blocks = at = queue[:0]
+    light = table.new_empty(0, P)
+    while taken < len(queue) or len(blocks):
+        fresh = queue[taken : taken + slots - len(blocks)]
+        taken += len(fresh)
+        blocks, at = torch.cat([blocks, fresh]), torch.cat([at, band.start[fresh]])
+        light = torch.cat([light, light.new_ones(len(fresh), P)])
+        for _ in range(patience):
+            place = at[:, None] + ahead
+            place = place.where(place < end[blocks, None], len(band.gaussian) - 1)
+            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffer, backward)
+            at = at + CHUNK
+        going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
+        blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
+
+
+def make_step(table, band, blocks, centre, place, light, pixels, buffer, backward) -> Step:
+    """The weights of B blocks' next Gaussians; takes what they stop from `light` (B, P)."""
+    ids = band.gaussian.index_select(0, place.flatten())
+    rows = table.index_select(0, ids).view(*place.shape, -1)
+    columns = rows[..., :8].permute(2, 1, 0).contiguous()
+    coefficients = polynomial(columns, centre)
+    coefficients[0].masked_fill_((place == len(band.gaussian) - 1).T, -1e30)  # whatever is there, 2^ it is 0
+    alpha = buffer[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1)
+    torch.mm(coefficients.flatten(1).T, pixels, out=alpha.flatten(0, 1)).exp2_()  # all pixels of all blocks at once
+    F.threshold_(alpha, MIN_ALPHA, 0.0)
+    kept = ()
+    if backward:  # which alphas will be clamped: those of few Gaussians, but asking for them would make a GPU wait
+        opaque = ... if alpha.is_cuda else tuple((columns[7] > math.log2(MAX_ALPHA)).nonzero().T)
+        kept = light.clone(), opaque, alpha[opaque] >= MAX_ALPHA
+    # Few large operations suit a GPU. A CPU is 25 % faster with many small ones in place, which stay in its cache.
+    weights_of = front_to_back if alpha.is_cuda else front_to_back_in_turn
+    weight = weights_of(alpha.clamp_(max=MAX_ALPHA), light)
+    return Step(blocks, centre, place, ids.view(place.shape), rows, columns, weight, *kept)
+
+
 def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
     """An image (H, W, C) of whole blocks seen as (rows, columns, C, block height, block width)."""
     return image.unflatten(1, (-1, shape[1])).unflatten(0, (-1, shape[0])).permute(0, 2, 4, 1, 3)
@@ -773,7 +754,7 @@ def gradients(lists: BlockLists, max_elements, saved, grads, needed):
     it."""
     (table, features, *images), (geometry, _, many), shape = saved, needed, lists.blocks.shape
     E, C = table.shape[1] - 8, features.shape[1]
-    pixels = monomials(shape, table)
+    pixels = math.log(2) * monomials(shape, table)
     # Of the whole row, geometry and few; index_add_ is twice as fast with 16 columns or more, 20 times slower with
     # int32.
     grad_row = table.new_zeros(len(table), max(16, 8 + E))
@@ -795,11 +776,8 @@ def gradients(lists: BlockLists, max_elements, saved, grads, needed):
                 if many:
                     grad_features.index_add_(0, gaussian, (step.weight[:, part].transpose(0, 1) @ g.mT).flatten(0, 1))
             if geometry:
-                slope = math.log(2) * pixels @ slopes(step, h, behind).flatten(0, 1).T  # dL/d coefficients
-                with torch.enable_grad():
-                    columns = step.columns.requires_grad_()
-                    coefficients = polynomial(columns, step.centre)
-                rows[..., :8] = torch.autograd.grad(coefficients, columns, slope.view_as(coefficients))[0].permute(2, 1, 0)
+                g = (pixels @ slopes(step, h, behind).flatten(0, 1).T).view(6, *step.columns.shape[1:])
+                rows[..., 2:8] = polynomial_gradients(step.columns, step.centre, g).permute(2, 1, 0)
             grad_row.index_add_(0, ids.flatten(), rows.flatten(0, 1))
     return grad_row[:, :8] if geometry else None, grad_row[:, 8 : 8 + E], grad_features
 
@@ -844,6 +822,19 @@ def slopes_in_turn(w: Tensor, h: Tensor, left: Tensor, light: Tensor) -> tuple[T
         light.sub_(w_k)
         w_k.mul_(h_k.addcdiv_(left, light, value=-1))  # left / light: what the light behind k brings, on average
     return w, left
+
+
+def polynomial_gradients(columns: Tensor, centre: Tensor, g: Tensor) -> Tensor:
+    """dL/d columns 2-7 (6, S, B) from dL/d coefficients g (6, S, B): `polynomial` backwards, its lines in reverse. The
+    whole pixels in columns 0-1 are constants."""
+    l11, l21, l22, _ = columns[4:]
+    dx, dy = centre[:, None] - columns[:2] - columns[2:4]
+    u, v = l11 * dx + l21 * dy, l22 * dy
+    grad_u, grad_v = l11 * g[1] + l21 * g[2] - 2 * u * g[0], l22 * g[2] - 2 * v * g[0]
+    grad_l11 = dx * grad_u + u * g[1] + 2 * l11 * g[3] + l21 * g[4]
+    grad_l21 = dy * grad_u + u * g[2] + l11 * g[4] + 2 * l21 * g[5]
+    grad_l22 = dy * grad_v + v * g[2] + 2 * l22 * g[5]
+    return torch.stack([-l11 * grad_u, -l21 * grad_u - l22 * grad_v, grad_l11, grad_l21, grad_l22, g[0]])
 
 
 # ---------------------------------------------------------------------------------------------- the operator, continued
@@ -919,6 +910,9 @@ def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -
     return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape, check_invariants=False).coalesce()
 
 
+OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
+
+
 def save_operator(operator: SplatOperator, path: str | Path, dtype: torch.dtype) -> None:
     """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length, bfloat16 training by
     2e-3."""
@@ -939,8 +933,7 @@ def load_operator(path: str | Path) -> SplatOperator:
         with safe_open(path, "pt") as file:
             about, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        what = f"{path}: not a whole safetensors file ({error})"
-        raise ValueError(f"{what}; remove it, it can be computed again") from None
+        about = {"format": f"a damaged file: {error}"}
     if about.get("format") != OPERATOR_FORMAT:
         found = f"{about.get('format')!r} where {OPERATOR_FORMAT!r} is read"
         raise ValueError(f"{path}: {found}; remove it, it can be computed again")
@@ -1058,11 +1051,7 @@ def psnr(guess: Tensor, truth: Tensor) -> float:  # of values in [0, 1]
 @torch.no_grad()
 def geometry_carries(gaussians, colours: Tensor, triplet: Triplet) -> tuple[float, float]:
     """The PSNR of the splatted context colours (G, 3) against the target, and that of the target's mean colour, where
-    the Gaussians cover it. A geometry carries only where the first is the larger one.
-
-    With the tiny MVSplat it was larger in all triplets of two built-in rooms and of two real scenes (by 3 to 16), in
-    8 of 12 of two scenes of single objects (by 1 to 6), and in 16 of 36 with the two context cameras exchanged.
-    """
+    the Gaussians cover it. A geometry carries only where the first is the larger one."""
     image, covered = divide_by_alpha(render_target(gaussians, colours, triplet))
     truth = triplet.images[2].permute(1, 2, 0)
     if not covered.any():
@@ -1097,38 +1086,25 @@ def between(a: Tensor, b: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def film(path: Path, gaussians, colours: Tensor, poses: Tensor, K: Tensor, height: int, width: int) -> Path:
-    """Colours beside depth along `poses` (n, 4, 4), K (3, 3), as an animated WebP picture."""
+def fly(scenes, args) -> Path:
+    """Between the two context views of a held-out triplet and back, as an animated WebP picture."""
     from PIL import Image
 
-    data, _ = companions()
-    scene, views = (gaussians.means, gaussians.covariances, gaussians.opacities, colours), torch.linalg.inv(poses)
-    renders = [rasterize(*scene, w2c, K, height, width) for w2c in tqdm(views, desc="flight", leave=False)]
-    depths = torch.stack([(r.depth * (r.alpha >= COVERED)).cpu() for r in renders])
-    some = depths[:: 1 + len(depths) // 8, ::4, ::4]  # one range of depths for the whole film
-    frames, zoom = [], max(1, round(320 / width))  # enlarged only now: seen closer, Gaussians are a grid of dots
-    for render, depth in zip(renders, depths):
-        pair = torch.cat([render.features.permute(2, 0, 1).cpu(), data.colour_depth(depth, some)], 2).clamp(0, 1)
-        pixels = (pair * 255).byte().permute(1, 2, 0).contiguous().numpy()
-        frames.append(Image.fromarray(pixels).resize((2 * zoom * width, zoom * height), Image.BICUBIC))
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "webp", save_all=True, append_images=frames[1:], duration=80, loop=0, quality=80)
-    data.write_whole(path, buffer.getvalue())
-    return path
-
-
-def fly(scenes, args) -> Path:
-    """Between the two context views of a held-out triplet."""
     data, lift = companions()
     scene, net = scenes[0], lift.load_mvsplat(args.mvsplat).to(args.device)
     indices = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed))
     t = load_triplet(scene, indices, data.fit_size(scene, args.pixels, 16), args.device)
-    if args.geometry == "depth" and t.depth is None:
-        raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use mvsplat")
-    with torch.no_grad():
-        gaussians, colours = reconstruct(args.geometry, t, net)
-    poses, size = between(*t.c2w[:2], 48), t.images.shape[-2:]
-    return film(Path(args.out) / "flight.webp", gaussians, colours, poses, t.K[2], *size)
+    gaussians, colours = reconstruct("mvsplat", t, net)
+    height, width = t.images.shape[-2:]
+    frames, zoom = [], max(1, round(640 / width))  # enlarged only now: seen closer, Gaussians are a grid of dots
+    for pose in tqdm(between(*t.c2w[:2], 48), desc="flight", leave=False):
+        view = t._replace(c2w=torch.stack([*t.c2w[:2], pose]))
+        pixels = (render_target(gaussians, colours, view).features.clamp(0, 1) * 255).byte().cpu().numpy()
+        frames.append(Image.fromarray(pixels).resize((zoom * width, zoom * height), Image.BICUBIC))
+    buffer, path = io.BytesIO(), Path(args.out) / "flight.webp"
+    frames[0].save(buffer, "webp", save_all=True, append_images=frames[1:], duration=80, loop=0, quality=80)
+    data.write_whole(path, buffer.getvalue())
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------- the picture
@@ -1191,7 +1167,6 @@ def parse(argv):
     parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny', a published name, a file or folder")
     parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights: 'tiny', re10k.ckpt, or fine-tuned by 04")
     parser.add_argument("--flight", action="store_true", help="animated, between two views of a held-out scene")
-    parser.add_argument("--geometry", choices=("mvsplat", "depth"), default="mvsplat", help="whose Gaussians fly")
     parser.add_argument("--pixels", type=data.positive, default=96 * 128, help="pixels a view; fewer need less memory")
     return parser.parse_args(argv)
 
