@@ -46,6 +46,7 @@ MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # a smaller alpha is skipped, a larger one
 MIN_LIGHT = 1e-4  # a pixel stops BEFORE the Gaussian that would leave no more light than this
 COVERED = 0.5  # a pixel of the target view is valid from this alpha on
 
+
 class Render(NamedTuple):
     features: Tensor  # (H, W, C) sum of w f over all Gaussians, not divided by alpha
     alpha: Tensor  # (H, W) sum of w, between 0 and 1
@@ -291,6 +292,7 @@ def front_to_back(
 # any shape. M needs every pixel. Rows of S and M are made alike: (rows x Gaussians) times u (Gaussians x tokens),
 # both sparse.
 
+
 class SplatOperator(NamedTuple):
     """y = operator(x) takes the context views' tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid."""
 
@@ -501,14 +503,9 @@ def project_in_parts(means, covariances, opacities, w2c, K, height, width, dtype
     return torch.cat(table), torch.cat(z), torch.cat(box, 1)
 
 
-def splat_covariance(
-    covariances: Tensor,  # (G, 3, 3) world
-    s: Tensor,  # (2, G) K (x/z, y/z), bounded
-    z: Tensor,  # (G,)
-    W: Tensor,  # (3, 3) rows K R and R_z
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sigma_2d = J Sigma J' = ((a, b), (b, c)) in px^2. A step d in the world moves the pixel by J d, J = (K R - s
-    R_z) / z."""
+def splat_covariance(covariances: Tensor, s: Tensor, z: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sigma_2d = M Sigma M' = ((a, b), (b, c)) in px^2, where M = (K R - s R_z) / z, s (2, G) = K (x, y) / z, bounded,
+    and W (3, 3) has the rows K R and R_z."""
     # V = W Sigma W' is linear in Sigma, and W is common to all: one product with a (6, 9) matrix gives the six
     # different entries of every V. What then depends on the single Gaussian, s and z, is a few differences.
     i, j = torch.triu_indices(3, 3, device=W.device)
@@ -523,8 +520,7 @@ def splat_covariance(
 
 @torch.no_grad()
 def reached_pixels(columns: Tensor, height: int, width: int) -> Tensor:
-    """First x, y and last x, y of the pixels where alpha >= MIN_ALPHA, (4, G) int32; last < first where there is
-    none."""
+    """First x, y, last x, y of the pixels where alpha >= MIN_ALPHA (4, G) int32; last < first where there is none."""
     l11, l21, l22, lo = columns[4:]
     mean, end = columns[:2] + columns[2:4], columns.new_tensor([[width - 1], [height - 1]])
     # (l11 dx + l21 dy)^2 + (l22 dy)^2 <= reach^2 is an ellipse; these are half its width and half its height.
@@ -554,13 +550,8 @@ def whole_view(height: int, width: int, device) -> Blocks:
     return Blocks(*(torch.arange(0, size, n, device=device) for size, n in zip((height, width), BLOCK)), BLOCK)
 
 
-def reached_blocks(
-    box: Tensor,  # (4, G) first x, y, last x, y in pixels
-    blocks: Blocks,
-    height: int,
-    width: int,
-) -> Tensor:
-    """The same box in columns and rows of blocks (4, G); last < first where it lies between the blocks."""
+def reached_blocks(box: Tensor, blocks: Blocks, height: int, width: int) -> Tensor:
+    """A box of pixels (4, G) in columns and rows of blocks (4, G); last < first where it lies between the blocks."""
     ends = []
     for start, n, size, first, last in zip(blocks[1::-1], blocks.shape[::-1], (width, height), box[:2], box[2:]):
         pixel = torch.arange(-1, size, device=box.device)  # answered for every pixel; the Gaussians only look it up
@@ -572,8 +563,7 @@ def reached_blocks(
 
 
 def list_lengths(boxes: Tensor, rows: int, columns: int) -> Tensor:
-    """How many of the boxes (4, G) hold each block, (rows, columns). A box is +1 and -1 at its corners, summed up
-    twice."""
+    """How many of the boxes (4, G) hold each block (rows, columns): +1 and -1 at their corners, summed up twice."""
     x0, y0, x1, y1 = boxes
     corners = torch.zeros((rows + 1) * (columns + 1), dtype=torch.int32, device=boxes.device)
     for y, x, sign in ((y0, x0, 1), (y0, x1 + 1, -1), (y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)):
@@ -659,31 +649,21 @@ class Step(NamedTuple):
 
 def walk(
     table: Tensor,  # (G, 8 + E), which may carry E features behind the geometry
-    band: Band,
-    shape: tuple[int, int],  # of a block
-    max_elements: int,
-    backward: bool = False,
+    band: Band, shape: tuple[int, int], max_elements: int, backward: bool = False,
 ) -> Iterator[Step]:
-    """Goes down the lists of many blocks at the same time, and yields the weights of CHUNK Gaussians of each as a
-    `Step`.
-
-    Blocks whose list ends, or whose pixels have all stopped, leave and make room for others. The tensors of a step
-    are overwritten by the next one.
-    """
+    """Goes down the lists of many blocks at the same time: each `Step` has the next CHUNK Gaussians of each, and
+    overwrites the last one. Blocks whose list ends, or whose pixels have all stopped, make room for others."""
     pixels, device = monomials(shape, table), table.device
     P, centres, end = pixels.shape[1], band.centre.to(table), band.start[1:]
     # An odd number: a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
     slots = (max(1, max_elements // (CHUNK * P)) - 1) | 1
-    # Longest lists first, so that no long one is left over at the end; in powers of 2, so that neighbours stay
-    # together.
+    # Longest lists first, so that none is left over at the end; in powers of 2, so that neighbours stay together.
     queue = band.lengths.log2().floor().argsort(descending=True, stable=True)
     queue = queue[: int((band.lengths > 0).sum())].to(device)
     ahead = torch.arange(CHUNK, device=device)
     buffer = table.new_empty(CHUNK * min(slots, len(queue)) * P)
-    # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights
-    # are 0.
-    longest = -(-int(band.lengths.max()) // CHUNK)
-    patience, taken = min(8, longest) if table.is_cuda else 1, 0
+    # To ask which blocks are finished makes a GPU wait: there, every 8 steps. Until then their weights are 0.
+    patience, taken = min(8, -(-int(band.lengths.max()) // CHUNK)) if table.is_cuda else 1, 0
     blocks = at = queue[:0]
     light = table.new_empty(0, P)
     while taken < len(queue) or len(blocks):
@@ -728,11 +708,9 @@ def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
 def all_channels(
     band: Band,
     weights: Tensor,  # (pairs + 1, P) of every place in the lists, the last 0
-    features: Tensor,  # (G, C)
-    max_elements: int,
+    features: Tensor, max_elements: int,  # (G, C)
 ) -> Tensor:
-    """sum_k w_k f_k, (blocks, C, P): for each block one product of the weights (P, n) of its list with features (n,
-    C)."""
+    """sum_k w_k f_k (blocks, C, P): a product of weights (P, n) and features (n, C) for the list of each block."""
     P, C, blocks = weights.shape[1], features.shape[1], len(band.lengths)
     out = features.new_empty(blocks, P, C)
     if not C:
@@ -750,13 +728,11 @@ def all_channels(
 
 
 def gradients(lists: BlockLists, max_elements, saved, grads, needed):
-    """dL/d table, few and many of `Composite`. A table that needs none, as where geometry is frozen, saves most of
-    it."""
+    """dL/d table, few and many of `Composite`. Where geometry is frozen, the table needs none, which saves most."""
     (table, features, *images), (geometry, _, many), shape = saved, needed, lists.blocks.shape
     E, C = table.shape[1] - 8, features.shape[1]
     pixels = math.log(2) * monomials(shape, table)
-    # Of the whole row, geometry and few; index_add_ is twice as fast with 16 columns or more, 20 times slower with
-    # int32.
+    # Of the whole row, geometry and few. index_add_ is twice as fast from 16 columns on, 20 times slower with int32.
     grad_row = table.new_zeros(len(table), max(16, 8 + E))
     grad_features = torch.zeros_like(features) if many else None
     for band in lists:
@@ -848,15 +824,13 @@ def token_weights(
     row: Tensor,  # (blocks, P) int64, the row of the result that it counts for
     max_elements: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sums of share_p A_pt over the valid pixels p of each row, as row, column, value; and which are valid
-    (blocks, P)."""
+    """The sums of share_p A_pt over each row's valid pixels p, as row, column, value; and which are valid (blocks, P)."""
     (table, z, box, height, width), (index, weight, tokens), columns = view, lift, len(blocks.left)
     most = 32 * max_elements // share.shape[1], 16 * max_elements // max(1, tokens)
     valid, found = torch.empty_like(share, dtype=torch.bool), []
     for band in BlockLists(box, z, blocks, height, width, *most):
         here = slice(band.rows.start * columns, band.rows.stop * columns)
-        # alpha(p), by which every weight is divided, is known only at the end of a list: the weights are kept until
-        # then.
+        # alpha(p), by which every weight is divided, is known only at the end of a list: weights are kept until then.
         alpha, kept = torch.zeros_like(share[here]), []
         for step in walk(table, band, blocks.shape, max_elements):
             alpha.index_add_(0, step.blocks, step.weight.sum(0))
@@ -876,8 +850,7 @@ def token_weights(
 
 
 def row_weights(kept, sums: Tensor, max_elements: int):
-    """(Rows x Gaussians), a part at a time: sum_p of each row's share_p w_pk / alpha_p (B, R, S); block (B,),
-    Gaussian (B, S)."""
+    """Parts of (rows x Gaussians): each row's sum_p share_p w_pk / alpha_p (B, R, S); block (B,), Gaussian (B, S)."""
     if kept:
         blocks, ids = (torch.cat(x) for x in zip(*(step[:2] for step in kept)))
         c = torch.cat([sums.index_select(0, b) @ w.permute(1, 2, 0) for b, _, w in kept])
@@ -885,10 +858,7 @@ def row_weights(kept, sums: Tensor, max_elements: int):
             yield c[part], blocks[part], ids[part]
 
 
-def sums_by_row(
-    share: Tensor,  # (blocks, P)
-    row: Tensor,  # (blocks, P) int64
-) -> tuple[Tensor, Tensor]:
+def sums_by_row(share: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """The different rows that each block's pixels count for (blocks, R), and the matrices (blocks, R, P) that sum
     share_p over each. A block of fewer than R rows names its first one again, for sums of nothing."""
     ordered, place = row.sort(1)
@@ -914,8 +884,7 @@ OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the fi
 
 
 def save_operator(operator: SplatOperator, path: str | Path, dtype: torch.dtype) -> None:
-    """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length, bfloat16 training by
-    2e-3."""
+    """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length."""
     stored = {"valid": operator.valid}
     for name, matrix in zip("SLM", operator):
         row, column = matrix.indices()
