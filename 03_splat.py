@@ -824,7 +824,7 @@ def token_weights(
     row: Tensor,  # (blocks, P) int64, the row of the result that it counts for
     max_elements: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sums of share_p A_pt over each row's valid pixels p, as row, column, value; and which are valid (blocks, P)."""
+    """Each row's sum of share_p A_pt over its valid pixels p, as row, column, value; which are valid (blocks, P)."""
     (table, z, box, height, width), (index, weight, tokens), columns = view, lift, len(blocks.left)
     most = 32 * max_elements // share.shape[1], 16 * max_elements // max(1, tokens)
     valid, found = torch.empty_like(share, dtype=torch.bool), []
