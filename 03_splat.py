@@ -1,14 +1,15 @@
 """Splats Gaussians of any number of channels into a new view, blends the result by masks and reads patch tokens off.
 
-Paper  Splat and Distill (SnD) Sec. 3.4: rasterised features, blending (Eq. 4). 3D Gaussian Splatting Sec. 4-6.
+Paper  Splat and Distill (SnD) Sec. 3.4: rasterised features, blending (Eq. 4); Sec. 3.5: from pixels to tokens.
+       3D Gaussian Splatting (Kerbl et al. 2023) Sec. 4-6: projection and compositing.
 In     Gaussians in the world (means, covariances, opacities, a row of features each) and a camera (w2c, K).
 Out    features (H, W, C), alpha (H, W) and depth (H, W); after the blend, tokens (N, C) that a student can learn from.
-       Or all of this as one sparse matrix that acts on the context views' tokens: the splat operator.
+       Or all of this as one linear map of the context views' tokens, kept as sparse matrices: the splat operator.
 Run    python 03_splat.py             held-out views, splatted from two others, as a picture; 6 s on a 2-core CPU
        python 03_splat.py --flight    an animated flight between two views
-Copy   this file alone for part 1; the commands need 01_data.py 02_lift.py and --mvsplat tiny its weights.
-Read   rasterize_plainly; divide_by_alpha semantic_blend bilinear_taps splat_to_tokens; rasterize project polynomial
-       front_to_back walk Composite; SplatOperator splat_operator
+Copy   03_splat.py alone; its command also needs 01_data.py, 02_lift.py and tiny/.
+Read   rasterize_plainly divide_by_alpha semantic_blend bilinear_taps splat_to_tokens rasterize Composite polynomial
+       front_to_back SplatOperator splat_operator
 Try    set DILATION to 0.0001: by measured depth psnr 22.6 -> 27.6, since what blurs thin splats blurs the picture too
        --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6, since the same blur is half as wide on finer views
 Not    no view-dependent colour (one row of features a Gaussian, the same from all sides), no second derivatives.
@@ -41,14 +42,9 @@ from tqdm import tqdm
 
 NEAR = 0.01  # what is nearer to the camera is not drawn; in units of the world
 DILATION = 0.3  # px^2, added to the variance of every splat: none is thinner than about a pixel
-MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # below the first a Gaussian is skipped, the second is the most that one can stop
-MIN_LIGHT = 1e-4  # a pixel stops BEFORE the Gaussian that would leave this little light
+MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # a smaller alpha is skipped, a larger one is cut to 0.99
+MIN_LIGHT = 1e-4  # a pixel stops BEFORE the Gaussian that would leave no more light than this
 COVERED = 0.5  # a pixel of the target view is valid from this alpha on
-
-# Of the fast version:
-BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
-CHUNK = 32  # Gaussians that one step takes from a block's list
-FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
 
 
 class Render(NamedTuple):
@@ -80,8 +76,9 @@ def rasterize_plainly(
     order = order[(p[order, 2] > NEAR) & (opacities[order] >= MIN_ALPHA)]
     p, z, features = p[order], p[order, 2], features[order]
     mean = p[:, :2] / z[:, None] @ K[:2, :2].T + K[:2, 2]  # (G, 2) pixels
-    # EWA: seen from nearby, a projection is linear, d pixel = J d p, and a Gaussian stays one: Sigma_2d = J Sigma J'.
-    # Far outside the view that goes wrong. As in gsplat, J is taken at most 15 % of the view's size beyond its border.
+    # EWA: around its mean a projection is nearly linear, d pixel = M d world with M = K [I | -(x, y) / z] R / z, and so
+    # a Gaussian stays a Gaussian: Sigma_2d = M Sigma M'. That fails far outside the view. As in gsplat, (x, y) / z is
+    # taken at most 15 % of the view's size beyond its border.
     focal, centre = K.diagonal()[:2], K[:2, 2]
     slope = (p[:, :2] / z[:, None]).clamp(-(centre + 0.15 * size) / focal, (1.15 * size - centre) / focal)
     J = torch.cat([torch.eye(2).to(p).expand(len(p), 2, 2), -slope[..., None]], 2)  # (G, 2, 3)
@@ -118,7 +115,7 @@ def divide_by_alpha(render: Render) -> tuple[Tensor, Tensor]:
 def semantic_blend(
     features: Tensor,  # (H, W, C), divided by alpha
     mask: Tensor,  # (H, W) int64 instance ids, 0 = unlabelled
-    alpha: float = 0.5,  # how much of its own features a pixel keeps
+    blend: float = 0.5,  # the alpha of Eq. 4: how much of its own features a pixel keeps
     valid: Tensor | None = None,  # (H, W) bool, the pixels that enter the means
 ) -> Tensor:
     """Draws each pixel's features towards the mean of its instance, which evens out small errors of the geometry."""
@@ -126,20 +123,16 @@ def semantic_blend(
     valid = torch.ones_like(mask, dtype=torch.bool) if valid is None else valid
     assert mask.shape == valid.shape == (H, W), f"mask and valid must be ({H}, {W}) like the features"
     ids, segment = torch.unique(mask, return_inverse=True)  # ids may be huge; from here on they are 0, 1, ...
-    bins = segment.where(valid, len(ids)).flatten()  # invalid pixels, which may be NaN, go to a row of their own
-    total = features.new_zeros(len(ids) + 1, C, dtype=torch.float64)  # float32 loses digits over 10^5 pixels
-    for i, rows in zip(bins.split(2**14), features.flatten(0, 1).split(2**14)):  # a float64 copy of a part at a time
-        total.index_add_(0, i, rows.double())
-    count = torch.bincount(bins, minlength=len(ids) + 1)[:-1]
-    mean = (total[:-1] / count.clamp(min=1)[:, None]).to(features.dtype)  # (ids, C)
+    mean, known = segment_means(features, segment, valid, len(ids))  # (ids, C), and which have any valid pixel
     # Differs: the official code averages over holes too, and blends unlabelled pixels as if 0 were an instance. Here
     # only valid pixels enter a mean, and unlabelled pixels stay as they are.
-    blended = ((ids != 0) & (count > 0))[segment][..., None]
-    return torch.where(blended, alpha * features + (1 - alpha) * mean[segment], features)  # SnD Eq. 4
+    blended = ((ids != 0) & known)[segment][..., None]
+    return torch.where(blended, blend * features + (1 - blend) * mean[segment], features)  # SnD Eq. 4
 
 
 def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Along one side of the view, the two pixels around each patch centre: index and weight (count, 2)."""
+    """Along one side of the view, the two pixels around each patch centre: index and weight (count, 2). The same pixels
+    as in F.interpolate(mode="bilinear", align_corners=False)."""
     centre = (torch.arange(count, dtype=torch.float64) + 0.5) * size / count - 0.5  # pixel i has its centre at i here
     centre = centre.clamp(0, size - 1)  # with more patches than pixels, the outermost pixel counts alone
     first = centre.floor()
@@ -171,8 +164,8 @@ def over_valid_taps(
     hit: Tensor,  # (N, taps) bool, which taps are valid pixels
 ) -> tuple[Tensor, Tensor]:
     """The factor (N,) that makes the weights of the valid taps sum to 1 again; and which tokens are valid (N,)."""
-    # Differs: the official code drops a token only where the rendered colour is exactly black, and teaches it as zeros.
-    # Here a token is valid where valid pixels make up at least half of it, and the others leave the loss.
+    # Differs: the official code sets a token to zeros only where the rendered colour is exactly black, and keeps it in
+    # the loss. Here a token is valid if valid pixels make up half of its weight; the others leave the loss.
     total = (weight * hit).sum(1)
     valid = total > 0.5 - 1e-9  # the weights are rounded
     return valid / total.clamp(min=0.5), valid
@@ -183,15 +176,14 @@ def over_valid_taps(
 # `rasterize` makes 0.05 s, with the same result. It has four tricks. Each number is the time without a trick over the
 # time with it, on one core (python tests/bench.py --section tricks):
 #   1. Blocks with lists, 87 times. A Gaussian reaches few pixels. The view is cut into blocks of 8x8 pixels, and each
-#      goes down its own list of the Gaussians that reach it, nearest first, until its light is used up
-#      (`BlockLists`, `walk`).
+#      has a list of the Gaussians that reach it, nearest first (`BlockLists`). `walk` goes down the lists of many
+#      blocks at the same time: a step takes the next 32 Gaussians of each, until its list ends or its light is used up.
 #   2. log2 alpha is a polynomial of second degree in the position of a pixel, so one matrix product evaluates it at all
-#      pixels of all blocks: 2.8 times (`polynomial`). The light is taken off in place: 3.8 times (`front_to_back`).
-#   3. Weights once, then all channels in one matrix product, instead of the geometry again for every 32 channels:
-#      6.7 times for 384 channels (`all_channels`).
+#      pixels of all blocks: 2.8 times (`polynomial`, `front_to_back`).
+#   3. Weights do not depend on features. They are found once, then all channels in one matrix product, instead of the
+#      geometry again for every 32 channels: 6.7 times for 384 channels (`Composite`).
 #   4. Nothing is kept for the backward pass but inputs and images; it goes down the lists again. Blocks with lists in
 #      plain autograd need 870 MB where this needs 140, and 3.3 times as long (`Composite`, `gradients`).
-# Memory is bounded because a walk takes only so many blocks at a time, CHUNK Gaussians of each in a step.
 
 
 def rasterize(
@@ -200,17 +192,13 @@ def rasterize(
     w2c: Tensor, K: Tensor, height: int, width: int, background: Tensor | None = None,
     max_elements: int | None = None,  # by default 2^20, on a GPU 2^24
 ) -> Render:
-    """What `rasterize_plainly` gives, value and gradient, fast and in bounded memory; any number of channels.
-
-    A step of the walk, forward or backward, works on a handful of tensors of about max_elements numbers; lists are made
-    for four times as many (Gaussian, block) pairs at a time, or for one row of blocks. A smaller value is slower and
-    changes nothing else. On top come a few dozen numbers a Gaussian and the rendered view itself.
-    """
-    check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements)
+    """What `rasterize_plainly` gives, value and gradient, fast; any number of channels. `max_elements` bounds the
+    memory: a smaller value is slower and changes nothing else."""
+    check_arguments(means, covariances, opacities, features, w2c, K, background)
     max_elements, C = max_elements or elements_at_once(features), features.shape[1]
     # Differs: the official code renders 3 channels a pass, 128 passes for a ViT-S; here one pass has all channels. It
-    # also passes variances where scales are meant, and makes reflected frames the identity; we use the true
-    # covariances.
+    # also takes Sigma apart into scales and a rotation again: it passes variances for scales, and where the
+    # eigenvectors form a reflection it sets the rotation to the identity. We use Sigma itself.
     with full_precision(features.device):
         camera = w2c, K, height, width
         table, z, box = project_in_parts(means, covariances, opacities, *camera, features.dtype, max_elements)
@@ -227,132 +215,6 @@ def rasterize(
     if background is not None:
         image = image + (1 - alpha) * background.to(image)
     return Render(image, alpha[..., 0], depth[..., 0])
-
-
-def project(
-    means: Tensor, covariances: Tensor, opacities: Tensor, w2c: Tensor, K: Tensor, height: int, width: int,
-    dtype: torch.dtype,  # of the table
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All that the pixels need to know: a table (G, 8), the depth z (G,) and the box of reached pixels (4, G).
-
-    With d = (dx, dy) from the mean to a pixel, log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2: as a sum of squares
-    no rounding makes d' Sigma^-1 d negative. The columns of the table are the pixel at the mean (x, y), from there to
-    the mean (x, y), l11, l21, l22, lo. The mean comes in two parts because a float32 that counts hundreds of pixels is
-    off by 1e-5.
-    """
-    # In float64: in float32 near-equal depths swap places and needles change shape, for errors of 6e-3 instead of 7e-6.
-    # Components come first, (3, G), so that every operation runs over Gaussians that lie side by side in memory.
-    means, covariances, opacities, w2c, K = (x.double() for x in (means, covariances, opacities, w2c, K))
-    R, size = w2c[:3, :3], K.new_tensor([[width], [height]])
-    p = R @ means.T + w2c[:3, 3:]
-    # What is not seen is replaced before anything is divided by z, so that it cannot send a NaN back.
-    seen = (p[2] > NEAR) & (opacities >= MIN_ALPHA)
-    p, opacities = torch.where(seen, p, K.new_tensor([[0.0], [0], [1]])), torch.where(seen, opacities, 1.0)
-    z, ray = p[2], p / p[2]
-    mean = K[:2] @ ray
-    focal, centre = K.diagonal()[:2, None], K[:2, 2:]
-    slope = torch.minimum(torch.maximum(ray[:2], -(centre + 0.15 * size) / focal), (1.15 * size - centre) / focal)
-    a, b, c = splat_covariance(covariances, K[:2, :2] @ slope, z, torch.cat([K[:2, :2] @ R[:2], R[2:]]))
-    # The two bounds act only where the covariance that was given is not positive semi-definite.
-    c = c.clamp(min=DILATION / 2)
-    det = (a * c - b * b).clamp(min=DILATION**2 / 4)
-    root, scale = c.sqrt(), math.sqrt(0.5 / math.log(2))  # exp(-x / 2) = 2^(-scale^2 x)
-    l11, l22, lo = root * (scale / det.sqrt()), scale / root, opacities.log2().where(seen, -math.inf)
-    pixel = mean.detach().round()
-    columns = torch.stack([*pixel, *(mean - pixel), l11, -b / c * l11, l22, lo])
-    table = columns.T.to(dtype, memory_format=torch.contiguous_format)
-    return table, z, reached_pixels(columns.detach(), height, width)
-
-
-def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
-    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
-    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
-
-
-def polynomial(
-    columns: Tensor,  # (8, S, B) of the table
-    centre: Tensor,  # (2, B) of the blocks, in pixels
-) -> Tensor:
-    """log2 alpha as a polynomial about a block's centre: coefficients (6, S, B) of the `monomials`."""
-    l11, l21, l22, lo = columns[4:]
-    dx, dy = centre[:, None] - columns[:2] - columns[2:4]  # from the mean to the centre
-    u, v = l11 * dx + l21 * dy, l22 * dy  # at a pixel: lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
-    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
-
-
-def front_to_back(
-    alpha: Tensor,  # (S, B, P), overwritten by the weights
-    light: Tensor,  # (B, P) T, overwritten by that behind the last Gaussian; 0 where the pixel has stopped
-) -> Tensor:
-    """The weights w_k = alpha_k T_k with T_{k+1} = T_k - w_k, and 0 from the Gaussian on at which a pixel stops."""
-    for w in alpha:
-        w.mul_(light)
-        light.sub_(w)
-        F.threshold_(light, MIN_LIGHT, 0.0)  # too little light becomes none, and stays so
-        where_positive_(w, light)
-    return alpha
-
-
-def walk(
-    table: Tensor,  # (G, 8 + E), which may carry E features behind the geometry
-    band: Band,
-    shape: tuple[int, int],  # of a block
-    max_elements: int,
-    backward: bool = False,
-) -> Iterator[Step]:
-    """Goes down the lists of many blocks at the same time, and yields the weights of CHUNK Gaussians of each as a
-    `Step`.
-
-    Blocks whose list ends, or whose pixels have all stopped, leave and make room for others. The tensors of a step
-    are overwritten by the next one.
-    """
-    pixels, device = monomials(shape, table), table.device
-    P, centres, end = pixels.shape[1], band.centre.to(table), band.start[1:]
-    # An odd number: a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
-    slots = (max(1, max_elements // (CHUNK * P)) - 1) | 1
-    # Longest lists first, so that no long one is left over at the end; in powers of 2, so that neighbours stay
-    # together.
-    queue = band.lengths.log2().floor().argsort(descending=True, stable=True)
-    queue = queue[: int((band.lengths > 0).sum())].to(device)
-    ahead = torch.arange(CHUNK, device=device)
-    buffer = table.new_empty(CHUNK * min(slots, len(queue)) * P)
-    # To ask which blocks are finished makes a GPU wait, so there it is done every 8 steps. Until then their weights
-    # are 0.
-    longest = -(-int(band.lengths.max()) // CHUNK)
-    patience, taken = min(8, longest) if table.is_cuda else 1, 0
-    blocks = at = queue[:0]
-    light = table.new_empty(0, P)
-    while taken < len(queue) or len(blocks):
-        fresh = queue[taken : taken + slots - len(blocks)]
-        taken += len(fresh)
-        blocks, at = torch.cat([blocks, fresh]), torch.cat([at, band.start[fresh]])
-        light = torch.cat([light, light.new_ones(len(fresh), P)])
-        for _ in range(patience):
-            place = at[:, None] + ahead
-            place = place.where(place < end[blocks, None], len(band.gaussian) - 1)
-            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffer, backward)
-            at = at + CHUNK
-        going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
-        blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
-
-
-def make_step(table, band, blocks, centre, place, light, pixels, buffer, backward) -> Step:
-    """The weights of B blocks' next Gaussians; takes what they stop from `light` (B, P)."""
-    ids = band.gaussian.index_select(0, place.flatten())
-    rows = table.index_select(0, ids).view(*place.shape, -1)
-    columns = rows[..., :8].permute(2, 1, 0).contiguous()
-    coefficients = polynomial(columns, centre)
-    coefficients[0].masked_fill_((place == len(band.gaussian) - 1).T, -1e30)  # whatever is there, 2^ it is 0
-    alpha = buffer[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1)
-    torch.mm(coefficients.flatten(1).T, pixels, out=alpha.flatten(0, 1)).exp2_()  # all pixels of all blocks at once
-    F.threshold_(alpha, MIN_ALPHA, 0.0)
-    kept = ()
-    if backward:  # which alphas will be clamped: those of few Gaussians, but asking for them would make a GPU wait
-        opaque = ... if alpha.is_cuda else tuple((columns[7] > math.log2(MAX_ALPHA)).nonzero().T)
-        kept = light.clone(), opaque, alpha[opaque] >= MAX_ALPHA
-    weight = front_to_back(alpha.clamp_(max=MAX_ALPHA), light)
-    return Step(blocks, centre, place, ids.view(place.shape), rows, columns, weight, *kept)
 
 
 class Composite(torch.autograd.Function):
@@ -388,19 +250,47 @@ class Composite(torch.autograd.Function):
             return None, None, *gradients(ctx.lists, ctx.max_elements, ctx.saved_tensors, grads, needed)
 
 
+def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
+    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
+    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
+
+
+def polynomial(
+    columns: Tensor,  # (8, S, B) of the table
+    centre: Tensor,  # (2, B) of the blocks, in pixels
+) -> Tensor:
+    """log2 alpha as a polynomial about a block's centre: coefficients (6, S, B) of the `monomials`."""
+    l11, l21, l22, lo = columns[4:]
+    dx, dy = centre[:, None] - columns[:2] - columns[2:4]  # from the mean to the centre
+    u, v = l11 * dx + l21 * dy, l22 * dy  # at a pixel: lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
+    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
+
+
+def front_to_back(
+    alpha: Tensor,  # (S, B, P)
+    light: Tensor,  # (B, P) T, overwritten by that behind the last Gaussian; 0 where the pixel has stopped
+) -> Tensor:
+    """The weights w_k = alpha_k T_k (S, B, P), and 0 from the Gaussian on at which a pixel stops."""
+    T = torch.cat([light[None], 1 - alpha]).cumprod(0)  # T_{k+1} = T_k (1 - alpha_k), so it only falls
+    F.threshold_(T, MIN_LIGHT, 0.0)  # too little light becomes none, and it stays so
+    light.copy_(T[-1])
+    return (alpha * T[:-1]).where(T[1:] > 0, 0.0)
+
+
 # ------------------------------------------------------------------------------------------------ 4. The splat operator
-# While geometry and masks stand still, all of the way from the context views' tokens x to the target's tokens y is
-# linear. The feature of a Gaussian is f_g = sum_t u_gt x_t, with four weights u each (SnD Eq. 2-3). A pixel has
+# 04 draws the same triplets again and again while only the teacher changes. With geometry and masks fixed, the whole
+# way from the context views' tokens x to the target's tokens y is linear. So it is computed once a triplet, and from
+# then on costs a sparse product. The feature of a Gaussian is f_g = sum_t u_gt x_t, with four weights u each (SnD Eq.
+# 2-3). A pixel has
 #     F(p) = sum_g w_pg f_g / alpha(p) = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha(p).
 # A token is y_n = sum_p b_np F'(p) over its valid taps p, where the blend (Eq. 4) is F'(p) = a_p F(p) + (1 - a_p) F_m:
-# a_p is its alpha, or 1 where p is unlabelled, and F_m the mean of F over the valid pixels of the mask m that holds p.
+# a_p is the blend of Eq. 4, or 1 where p is unlabelled, and F_m the mean of F over the valid pixels of p's mask m.
 # The means stay factored out, since a mask has thousands of tokens and a token only a few masks:
 #     y = S x + L (M x),  S_nt = sum_p b_np a_p A_pt,  L_nm = sum_{p in m} b_np (1 - a_p),  M_mt = mean_{p in m} A_pt.
 # S needs the taps alone: 2x2 pixels a token, one pixel in 49 at the paper's size, which is why `walk` takes blocks of
 # any shape. M needs every pixel. Rows of S and M are made alike: (rows x Gaussians) times u (Gaussians x tokens),
 # both sparse.
-
-OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
 
 
 class SplatOperator(NamedTuple):
@@ -436,21 +326,21 @@ def splat_operator(
     w2c: Tensor, K: Tensor, height: int, width: int,  # the target view
     grid: tuple[int, int],  # (h, w) of the target
     mask: Tensor | None = None,  # (H, W) int64 instance ids of the target, 0 = unlabelled; None: no blending
-    alpha: float = 0.5,
+    blend: float = 0.5,
     downscale: str = "bilinear",  # or "area"
-    max_elements: int | None = None,  # by default 2^20, on a GPU 2^24; 32 times as many weights are kept at a time
+    max_elements: int | None = None,
 ) -> SplatOperator:
     """What `rasterize`, `divide_by_alpha`, `semantic_blend` and `splat_to_tokens` together make of the tokens."""
-    check_operator_arguments(means, index, weight, mask, height, width)
+    check_operator_arguments(means, index, weight, mask, (height, width))
     max_elements, N, device = max_elements or elements_at_once(weight), math.prod(grid), weight.device
-    mask = index.new_zeros(height, width) if mask is None or alpha == 1 else mask
+    mask = index.new_zeros(height, width) if mask is None or blend == 1 else mask
     ids, mask = mask.unique(return_inverse=True)  # from here on 0, 1, ...
     labelled = (ids != 0).to(weight)
-    (y, wy), (x, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
-    taps = Blocks(y[:, 0].contiguous(), x[:, 0].contiguous(), (y.shape[1], x.shape[1]))  # a block a token
+    (ty, wy), (tx, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
+    taps = Blocks(ty[:, 0].contiguous(), tx[:, 0].contiguous(), (ty.shape[1], tx.shape[1]))  # a block a token
     b = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1)  # (N, P) float64
     token, m = torch.arange(N, device=device)[:, None].expand(b.shape), pixels_of(mask, taps)
-    mixed = (1 - alpha) * labelled[m]  # (N, P) 1 - a_p
+    mixed = (1 - blend) * labelled[m]  # (N, P) 1 - a_p
     with full_precision(device):
         camera = w2c, K, height, width
         table, z, box = project_in_parts(means, covariances, opacities, *camera, weight.dtype, max_elements)
@@ -478,6 +368,11 @@ def splat_operator(
 # --------------------------------------------------------------------------------------------------------- small things
 
 
+BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
+CHUNK = 32  # Gaussians that one step takes from a block's list
+FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
+
+
 def elements_at_once(like: Tensor) -> int:
     return 2**24 if like.is_cuda else 2**20
 
@@ -492,6 +387,16 @@ def where_positive_(x: Tensor, by: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(x, by, 0.0, grad_input=x)
 
 
+def segment_means(features: Tensor, segment: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The mean of the valid pixels of each segment 0, 1, ... count - 1 (count, C), and which have any (count,)."""
+    bins = segment.where(valid, count).flatten()  # invalid pixels, which may be NaN, go to a row of their own
+    total = features.new_zeros(count + 1, features.shape[-1], dtype=torch.float64)  # float32 loses digits
+    for i, rows in zip(bins.split(2**14), features.flatten(0, 1).split(2**14)):  # a float64 copy of a part at a time
+        total.index_add_(0, i, rows.double())
+    pixels = torch.bincount(bins, minlength=count + 1)[:-1]
+    return (total[:-1] / pixels.clamp(min=1)[:, None]).to(features.dtype), pixels > 0
+
+
 class Precision:  # how many threads are inside `full_precision`, and what was set outside
     lock, inside, outside = threading.Lock(), 0, None
 
@@ -504,7 +409,7 @@ def full_precision(device: torch.device):
     matmul, count = torch.backends.cuda.matmul, int(device.type == "cuda")
     with Precision.lock:
         if count and not Precision.inside:
-            Precision.outside, matmul.allow_tf32 = matmul_precision(), False
+            Precision.outside, matmul.allow_tf32 = matmul.fp32_precision, False
         Precision.inside += count
     try:
         with torch.autocast(device.type, enabled=False):
@@ -512,45 +417,25 @@ def full_precision(device: torch.device):
     finally:
         with Precision.lock:
             Precision.inside -= count
-            if count and not Precision.inside:
-                restore_matmul_precision(*Precision.outside)
+            if count and not Precision.inside:  # PyTorch has an older and a newer name for it, which must agree
+                matmul.allow_tf32 = Precision.outside == "tf32"
+                matmul.fp32_precision = Precision.outside
 
 
-def matmul_precision() -> tuple[str | None, str]:
-    """PyTorch has two settings for matrix products: the older one, None where it cannot be read, and the newer one."""
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer one alone was used, and the two disagree
-        older = None
-    return older, torch.backends.cuda.matmul.fp32_precision
-
-
-def restore_matmul_precision(older: str | None, newer: str) -> None:
-    if older == "medium":
-        torch.set_float32_matmul_precision(older)
-    elif older:
-        torch.backends.cuda.matmul.allow_tf32 = older == "high"
-    torch.backends.cuda.matmul.fp32_precision = newer
-
-
-def check_arguments(means, covariances, opacities, features, w2c, K, height, width, background, max_elements):
+def check_arguments(means, covariances, opacities, features, w2c, K, background):
     G, C = len(means), features.shape[-1]
-    shapes = [tuple(x.shape) for x in (means, covariances, opacities, features)]
-    assert shapes == [(G, 3), (G, 3, 3), (G,), (G, C)], f"need (G, 3), (G, 3, 3), (G,), (G, C) with one G, not {shapes}"
-    dtype = features.dtype
-    assert dtype in (torch.float32, torch.float64), f"features must be float32 or float64, not {dtype}"
-    sizes = tuple(w2c.shape), tuple(K.shape)
-    assert sizes == ((4, 4), (3, 3)), f"w2c must be (4, 4) and K (3, 3), not {sizes[0]}, {sizes[1]}"
+    shapes = [tuple(x.shape) for x in (means, covariances, opacities, features, w2c, K)]
+    wanted = [(G, 3), (G, 3, 3), (G,), (G, C), (4, 4), (3, 3)]
+    assert shapes == wanted, f"means, covariances, opacities, features, w2c, K must be {wanted}, not {shapes}"
+    assert features.dtype in (torch.float32, torch.float64), f"features must be float32 or 64, not {features.dtype}"
     assert background is None or background.shape == (C,), f"background must be ({C},), a value per channel"
-    most = 1 if max_elements is None else max_elements
-    assert min(height, width, most) > 0, "height, width and max_elements must be at least 1"
 
 
-def check_operator_arguments(means, index, weight, mask, height, width):
+def check_operator_arguments(means, index, weight, mask, size):
     G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
     assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
     assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
-    assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
+    assert mask is None or mask.shape == size, f"mask must be {size}, not {tuple(mask.shape)}"
 
 
 def companions():
@@ -574,6 +459,41 @@ TAPS = {"bilinear": bilinear_taps, "area": area_taps}
 # ------------------------------------------------------------------------------------------------ projection, continued
 
 
+def project(
+    means: Tensor, covariances: Tensor, opacities: Tensor, w2c: Tensor, K: Tensor, height: int, width: int,
+    dtype: torch.dtype,  # of the table
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All that the pixels need to know: a table (G, 8), the depth z (G,) and the box of reached pixels (4, G).
+
+    With d = (dx, dy) from the mean to a pixel, log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2. Written as a sum of
+    squares, d' Sigma^-1 d cannot become negative by rounding. The columns of the table are the pixel at the mean (x,
+    y), from there to the mean (x, y), l11, l21, l22, lo. The mean comes in two parts because a float32 that counts
+    hundreds of pixels is off by 1e-5.
+    """
+    # In float64: in float32 near-equal depths swap places and needles change shape, for errors of 6e-3 instead of 7e-6.
+    # Components come first, (3, G), so that every operation runs over Gaussians that lie side by side in memory.
+    means, covariances, opacities, w2c, K = (x.double() for x in (means, covariances, opacities, w2c, K))
+    R, size = w2c[:3, :3], K.new_tensor([[width], [height]])
+    p = R @ means.T + w2c[:3, 3:]
+    # What is not seen is replaced before anything is divided by z, so that it cannot send a NaN back.
+    seen = (p[2] > NEAR) & (opacities >= MIN_ALPHA)
+    p, opacities = torch.where(seen, p, K.new_tensor([[0.0], [0], [1]])), torch.where(seen, opacities, 1.0)
+    z, ray = p[2], p / p[2]
+    mean = K[:2] @ ray
+    focal, centre = K.diagonal()[:2, None], K[:2, 2:]
+    slope = torch.minimum(torch.maximum(ray[:2], -(centre + 0.15 * size) / focal), (1.15 * size - centre) / focal)
+    a, b, c = splat_covariance(covariances, K[:2, :2] @ slope, z, torch.cat([K[:2, :2] @ R[:2], R[2:]]))
+    # The two bounds act only where the covariance that was given is not positive semi-definite.
+    c = c.clamp(min=DILATION / 2)
+    det = (a * c - b * b).clamp(min=DILATION**2 / 4)
+    root, scale = c.sqrt(), math.sqrt(0.5 / math.log(2))  # exp(-x / 2) = 2^(-scale^2 x)
+    l11, l22, lo = root * (scale / det.sqrt()), scale / root, opacities.log2().where(seen, -math.inf)
+    pixel = mean.detach().round()
+    columns = torch.stack([*pixel, *(mean - pixel), l11, -b / c * l11, l22, lo])
+    table = columns.T.to(dtype, memory_format=torch.contiguous_format)
+    return table, z, reached_pixels(columns.detach(), height, width)
+
+
 def project_in_parts(means, covariances, opacities, w2c, K, height, width, dtype, max_elements):
     """`project`, some Gaussians at a time. The backward pass computes each part again, so no float64 step is kept."""
     size = max(1, max_elements // 32)
@@ -583,14 +503,9 @@ def project_in_parts(means, covariances, opacities, w2c, K, height, width, dtype
     return torch.cat(table), torch.cat(z), torch.cat(box, 1)
 
 
-def splat_covariance(
-    covariances: Tensor,  # (G, 3, 3) world
-    s: Tensor,  # (2, G) K (x/z, y/z), bounded
-    z: Tensor,  # (G,)
-    W: Tensor,  # (3, 3) rows K R and R_z
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sigma_2d = J Sigma J' = ((a, b), (b, c)) in px^2. A step d in the world moves the pixel by J d, J = (K R - s
-    R_z) / z."""
+def splat_covariance(covariances: Tensor, s: Tensor, z: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sigma_2d = M Sigma M' = ((a, b), (b, c)) in px^2, where M = (K R - s R_z) / z, s (2, G) = K (x, y) / z, bounded,
+    and W (3, 3) has the rows K R and R_z."""
     # V = W Sigma W' is linear in Sigma, and W is common to all: one product with a (6, 9) matrix gives the six
     # different entries of every V. What then depends on the single Gaussian, s and z, is a few differences.
     i, j = torch.triu_indices(3, 3, device=W.device)
@@ -605,8 +520,7 @@ def splat_covariance(
 
 @torch.no_grad()
 def reached_pixels(columns: Tensor, height: int, width: int) -> Tensor:
-    """First x, y and last x, y of the pixels where alpha >= MIN_ALPHA, (4, G) int32; last < first where there is
-    none."""
+    """First x, y, last x, y of the pixels where alpha >= MIN_ALPHA (4, G) int32; last < first where there is none."""
     l11, l21, l22, lo = columns[4:]
     mean, end = columns[:2] + columns[2:4], columns.new_tensor([[width - 1], [height - 1]])
     # (l11 dx + l21 dy)^2 + (l22 dy)^2 <= reach^2 is an ellipse; these are half its width and half its height.
@@ -636,13 +550,8 @@ def whole_view(height: int, width: int, device) -> Blocks:
     return Blocks(*(torch.arange(0, size, n, device=device) for size, n in zip((height, width), BLOCK)), BLOCK)
 
 
-def reached_blocks(
-    box: Tensor,  # (4, G) first x, y, last x, y in pixels
-    blocks: Blocks,
-    height: int,
-    width: int,
-) -> Tensor:
-    """The same box in columns and rows of blocks (4, G); last < first where it lies between the blocks."""
+def reached_blocks(box: Tensor, blocks: Blocks, height: int, width: int) -> Tensor:
+    """A box of pixels (4, G) in columns and rows of blocks (4, G); last < first where it lies between the blocks."""
     ends = []
     for start, n, size, first, last in zip(blocks[1::-1], blocks.shape[::-1], (width, height), box[:2], box[2:]):
         pixel = torch.arange(-1, size, device=box.device)  # answered for every pixel; the Gaussians only look it up
@@ -654,8 +563,7 @@ def reached_blocks(
 
 
 def list_lengths(boxes: Tensor, rows: int, columns: int) -> Tensor:
-    """How many of the boxes (4, G) hold each block, (rows, columns). A box is +1 and -1 at its corners, summed up
-    twice."""
+    """How many of the boxes (4, G) hold each block (rows, columns): +1 and -1 at their corners, summed up twice."""
     x0, y0, x1, y1 = boxes
     corners = torch.zeros((rows + 1) * (columns + 1), dtype=torch.int32, device=boxes.device)
     for y, x, sign in ((y0, x0, 1), (y0, x1 + 1, -1), (y1 + 1, x0, -1), (y1 + 1, x1 + 1, 1)):
@@ -739,6 +647,59 @@ class Step(NamedTuple):
     clamped: Tensor | None = None  # (n, P) where they were
 
 
+def walk(
+    table: Tensor,  # (G, 8 + E), which may carry E features behind the geometry
+    band: Band, shape: tuple[int, int], max_elements: int, backward: bool = False,
+) -> Iterator[Step]:
+    """Goes down the lists of many blocks at the same time: each `Step` has the next CHUNK Gaussians of each, and
+    overwrites the last one. Blocks whose list ends, or whose pixels have all stopped, make room for others."""
+    pixels, device = monomials(shape, table), table.device
+    P, centres, end = pixels.shape[1], band.centre.to(table), band.start[1:]
+    # An odd number: a power of 2 apart, the weights of one block would compete for the same few lines of the cache.
+    slots = (max(1, max_elements // (CHUNK * P)) - 1) | 1
+    # Longest lists first, so that none is left over at the end; in powers of 2, so that neighbours stay together.
+    queue = band.lengths.log2().floor().argsort(descending=True, stable=True)
+    queue = queue[: int((band.lengths > 0).sum())].to(device)
+    ahead = torch.arange(CHUNK, device=device)
+    buffer = table.new_empty(CHUNK * min(slots, len(queue)) * P)
+    # To ask which blocks are finished makes a GPU wait: there, every 8 steps. Until then their weights are 0.
+    patience, taken = min(8, -(-int(band.lengths.max()) // CHUNK)) if table.is_cuda else 1, 0
+    blocks = at = queue[:0]
+    light = table.new_empty(0, P)
+    while taken < len(queue) or len(blocks):
+        fresh = queue[taken : taken + slots - len(blocks)]
+        taken += len(fresh)
+        blocks, at = torch.cat([blocks, fresh]), torch.cat([at, band.start[fresh]])
+        light = torch.cat([light, light.new_ones(len(fresh), P)])
+        for _ in range(patience):
+            place = at[:, None] + ahead
+            place = place.where(place < end[blocks, None], len(band.gaussian) - 1)
+            yield make_step(table, band, blocks, centres[:, blocks], place, light, pixels, buffer, backward)
+            at = at + CHUNK
+        going = ((at < end[blocks]) & (light.amax(1) > 0)).nonzero()[:, 0]
+        blocks, at, light = (x.index_select(0, going) for x in (blocks, at, light))
+
+
+def make_step(table, band, blocks, centre, place, light, pixels, buffer, backward) -> Step:
+    """The weights of B blocks' next Gaussians; takes what they stop from `light` (B, P)."""
+    ids = band.gaussian.index_select(0, place.flatten())
+    rows = table.index_select(0, ids).view(*place.shape, -1)
+    columns = rows[..., :8].permute(2, 1, 0).contiguous()
+    coefficients = polynomial(columns, centre)
+    coefficients[0].masked_fill_((place == len(band.gaussian) - 1).T, -1e30)  # whatever is there, 2^ it is 0
+    alpha = buffer[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1)
+    torch.mm(coefficients.flatten(1).T, pixels, out=alpha.flatten(0, 1)).exp2_()  # all pixels of all blocks at once
+    F.threshold_(alpha, MIN_ALPHA, 0.0)
+    kept = ()
+    if backward:  # which alphas will be clamped: those of few Gaussians, but asking for them would make a GPU wait
+        opaque = ... if alpha.is_cuda else tuple((columns[7] > math.log2(MAX_ALPHA)).nonzero().T)
+        kept = light.clone(), opaque, alpha[opaque] >= MAX_ALPHA
+    # Few large operations suit a GPU. A CPU renders 2.4 times faster with many small ones, which stay in its cache.
+    weights_of = front_to_back if alpha.is_cuda else front_to_back_in_turn
+    weight = weights_of(alpha.clamp_(max=MAX_ALPHA), light)
+    return Step(blocks, centre, place, ids.view(place.shape), rows, columns, weight, *kept)
+
+
 def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
     """An image (H, W, C) of whole blocks seen as (rows, columns, C, block height, block width)."""
     return image.unflatten(1, (-1, shape[1])).unflatten(0, (-1, shape[0])).permute(0, 2, 4, 1, 3)
@@ -747,11 +708,9 @@ def in_blocks(image: Tensor, shape: tuple[int, int]) -> Tensor:
 def all_channels(
     band: Band,
     weights: Tensor,  # (pairs + 1, P) of every place in the lists, the last 0
-    features: Tensor,  # (G, C)
-    max_elements: int,
+    features: Tensor, max_elements: int,  # (G, C)
 ) -> Tensor:
-    """sum_k w_k f_k, (blocks, C, P): for each block one product of the weights (P, n) of its list with features (n,
-    C)."""
+    """sum_k w_k f_k (blocks, C, P): a product of weights (P, n) and features (n, C) for the list of each block."""
     P, C, blocks = weights.shape[1], features.shape[1], len(band.lengths)
     out = features.new_empty(blocks, P, C)
     if not C:
@@ -769,14 +728,11 @@ def all_channels(
 
 
 def gradients(lists: BlockLists, max_elements, saved, grads, needed):
-    """dL/d table, few and many of `Composite`. A table that needs none, as where geometry is frozen, saves most of
-    it."""
+    """dL/d table, few and many of `Composite`. Where geometry is frozen, the table needs none, which saves most."""
     (table, features, *images), (geometry, _, many), shape = saved, needed, lists.blocks.shape
     E, C = table.shape[1] - 8, features.shape[1]
-    # ln 2 times 1, x, y, x^2, xy, y^2
-    powers = math.log(2) * monomials(shape, table) / table.new_tensor([[1], [-2], [-2], [-1], [-2], [-1]])
-    # Of the whole row, geometry and few; index_add_ is twice as fast with 16 columns or more, 20 times slower with
-    # int32.
+    pixels = math.log(2) * monomials(shape, table)
+    # Of the whole row, geometry and few. index_add_ is twice as fast from 16 columns on, 20 times slower with int32.
     grad_row = table.new_zeros(len(table), max(16, 8 + E))
     grad_features = torch.zeros_like(features) if many else None
     for band in lists:
@@ -796,9 +752,20 @@ def gradients(lists: BlockLists, max_elements, saved, grads, needed):
                 if many:
                     grad_features.index_add_(0, gaussian, (step.weight[:, part].transpose(0, 1) @ g.mT).flatten(0, 1))
             if geometry:
-                rows[..., 2:8] = column_gradients(step, slopes(step, h, behind), powers).permute(2, 1, 0)
+                g = (pixels @ slopes(step, h, behind).flatten(0, 1).T).view(6, *step.columns.shape[1:])
+                rows[..., 2:8] = polynomial_gradients(step.columns, step.centre, g).permute(2, 1, 0)
             grad_row.index_add_(0, ids.flatten(), rows.flatten(0, 1))
     return grad_row[:, :8] if geometry else None, grad_row[:, 8 : 8 + E], grad_features
+
+
+def front_to_back_in_turn(alpha: Tensor, light: Tensor) -> Tensor:
+    """`front_to_back`, one Gaussian after the other; `alpha` becomes the weights."""
+    for w in alpha:
+        w.mul_(light)
+        light.sub_(w)
+        F.threshold_(light, MIN_LIGHT, 0.0)
+        where_positive_(w, light)
+    return alpha
 
 
 def slopes(
@@ -806,39 +773,44 @@ def slopes(
     h: Tensor,  # (B, S, P) dL/dw
     behind: Tensor,  # (blocks, P) sum of w_j h_j over this step and all behind it; the step is taken off
 ) -> Tensor:
-    """alpha_k dL/d alpha_k (S, B, P), which is dL/d log2 alpha_k but for a factor ln 2; in place of the weights.
+    """alpha_k dL/d alpha_k (S, B, P), which is dL/d log2 alpha_k but for a factor ln 2. May overwrite weights and h.
 
     As w_j = alpha_j T_j and every T_j behind k has the factor 1 - alpha_k, it is w_k (h_k - sum_{j>k} w_j h_j /
     T_{k+1}).
     """
-    left = behind.index_select(0, step.blocks)
+    slopes_of = slopes_at_once if h.is_cuda else slopes_in_turn  # as in `make_step`
     light = step.light.clamp_(min=MIN_LIGHT)  # where a pixel has stopped, w is 0, and this must only not be 0
-    for w, h in zip(step.weight, h.unbind(1)):
-        left.addcmul_(w, h, value=-1)
-        light.sub_(w)
-        w.mul_(h.addcdiv_(left, light, value=-1))  # left / light: what the light behind k brings, on average
+    slope, left = slopes_of(step.weight, h.transpose(0, 1), behind.index_select(0, step.blocks), light)
     behind.index_copy_(0, step.blocks, left)
-    step.weight[step.opaque] *= ~step.clamped  # a clamped alpha does not change
-    return step.weight
+    slope[step.opaque] *= ~step.clamped  # a clamped alpha does not change
+    return slope
 
 
-def column_gradients(step: Step, slope: Tensor, powers: Tensor) -> Tensor:
-    """dL/d columns 2-7 of the table (6, S, B) from the `slopes` (S, B, P); the whole pixels in the first two are
-    constants.
+def slopes_at_once(w: Tensor, h: Tensor, left: Tensor, light: Tensor) -> tuple[Tensor, Tensor]:
+    left = left - (w * h).cumsum(0)
+    light = light - w.cumsum(0)
+    return w * (h - left / light), left[-1]
 
-    log2 alpha is lo - u^2 - v^2, u = l11 dx + l21 dy, v = l22 dy. Its derivatives are made of u, v, u dx, u dy and
-    v dy, whose sums over the pixels of a block follow from the sums of slope times 1, x, y, x^2, xy, y^2.
-    """
-    one, x, y, xx, xy, yy = (powers @ slope.flatten(0, 1).T).view(6, *slope.shape[:2])
-    l11, l21, l22, _ = step.columns[4:]
-    dx, dy = step.centre[:, None] - step.columns[:2] - step.columns[2:4]  # to the block's centre, from where x, y count
+
+def slopes_in_turn(w: Tensor, h: Tensor, left: Tensor, light: Tensor) -> tuple[Tensor, Tensor]:
+    for w_k, h_k in zip(w, h):
+        left.addcmul_(w_k, h_k, value=-1)
+        light.sub_(w_k)
+        w_k.mul_(h_k.addcdiv_(left, light, value=-1))  # left / light: what the light behind k brings, on average
+    return w, left
+
+
+def polynomial_gradients(columns: Tensor, centre: Tensor, g: Tensor) -> Tensor:
+    """dL/d columns 2-7 (6, S, B) from dL/d coefficients g (6, S, B): `polynomial` backwards, its lines in reverse. The
+    whole pixels in columns 0-1 are constants."""
+    l11, l21, l22, _ = columns[4:]
+    dx, dy = centre[:, None] - columns[:2] - columns[2:4]
     u, v = l11 * dx + l21 * dy, l22 * dy
-    sum_u, sum_v = u * one + l11 * x + l21 * y, v * one + l22 * y
-    u_dx = dx * sum_u + u * x + l11 * xx + l21 * xy
-    u_dy = dy * sum_u + u * y + l11 * xy + l21 * yy
-    v_dy = dy * sum_v + v * y + l22 * yy
-    mean_x, mean_y = 2 * l11 * sum_u, 2 * (l21 * sum_u + l22 * sum_v)
-    return torch.stack([mean_x, mean_y, -2 * u_dx, -2 * u_dy, -2 * v_dy, one])
+    grad_u, grad_v = l11 * g[1] + l21 * g[2] - 2 * u * g[0], l22 * g[2] - 2 * v * g[0]
+    grad_l11 = dx * grad_u + u * g[1] + 2 * l11 * g[3] + l21 * g[4]
+    grad_l21 = dy * grad_u + u * g[2] + l11 * g[4] + 2 * l21 * g[5]
+    grad_l22 = dy * grad_v + v * g[2] + 2 * l22 * g[5]
+    return torch.stack([-l11 * grad_u, -l21 * grad_u - l22 * grad_v, grad_l11, grad_l21, grad_l22, g[0]])
 
 
 # ---------------------------------------------------------------------------------------------- the operator, continued
@@ -852,15 +824,13 @@ def token_weights(
     row: Tensor,  # (blocks, P) int64, the row of the result that it counts for
     max_elements: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sums of share_p A_pt over the valid pixels p of each row, as row, column, value; and which are valid
-    (blocks, P)."""
+    """Each row's sum of share_p A_pt over its valid pixels p, as row, column, value; which are valid (blocks, P)."""
     (table, z, box, height, width), (index, weight, tokens), columns = view, lift, len(blocks.left)
     most = 32 * max_elements // share.shape[1], 16 * max_elements // max(1, tokens)
     valid, found = torch.empty_like(share, dtype=torch.bool), []
     for band in BlockLists(box, z, blocks, height, width, *most):
         here = slice(band.rows.start * columns, band.rows.stop * columns)
-        # alpha(p), by which every weight is divided, is known only at the end of a list: the weights are kept until
-        # then.
+        # alpha(p), by which every weight is divided, is known only at the end of a list: weights are kept until then.
         alpha, kept = torch.zeros_like(share[here]), []
         for step in walk(table, band, blocks.shape, max_elements):
             alpha.index_add_(0, step.blocks, step.weight.sum(0))
@@ -880,8 +850,7 @@ def token_weights(
 
 
 def row_weights(kept, sums: Tensor, max_elements: int):
-    """(Rows x Gaussians), a part at a time: sum_p of each row's share_p w_pk / alpha_p (B, R, S); block (B,),
-    Gaussian (B, S)."""
+    """Parts of (rows x Gaussians): each row's sum_p share_p w_pk / alpha_p (B, R, S); block (B,), Gaussian (B, S)."""
     if kept:
         blocks, ids = (torch.cat(x) for x in zip(*(step[:2] for step in kept)))
         c = torch.cat([sums.index_select(0, b) @ w.permute(1, 2, 0) for b, _, w in kept])
@@ -889,10 +858,7 @@ def row_weights(kept, sums: Tensor, max_elements: int):
             yield c[part], blocks[part], ids[part]
 
 
-def sums_by_row(
-    share: Tensor,  # (blocks, P)
-    row: Tensor,  # (blocks, P) int64
-) -> tuple[Tensor, Tensor]:
+def sums_by_row(share: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """The different rows that each block's pixels count for (blocks, R), and the matrices (blocks, R, P) that sum
     share_p over each. A block of fewer than R rows names its first one again, for sums of nothing."""
     ordered, place = row.sort(1)
@@ -914,9 +880,11 @@ def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -
     return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape, check_invariants=False).coalesce()
 
 
+OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
+
+
 def save_operator(operator: SplatOperator, path: str | Path, dtype: torch.dtype) -> None:
-    """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length, bfloat16 training by
-    2e-3."""
+    """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length."""
     stored = {"valid": operator.valid}
     for name, matrix in zip("SLM", operator):
         row, column = matrix.indices()
@@ -934,8 +902,7 @@ def load_operator(path: str | Path) -> SplatOperator:
         with safe_open(path, "pt") as file:
             about, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        what = f"{path}: not a whole safetensors file ({error})"
-        raise ValueError(f"{what}; remove it, it can be computed again") from None
+        about = {"format": f"a damaged file: {error}"}
     if about.get("format") != OPERATOR_FORMAT:
         found = f"{about.get('format')!r} where {OPERATOR_FORMAT!r} is read"
         raise ValueError(f"{path}: {found}; remove it, it can be computed again")
@@ -1053,11 +1020,7 @@ def psnr(guess: Tensor, truth: Tensor) -> float:  # of values in [0, 1]
 @torch.no_grad()
 def geometry_carries(gaussians, colours: Tensor, triplet: Triplet) -> tuple[float, float]:
     """The PSNR of the splatted context colours (G, 3) against the target, and that of the target's mean colour, where
-    the Gaussians cover it. A geometry carries only where the first is the larger one.
-
-    With the tiny MVSplat it was larger in all triplets of two built-in rooms and of two real scenes (by 3 to 16), in
-    8 of 12 of two scenes of single objects (by 1 to 6), and in 16 of 36 with the two context cameras exchanged.
-    """
+    the Gaussians cover it. A geometry carries only where the first is the larger one."""
     image, covered = divide_by_alpha(render_target(gaussians, colours, triplet))
     truth = triplet.images[2].permute(1, 2, 0)
     if not covered.any():
@@ -1092,38 +1055,25 @@ def between(a: Tensor, b: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def film(path: Path, gaussians, colours: Tensor, poses: Tensor, K: Tensor, height: int, width: int) -> Path:
-    """Colours beside depth along `poses` (n, 4, 4), K (3, 3), as an animated WebP picture."""
+def fly(scenes, args) -> Path:
+    """Between the two context views of a held-out triplet and back, as an animated WebP picture."""
     from PIL import Image
 
-    data, _ = companions()
-    scene, views = (gaussians.means, gaussians.covariances, gaussians.opacities, colours), torch.linalg.inv(poses)
-    renders = [rasterize(*scene, w2c, K, height, width) for w2c in tqdm(views, desc="flight", leave=False)]
-    depths = torch.stack([(r.depth * (r.alpha >= COVERED)).cpu() for r in renders])
-    some = depths[:: 1 + len(depths) // 8, ::4, ::4]  # one range of depths for the whole film
-    frames, zoom = [], max(1, round(320 / width))  # enlarged only now: seen closer, Gaussians are a grid of dots
-    for render, depth in zip(renders, depths):
-        pair = torch.cat([render.features.permute(2, 0, 1).cpu(), data.colour_depth(depth, some)], 2).clamp(0, 1)
-        pixels = (pair * 255).byte().permute(1, 2, 0).contiguous().numpy()
-        frames.append(Image.fromarray(pixels).resize((2 * zoom * width, zoom * height), Image.BICUBIC))
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "webp", save_all=True, append_images=frames[1:], duration=80, loop=0, quality=80)
-    data.write_whole(path, buffer.getvalue())
-    return path
-
-
-def fly(scenes, args) -> Path:
-    """Between the two context views of a held-out triplet."""
     data, lift = companions()
     scene, net = scenes[0], lift.load_mvsplat(args.mvsplat).to(args.device)
     indices = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed))
     t = load_triplet(scene, indices, data.fit_size(scene, args.pixels, 16), args.device)
-    if args.geometry == "depth" and t.depth is None:
-        raise ValueError(f"{scene.name}: no measured depth for --geometry depth; use mvsplat")
-    with torch.no_grad():
-        gaussians, colours = reconstruct(args.geometry, t, net)
-    poses, size = between(*t.c2w[:2], 48), t.images.shape[-2:]
-    return film(Path(args.out) / "flight.webp", gaussians, colours, poses, t.K[2], *size)
+    gaussians, colours = reconstruct("mvsplat", t, net)
+    height, width = t.images.shape[-2:]
+    frames, zoom = [], max(1, round(640 / width))  # enlarged only now: seen closer, Gaussians are a grid of dots
+    for pose in tqdm(between(*t.c2w[:2], 48), desc="flight", leave=False):
+        view = t._replace(c2w=torch.stack([*t.c2w[:2], pose]))
+        pixels = (render_target(gaussians, colours, view).features.clamp(0, 1) * 255).byte().cpu().numpy()
+        frames.append(Image.fromarray(pixels).resize((zoom * width, zoom * height), Image.BICUBIC))
+    buffer, path = io.BytesIO(), Path(args.out) / "flight.webp"
+    frames[0].save(buffer, "webp", save_all=True, append_images=frames[1:], duration=80, loop=0, quality=80)
+    data.write_whole(path, buffer.getvalue())
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------- the picture
@@ -1186,7 +1136,6 @@ def parse(argv):
     parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny', a published name, a file or folder")
     parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights: 'tiny', re10k.ckpt, or fine-tuned by 04")
     parser.add_argument("--flight", action="store_true", help="animated, between two views of a held-out scene")
-    parser.add_argument("--geometry", choices=("mvsplat", "depth"), default="mvsplat", help="whose Gaussians fly")
     parser.add_argument("--pixels", type=data.positive, default=96 * 128, help="pixels a view; fewer need less memory")
     return parser.parse_args(argv)
 

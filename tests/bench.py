@@ -80,19 +80,14 @@ def alpha_pixel_by_pixel():
         dx, dy = (centre[:, None] - columns[:2, ..., 0] - columns[2:4, ..., 0])[..., None] - pixels[1:3, None, None] / 2
         alpha = torch.exp(lo * 0.6931472 - 0.6931472 * ((l11 * dx + l21 * dy) ** 2 + (l22 * dy) ** 2))
         alpha = torch.where((place == len(band.gaussian) - 1).T[..., None] | (alpha < splat.MIN_ALPHA), 0.0, alpha).clamp(max=splat.MAX_ALPHA)
-        return splat.Step(blocks, centre, place, ids.view(place.shape), rows, columns, splat.front_to_back(alpha, light))
+        return splat.Step(blocks, centre, place, ids.view(place.shape), rows, columns, splat.front_to_back_in_turn(alpha, light))
     splat.make_step = make_step
     return splat.rasterize
 
 
 def light_by_cumprod():
-    """rasterize with the light of all Gaussians of a step by cumprod, and the stop by torch.where, instead of one after the other in place."""
-    def front_to_back(alpha, light):
-        after = light * (1 - alpha).cumprod(0)
-        weight = torch.where(after > splat.MIN_LIGHT, torch.cat([light[None], after[:-1]]) * alpha, 0.0)
-        light.copy_(torch.where(after[-1] > splat.MIN_LIGHT, after[-1], 0.0))
-        return weight
-    splat.front_to_back = front_to_back
+    """rasterize as on a GPU: the light of all Gaussians of a step by cumprod, instead of one after the other in place."""
+    splat.front_to_back_in_turn = splat.front_to_back
     return splat.rasterize
 
 
