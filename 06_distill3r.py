@@ -356,8 +356,8 @@ class CachedSample(NamedTuple):
     masks: list  # of (H, W) bool, the valid pixels M
 
 
-# The teacher's maps of a sample are resampled to the student's size (`ask`), filtered by confidence and cut to float16
-# (`filtered`), coded without loss, and written into one file (`pack_sample`): the steps of Sec. III-B 2.
+# The teacher's maps of a sample are resampled to the student's size (`ask`), filtered by confidence and rounded to
+# float16 (`filtered`), coded without loss, and written into one file (`pack_sample`): the steps of Sec. III-B 2.
 # A teacher is anything that has an `identity`, says by `view_size` at which size it wants a picture of (H, W), and
 # turns the views of a sample, and a generator for all that is random, into a Pointmap each. Unknown points are NaN.
 
@@ -371,7 +371,7 @@ def write_cache(
     stride=1,
     tau=0.3,
     seed=0,
-    shard=(0, 1),  # (i, n): every n-th sample, from the i-th
+    shard=(0, 1),  # (i, n): every n-th sample, from the i-th, in each of n processes
     skip_bad_frames=False,
 ) -> list[Path]:
     """Ask the teacher about every sample below `root`, once, and keep its answers in out/<scene>/<sample>.safetensors.
@@ -380,16 +380,16 @@ def write_cache(
     give the same bytes. Returns the files it wrote. Raises DataError where `out` is made of other pictures or settings.
     """
     root, out, (which, shards) = Path(root), Path(out), shard
-    lines = make_manifest(root, views, stride, skip_bad_frames)  # one a view (Sec. III-B 1)
-    keep_manifest(out, lines, write=which == 0)
+    lines = make_manifest(root, views, stride, skip_bad_frames)  # one for each view (Sec. III-B 1)
     settings = dict(teacher=teacher.identity, size=list(size), views=views, tau=tau, seed=seed)
+    keep_manifest(out, settings, lines, write=which == 0)
     mine = {out / f"{name}.safetensors": sample for name, sample in list(samples_of(lines).items())[which::shards]}
-    todo = {path: sample for path, sample in mine.items() if not is_done(path, settings)}
+    todo = {path: sample for path, sample in mine.items() if not (path.exists() and readable(read_sample, path))}
     for path, sample in tqdm(todo.items(), desc=f"cache -> {out}", unit="sample", disable=not todo):
         maps = ask(teacher, root, sample, size, seed, skip_bad_frames)  # all views of the sample in one call
         if not any((certainty(m.conf_local) >= tau).any() for m in maps):
             print(f"{path}: not one pixel is trusted at --tau {tau:g}, so nothing will be learned from it; lower it")
-        data.write_whole(path, pack_sample(maps, settings))
+        data.write_whole(path, pack_sample(maps, tau))
     return list(todo)
 
 
@@ -446,7 +446,7 @@ def train(args, rank, world):
             norm = nn.utils.clip_grad_norm_(distill.trained(student).values(), 1.0).item()
             optimiser.step()
             measured = {}
-            if run.first and heldout and (step + 1 == args.max_steps or (step + 1) % args.eval_every == 0):
+            if run.first and heldout and (step + 1) * 6 // args.max_steps > step * 6 // args.max_steps:  # six times
                 measured["heldout"] = heldout_loss(student, heldout, args)
             run.log(show=("total",), samples=names, **loss._asdict(), grad_norm=norm, lr=rate, **measured)
     if run.first:
@@ -669,8 +669,7 @@ def undo_imagenet(images):  # a ViT of 02_lift takes ImageNet's mean and deviati
 
 def checked_ids(images, view_ids, generator, patch):  # -> V ids, or ValueError for what cannot be run
     if not 0 < len(images) <= VIEW_IDS:
-        raise ValueError(f"{len(images)} views in one call, but there are ids for 1 to {VIEW_IDS}; leave some out "
-                         "(--stride 2)")
+        raise ValueError(f"{len(images)} views in one call, not 1 to {VIEW_IDS}; leave some out (--stride 2)")
     for index, image in enumerate(images):
         if image.ndim != 3 or len(image) != 3 or any(side < 1 or side % patch for side in image.shape[1:]):
             raise ValueError(f"view {index} is {tuple(image.shape)}; give (3, H, W), H and W multiples of {patch}")
@@ -714,14 +713,10 @@ def recompute(model):
 
 # ------------------------------------------------------------------------------------------------ weights
 
-FAST3R_PAGE = "huggingface.co/jedyang97/Fast3R_ViT_Large_512"
-STUDENT_PAGE = "github.com/TheFourthKaramazov/Distill3R"
-
-
 def load_fast3r(path) -> Fast3R:
-    """Fast3R with its weights, in fp32 and evaluation mode: the published `model.safetensors`, its folder, or a
-    training checkpoint (prefix `net.`). Raises ValueError, one line naming the file, as `load_vit` does."""
-    path, config = find_network(path, f"put model.safetensors and config.json of {FAST3R_PAGE} there")
+    """Fast3R in fp32 and evaluation mode, from the published `model.safetensors`, its folder, or a training checkpoint
+    (prefix `net.`). Raises ValueError, one line naming the file, as `load_vit` does."""
+    path, config = find_network(path, "get model.safetensors from huggingface.co/jedyang97/Fast3R_ViT_Large_512")
     stored, sizes = network_tensors(path, "net."), []
     for part, short in (("encoder", "enc"), ("decoder", "dec")):
         norm, block = f"{part}.{short}_norm.weight", rf"{part}\.{short}_blocks\.(\d+)\."
@@ -738,7 +733,8 @@ def load_fast3r(path) -> Fast3R:
 def load_student(path) -> Student:
     """A student with its weights, in evaluation mode: a folder of `save_student`, or the official Lightning checkpoint
     (prefix `student.`), which has no config.json and the published sizes. Raises ValueError as `load_fast3r` does."""
-    path, config = find_network(path, f"give the folder that `train` wrote, or the checkpoint linked at {STUDENT_PAGE}")
+    path, config = find_network(path, "give the folder that `train` wrote, or the checkpoint linked at "
+                                "github.com/TheFourthKaramazov/Distill3R")
     try:
         config = StudentConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
     except TypeError as error:
@@ -780,7 +776,7 @@ def built(network, *sizes):  # uninitialised: 650 million random numbers would o
 
 
 class NetworkTeacher:
-    """A network with the interface of a teacher: Fast3R for the cache, the student when it is measured."""
+    """A network with the interface of a teacher."""
 
     def __init__(self, model, identity, view_size, device="cpu"):
         self.model, self.identity, self.view_size, self.device = model.to(device).eval(), identity, view_size, device
@@ -816,11 +812,11 @@ def photos_in(folder):
     return [path for path in folder.iterdir() if data.is_picture(path)]
 
 
-def is_whole(path):  # decoded to its end; says so where it cannot be
+def readable(reader, path):  # says what is wrong where it cannot be read
     try:
-        return bool(data.decode(path))
+        return bool(reader(path))
     except data.DataError as error:
-        print(f"left out: {error}")
+        print(error)
 
 
 @lru_cache(8)
@@ -853,11 +849,11 @@ def open_scene(root, name, skip_bad_frames=False):
     """-> a posed scene or photos below `root`, and {path of a picture from `root`: its index}, in natural order."""
     folder = scene_folders(root).get(name)
     if not folder:
-        raise data.DataError(f"{root}: scene {name} is no longer in here; restore it or make the cache again")
+        raise data.DataError(f"{root}: scene {name} is no longer in here; restore it or cache again")
     if data.reader_of(folder):
         scene = data.load_scenes(folder, skip_bad_frames)[0]
     else:
-        photos = [path for path in photos_in(folder) if not skip_bad_frames or is_whole(path)]
+        photos = [path for path in photos_in(folder) if not skip_bad_frames or readable(data.decode, path)]
         scene = data.Scene(name, [photo_at(path) for path in photos])
     paths = {Path(os.path.relpath(frame.image, root)).as_posix(): i for i, frame in enumerate(scene.frames)}
     return scene, dict(sorted(paths.items(), key=lambda item: data.natural(item[0])))
@@ -895,10 +891,8 @@ def load_views(root, lines, size_of, skip_bad_frames=False, maps=True):
     scene, index = open_scene(root, lines[0]["scene"], skip_bad_frames)
     for line in lines:
         path = Path(root, line["path"])
-        if line["path"] not in index:
-            raise data.DataError(f"{path}: in the manifest, but no longer in its scene; restore it or cache again")
-        if path.stat().st_size != line["bytes"]:
-            raise data.DataError(f"{path}: not the picture that the manifest lists; restore it or cache again")
+        if line["path"] not in index or path.stat().st_size != line["bytes"]:
+            raise data.DataError(f"{path}: no longer the picture that the manifest lists; restore it or cache again")
     return [scene.view(index[line["path"]], size_of(*line["size"]), maps=maps) for line in lines]
 
 
@@ -908,11 +902,8 @@ def oriented(size, height, width):  # (H, W) of a landscape picture -> the same,
 
 
 def resampled(m: Pointmap, photo, size) -> Pointmap:
-    """The map at another size, bilinear; pixels that the map does not show are NaN.
-
-    Map and result are both centre crops of the photo (H, W), each scaled to cover its own size. What a pixel has in
-    common in the two is its distance from the middle, in pixels of the photo.
-    """
+    """The map at another size, bilinear; pixels that it does not show are NaN. Both are centre crops of the photo
+    (H, W): a place has the same distance from the middle in both, in pixels of the photo."""
     # Differs: the official code stretches every picture to 224x518. We scale it to cover that size and crop it.
     have = m.conf_local.shape
     if have == tuple(size):
@@ -923,9 +914,9 @@ def resampled(m: Pointmap, photo, size) -> Pointmap:
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (H, W, 2)
     stacked = torch.cat([m.points_global, m.points_local, m.conf_global[..., None], m.conf_local[..., None]], -1)
     found = F.grid_sample(stacked.permute(2, 0, 1)[None], grid[None], align_corners=False, padding_mode="border")[0]
-    found = found.permute(1, 2, 0)  # (H, W, 8)
-    points = torch.where((grid.abs() <= 1).all(-1, keepdim=True), found[..., :6], torch.nan)
-    return Pointmap(points[..., :3], points[..., 3:], found[..., 6], found[..., 7])
+    points, conf = found.permute(1, 2, 0).split((6, 2), -1)
+    points = torch.where((grid.abs() <= 1).all(-1, keepdim=True), points, torch.nan)
+    return Pointmap(*points.split(3, -1), *conf.unbind(-1))
 
 
 # ------------------------------------------------------------------------------------------------ samples on disk
@@ -951,15 +942,13 @@ def decoded(stored: bytes, shape):  # the inverse of `coded` -> (8, H, W) float1
     return steps.cumsum(2, dtype=np.int16).cumsum(1, dtype=np.int16).view(np.float16)
 
 
-def pack_sample(maps, settings) -> bytes:
-    """A sample as a safetensors file: of each view the coded maps and the mask; who made them; a checksum over all."""
+def pack_sample(maps, tau) -> bytes:
+    """A sample as a safetensors file: of each view the coded maps and the mask, and a checksum over all of them."""
     # Differs: the paper run-length codes the masks. zlib over their bits is as lossless, and a third of the size.
-    parts, sizes = {}, []
+    parts = {}
     for k, m in enumerate(maps):
-        channels, mask = filtered(m, settings["tau"])
+        channels, mask = filtered(m, tau)
         parts[f"{k}.maps"], parts[f"{k}.mask"] = coded(channels, mask), zlib.compress(np.packbits(mask).tobytes())
-        sizes.append(mask.shape)
-    parts["about"] = json.dumps(dict(settings=settings, sizes=sizes)).encode()
     parts["sha256"] = checksum(parts)
     return save({name: torch.frombuffer(bytearray(part), dtype=torch.uint8) for name, part in parts.items()})
 
@@ -968,8 +957,8 @@ def checksum(parts, layout=b"pointmaps 3") -> bytes:  # give another `layout` wh
     return hashlib.sha256(layout + b"".join(name.encode() + part for name, part in sorted(parts.items()))).digest()
 
 
-def read_sample(path):
-    """-> what the file says about its sample, and {name: bytes} of its parts. DataError names a damaged file."""
+def read_sample(path) -> dict:
+    """-> {name: bytes} of what a sample holds. DataError names a file that is damaged."""
     try:
         parts = {name: x.numpy().tobytes() for name, x in load(Path(path).read_bytes()).items()}
         whole = parts.pop("sha256") == checksum(parts)
@@ -978,44 +967,36 @@ def read_sample(path):
     if not whole:
         raise data.DataError(f"{path}: damaged, cut off or of another version; run the cache command again, it makes "
                              "this sample anew")
-    return json.loads(parts["about"]), parts
+    return parts
 
 
-def unpack_sample(path):
-    """-> what the file says about its sample, [Pointmap] float32, [mask (H, W) bool]."""
-    (about, parts), maps, masks = read_sample(path), [], []
-    for k, size in enumerate(about["sizes"]):
+def unpack_sample(path, sizes):  # (H, W) of each view -> [Pointmap] float32, [mask (H, W) bool]
+    parts, maps, masks = read_sample(path), [], []
+    for k, size in enumerate(sizes):
         bits = np.unpackbits(np.frombuffer(zlib.decompress(parts[f"{k}.mask"]), np.uint8), count=math.prod(size))
         mask = torch.from_numpy(bits.reshape(size).astype(bool))
         channels = torch.from_numpy(decoded(parts[f"{k}.maps"], size)).float()
         points_global, points_local = channels[:6].permute(1, 2, 0).split(3, -1)
         maps.append(Pointmap(points_global, points_local, *torch.where(mask, channels[6:], 1.0)))
         masks.append(mask)
-    return about, maps, masks
+    return maps, masks
 
 
-def is_done(path, settings):
-    """Whether a sample is there and whole. Says so where it is damaged; DataError where another run made it."""
-    try:
-        old = read_sample(path)[0]["settings"] if path.exists() else None
-    except data.DataError as error:
-        print(error)
-        old = None
-    changed = [f"{key} {old[key]} -> {value}" for key, value in settings.items() if old and old[key] != value]
-    if changed:
-        raise data.DataError(f"{path}: made with other settings ({', '.join(changed)}); use those or another --out")
-    return old is not None
-
-
-def keep_manifest(out, lines, write):  # beside the samples; samples of two manifests are never mixed
-    path, content = out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode()
-    if path.exists() and path.read_bytes() != content and any(out.rglob("*.safetensors")):
-        raise data.DataError(f"{path}: lists other pictures or samples than are here now; give another --out")
-    if write:
+def keep_manifest(out, settings, lines, write):
+    """Beside the samples: the settings in the first line, then a line for each view. Two manifests are never mixed."""
+    path = out / "manifest.jsonl"
+    content = "".join(json.dumps(line) + "\n" for line in [settings, *lines]).encode()
+    before = path.read_bytes() if path.exists() else None
+    if before not in (None, content) and any(out.rglob("*.safetensors")):
+        old = json.loads(before.splitlines()[0])
+        changed = [f"{key} {old.get(key)} -> {value}" for key, value in settings.items() if old.get(key) != value]
+        raise data.DataError(f"{path}: made of other pictures or settings ({', '.join(changed) or 'pictures'}); use "
+                             "those or give another --out")
+    if write and before != content:
         data.write_whole(path, content)
 
 
-class CachedViews(torch.utils.data.Dataset):
+class CachedViews:
     """What `write_cache` wrote, with its images: item i -> CachedSample. `scenes`: the names to keep, or all."""
 
     def __init__(self, root, cache, scenes=None, skip_bad_frames=False):
@@ -1023,7 +1004,7 @@ class CachedViews(torch.utils.data.Dataset):
         manifest = self.cache / "manifest.jsonl"
         if not manifest.exists():
             raise data.DataError(f"{manifest} does not exist; run the cache command first")
-        lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+        self.settings, *lines = [json.loads(line) for line in manifest.read_text().splitlines()]
         self.samples = list(samples_of(line for line in lines if scenes is None or line["scene"] in scenes).items())
         if not self.samples:
             raise data.DataError(f"{cache}: no sample in it is of {root}; cache that folder, with an --out of its own")
@@ -1031,8 +1012,7 @@ class CachedViews(torch.utils.data.Dataset):
         if missing:
             raise data.DataError(f"{cache}: {len(missing)} of {len(self.samples)} samples are not there yet "
                                  f"({', '.join(missing[:3])}); run the cache command to its end")
-        self.settings = read_sample(self.path(self.samples[0][0]))[0]["settings"]
-        self.identity = hashlib.sha256(manifest.read_bytes() + json.dumps(self.settings).encode()).hexdigest()[:16]
+        self.identity = hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]
 
     def path(self, name):
         return self.cache / f"{name}.safetensors"
@@ -1042,23 +1022,22 @@ class CachedViews(torch.utils.data.Dataset):
 
     def __getitem__(self, i) -> CachedSample:
         name, lines = self.samples[i]
-        about, targets, masks = unpack_sample(self.path(name))
-        size = about["settings"]["size"]
-        views = load_views(self.root, lines, lambda *stored: oriented(size, *stored), self.skip_bad_frames, maps=False)
+        size_of = functools.partial(oriented, self.settings["size"])
+        views = load_views(self.root, lines, size_of, self.skip_bad_frames, maps=False)
+        targets, masks = unpack_sample(self.path(name), [size_of(*line["size"]) for line in lines])
         return CachedSample(name, [view.image for view in views], targets, masks)
 
 
 # ------------------------------------------------------------------------------------------------ around the loop
 
 
-def cached_part(args, part, root) -> CachedViews:  # "train" or "val": every eighth scene is held out
-    return CachedViews(root, args.cache, data.split(list(scene_folders(root)), part), args.skip_bad_frames)
+def cached_part(args, part, root):  # "train" or "val", every eighth scene; None of one scene, which is trained on
+    scenes = data.split(list(scene_folders(root)), part)
+    return CachedViews(root, args.cache, scenes, args.skip_bad_frames) if scenes else None
 
 
-def cached_parts(args):  # -> training and held-out samples (None of a single scene); args.size becomes the cache's
-    root = source_of(args)
-    cached = cached_part(args, "train", root)
-    heldout = cached_part(args, "val", root) if len(scene_folders(root)) > 1 else None
+def cached_parts(args):  # -> training and held-out samples; args.size becomes the cache's
+    cached, heldout = (cached_part(args, part, source_of(args)) for part in ("train", "val"))
     size = cached.settings["size"]
     if size != args.size and not args.any_size:
         raise data.DataError(f"{args.cache}: made at {size}, not {args.size}; leave --size out, or cache again")
@@ -1098,9 +1077,9 @@ def mirrored(sample: CachedSample) -> CachedSample:
 
 
 @torch.no_grad()
-def heldout_loss(student, heldout: CachedViews, args) -> float:
+def heldout_loss(student, heldout: CachedViews, args, most=8) -> float:  # of so many samples that are not trained on
     student.eval()
-    some = np.linspace(0, len(heldout) - 1, min(args.heldout, len(heldout))).astype(int)
+    some = np.linspace(0, len(heldout) - 1, min(most, len(heldout))).astype(int)
     losses = [loss_of(student, heldout[i], args, seed=int(i)).total.item() for i in some]
     student.train()
     return sum(losses) / len(losses)
@@ -1133,9 +1112,7 @@ def robust_similarity(source: Tensor, target: Tensor, weight: Tensor, rounds=10)
 def photo_agreement(points, colours, photos, focal, c2w) -> float:
     """How well neighbouring photos agree through the geometry: 1 where each point of one photo meets its own colour in
     the other, 0 where the colours are as wrong as those of pixels drawn at random, or where no point meets the other.
-
-    points, colours: V of (M, 3), in the frames of their cameras; photos: V of (3, H, W); focal (V,); c2w (V, 4, 4)
-    """
+    points, colours: V of (M, 3), in the frames of their cameras; photos: V of (3, H, W); focal (V,); c2w (V, 4, 4)"""
     off, some = torch.zeros(2), torch.Generator().manual_seed(0)
     for i, j in ((i, j) for i in range(len(photos)) for j in (i - 1, i + 1) if 0 <= j < len(photos)):
         motion, (h, w) = torch.linalg.inv(c2w[j]) @ c2w[i], photos[j].shape[1:]
@@ -1246,10 +1223,10 @@ def draw_cloud(points, radii, colours, centres, size=480) -> Tensor:
     back = points[:, 2].median()  # as far behind the camera as most of what it sees is before it
     w2c = torch.eye(4)
     w2c[1, 3], w2c[2, 3] = 0.4 * back, back
-    K = torch.tensor([[size, 0, size / 2], [0, size, 0.35 * size], [0, 0, 1]])
+    K = torch.tensor([[1.4 * size, 0, size / 2], [0, 1.4 * size, 0.3 * size], [0, 0, 1]])
     red = torch.tensor([1.0, 0.1, 0.1]).expand(len(centres), 3)
     means, colours = torch.cat([points, centres]), torch.cat([colours, red])
-    radii = torch.cat([radii, (back / 60).expand(len(centres))])
+    radii = torch.cat([radii, (back / 90).expand(len(centres))])
     gaussians = means, radii.square()[:, None, None] * torch.eye(3), torch.full_like(radii, 0.9), colours
     drawn = splat.rasterize(*gaussians, w2c, K, size, size, background=torch.full((3,), 0.12))
     return drawn.features.permute(2, 0, 1)
@@ -1259,7 +1236,7 @@ def draw_cloud(points, radii, colours, centres, size=480) -> Tensor:
 
 
 class Score(NamedTuple):
-    """Of one view, in the unit of the truth; means over views and scenes have the same form."""
+    """Of one view, or a mean over views and scenes; in the unit of the truth."""
     accuracy_mean: float  # from the prediction to the truth
     accuracy_median: float
     completeness_mean: float  # from the truth to the prediction
@@ -1437,19 +1414,18 @@ def infer(args):
         if 2 * height <= scene.frames[i].size[0] and 2 * width <= scene.frames[i].size[1]:
             views[k] = scene.view(i, (2 * height, 2 * width), maps=False)
     write_scene(out, views, maps, args.tau)
-    report_scene(scene, shown, network.identity, out)
-
-
-def report_scene(scene, shown, identity, out):  # one verdict, whether the cameras are to be trusted, and what is next
     meta = json.loads((out / "transforms.json").read_text())
-    first, (found, still) = meta["frames"][0], meta["agreement"]
+    verdict(f"{scene.name}, {len(shown)} views by {network.identity}", len(shown), meta["agreement"], out)
+
+
+def verdict(name, views, agreement, out):  # whether the cameras are to be trusted, and what to do next
+    found, still = agreement
     doubt = found < still + 0.02  # cameras that never moved would explain the photos as well
-    print(f"{scene.name}: {len(shown)} views by {identity}, focal length {first['fl_x']:.0f} pixels of {first['w']}")
-    if len(shown) > 1:
-        print(f"{'do not trust the cameras' if doubt else 'the cameras explain the photos'}: through them neighbouring "
-              f"photos agree to {100 * found:.0f} %, and to {100 * still:.0f} % if no camera had moved (100: in every "
-              "colour, 0: as strangers)")
-    further = "" if doubt or len(shown) < 3 else f"; python 04_distill.py --scene_dir {out} --geometry depth"
+    if views > 1:
+        print(f"{name}: {'do not trust the cameras' if doubt else 'the cameras explain the photos'}: through them "
+              f"neighbouring photos agree to {100 * found:.0f} %, and to {100 * still:.0f} % if no camera had moved "
+              "(100: in every colour, 0: as strangers)")
+    further = "" if doubt or views < 3 else f"; python 04_distill.py --scene_dir {out} --geometry depth"
     print(f"  ->  {out / 'cloud.png'}, {out / 'cloud.ply'}{further}")
 
 
@@ -1466,10 +1442,9 @@ def table_one(args):
             shape = [max(1, round(side / model.patch)) * model.patch for side in args.size]  # 378x518; 384x512
             images = list(torch.rand(count, 3, *shape, device=args.device))
             try:
-                costs = [cost_of_pass(model, images, args.at_once, cuda) for _ in range(2)]
+                seconds, gigabytes = min(cost_of_pass(model, images, args.at_once, cuda) for _ in range(2))
             except torch.OutOfMemoryError:
-                costs = [(math.inf, math.inf)]
-            seconds, gigabytes = min(costs)
+                seconds = gigabytes = math.inf
             rows.append(dict(model=name, views=count, seconds=seconds, gigabytes=gigabytes))
             print(f"{count:5} views, {name}: {seconds:8.2f} s" + (f" {gigabytes:7.2f} GB" if cuda else ""))
     path = Path(args.out, "table.json")
@@ -1501,16 +1476,15 @@ def parse(argv):
     add("--out", default="out/06_distill3r")
     add("--preset", choices=list(PRESETS), help="full: the paper's setting, default on CUDA; tiny: minutes on a CPU")
     add("--cache", help="folder of the teacher's pointmaps; default: cache/ in --out")
-    add("--teacher", default="geometry", help="Fast3R's model.safetensors, which infer asks instead of the student; or "
-        "'geometry': true depth with a network's errors")
+    add("--teacher", default="geometry", help="Fast3R's weights, for infer too; 'geometry': true depth, disturbed")
     add("--weights", help="student for eval and infer; default: student/ in --out")
     add("--size", type=data.positive, nargs=2, metavar=("H", "W"), help="of landscape pictures, multiples of the "
-        "patch; lower it when memory runs out; infer and eval take what the student was trained on [p]")
+        "patch; infer and eval take what the student was trained on [p]")
     add("--views", type=data.positive, help="views a sample, N; lower it when memory runs out [p]")
     add("--stride", type=data.positive, help="take every n-th picture, of a slow video 5 or 10; default: 1")
     add("--tau", type=float, default=0.3, help="least certainty 1 - 1/C of a pixel that counts, 0 to 1")
     add("--models", nargs="+", choices=("mean", "student", "teacher"), default=["mean", "student", "teacher"],
-        help="those that eval measures (mean: the mean pointmap of the cache), or table (teacher, student)")
+        help="for eval and table; mean is the mean pointmap of the cache")
     add("--counts", type=data.positive, nargs="+", help="numbers of views in table")
     add("--at_once", type=data.positive, default=8, help="views at once in table; lower it when memory runs out")
     add("--skip_bad_frames", action="store_true", help="leave out frames without an image or a valid pose")
@@ -1531,13 +1505,10 @@ def add_training_flags(parser):
     add("--gamma", type=float, default=0.001, help="of Eq. 6; Table III's labels only: 0, with --weight none")
     add("--weight", choices=list(WEIGHTS), default="teacher", help="w of Eq. 2; clamped is the official code's")
     add("--mean", choices=("pixels", "views"), default="pixels", help="views: over views first, as the official code")
-    add("--global_target", choices=("direct", "aligned"), default="direct", help="aligned: as the official code, the "
-        "local map moved onto the global one")
+    add("--global_target", choices=("direct", "aligned"), default="direct", help="aligned: as the official code")
     add("--mirror", action=argparse.BooleanOptionalAction, help="half of the samples mirrored, where there are few [p]")
     add("--bf16", action=argparse.BooleanOptionalAction, help="the networks in bfloat16 [p]")
     add("--grad_checkpoint", action="store_true", help="compute activations twice, in a quarter of the memory")
-    add("--heldout", type=data.positive, default=8, help="held-out samples whose loss is measured during training")
-    add("--eval_every", type=data.positive, help="steps between these measurements; default: six a run")
     add("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
 
@@ -1554,7 +1525,6 @@ def settle_flags(args):  # fills in what the preset sets
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.size = list(args.size)  # as a checkpoint gives it back
-    args.eval_every = args.eval_every or max(1, args.max_steps // 6)
     return args
 
 
