@@ -11,7 +11,7 @@ Run     python 06_distill3r.py --preset tiny     cache, train, eval and infer on
         python 06_distill3r.py table                                         Table I: time and memory over the views
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py tiny/rooms.py tiny/teacher.py
         tiny/vit.safetensors
-Read    Pointmap certainty pointmap_loss PointmapNetwork Fusion read_out Fast3R Student CachedSample write_cache
+Read    Pointmap certainty pointmap_loss PointmapNetwork read_out Fusion Fast3R Student CachedSample write_cache
         filtered train learn_samples estimate_cameras focal_length
 Try     after --preset tiny: eval --models mean student --views 1      accuracy 0.218 m, by the mean pointmap 0.245
         cache --scene_dir data_small/room_007 --tau 0.9 --out out/sure    69 % of the pixels are valid, not 99.6 %
@@ -56,7 +56,6 @@ from tqdm import tqdm
 data, lift, splat, distill = (importlib.import_module(n) for n in ("01_data", "02_lift", "03_splat", "04_distill"))
 
 VIEW_IDS = 1000  # rows in Fast3R's table of view codes, and therefore the most views in one call
-FAR = 20.0  # in median distances: a point farther away is sky, or a mistake
 
 PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samples in steps of 16
     "tiny": dict(encoder="tiny", size=(48, 64), views=4, stride=1, max_steps=1200, batch=1, lr=5e-4, final_lr=1e-5,
@@ -70,8 +69,7 @@ PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samp
 class Pointmap(NamedTuple):
     """What a network says about one view (Distill3R Sec. III-A): the 3D point behind each pixel, and how sure it is.
 
-    Nothing teaches the student a unit of length, as the loss divides by the scale; the paper's Table II nevertheless
-    reports its scale (1.62; the teacher's is 3.54).
+    There is no unit of length, as the loss divides by the scale. (Table II does report the student's scale, 1.62.)
     """
     points_global: Tensor  # (H, W, 3) in the frame of view 0's camera, which all views of the call share
     points_local: Tensor  # (H, W, 3) in the frame of the view's own camera
@@ -358,8 +356,8 @@ class CachedSample(NamedTuple):
 
 # The teacher's maps of a sample are resampled to the student's size (`ask`), filtered by confidence and rounded to
 # float16 (`filtered`), coded without loss, and written into one file (`pack_sample`): the steps of Sec. III-B 2.
-# A teacher is anything that has an `identity`, says by `view_size` at which size it wants a picture of (H, W), and
-# turns the views of a sample, and a generator for all that is random, into a Pointmap each. Unknown points are NaN.
+# A teacher has an `identity`, says by `view_size` at which size it wants a picture of (H, W), and turns the views of a
+# sample, and a generator for all that is random, into a Pointmap each. Unknown points are NaN.
 
 
 def write_cache(
@@ -376,8 +374,7 @@ def write_cache(
 ) -> list[Path]:
     """Ask the teacher about every sample below `root`, once, and keep its answers in out/<scene>/<sample>.safetensors.
 
-    Samples that are there and whole stay, so that a killed run continues; damaged ones are made again. The same inputs
-    give the same bytes. Returns the files it wrote. Raises DataError where `out` is made of other pictures or settings.
+    Whole samples stay, so that a killed run continues; damaged ones are made again. -> the files that it wrote.
     """
     root, out, (which, shards) = Path(root), Path(out), shard
     lines = make_manifest(root, views, stride, skip_bad_frames)  # one for each view (Sec. III-B 1)
@@ -427,21 +424,20 @@ def train(args, rank, world):
     # All that is random depends on the seed and the step, so that a run which goes on needs no generator's state.
     order = distill.schedule(len(cached), args.max_steps * args.batch, args.seed)
 
-    def draws(step):
-        return range(step * args.batch, (step + 1) * args.batch)
+    draws = [range(step * args.batch, (step + 1) * args.batch) for step in range(args.max_steps)]
 
     def load_batch(step):
-        return [cached[order[n]] for n in draws(step)[rank::world]]
+        return [cached[order[n]] for n in draws[step][rank::world]]
     with contextlib.closing(distill.ahead(load_batch, range(run.start, args.max_steps))) as batches:
         for step, batch in zip(run, batches):
             rate = learning_rate(step, args)
             for group in optimiser.param_groups:
                 group["lr"] = group["share"] * rate
             optimiser.zero_grad(set_to_none=True)
-            loss = learn_samples(batch, student, args, [args.seed + n for n in draws(step)[rank::world]])
+            loss = learn_samples(batch, student, args, [args.seed + n for n in draws[step][rank::world]])
             distill.average_gradients(student, world)
             loss = Loss(*distill.averaged(loss, world, args.device))
-            names = [cached.samples[order[n]][0] for n in draws(step)]
+            names = [cached.samples[order[n]][0] for n in draws[step]]
             run.check(loss.total, ", ".join(names))
             norm = nn.utils.clip_grad_norm_(distill.trained(student).values(), 1.0).item()
             optimiser.step()
@@ -1046,8 +1042,7 @@ def cached_parts(args):  # -> training and held-out samples; args.size becomes t
 
 
 def run_settings(args, cached):  # for `Run`: settings that must stay the same when a run goes on
-    free = ("command", "cache", "weights", "teacher", "models", "counts", "at_once", "stride", "images", "scene_dir",
-            "any_size")
+    free = "command cache weights teacher models counts at_once stride images scene_dir any_size".split()
     return argparse.Namespace(**{k: v for k, v in vars(args).items() if k not in free}, cached=cached.identity)
 
 
@@ -1086,6 +1081,9 @@ def heldout_loss(student, heldout: CachedViews, args, most=8) -> float:  # of so
 
 
 # ------------------------------------------------------------------------------------------------ around the cameras
+
+
+FAR = 20.0  # in median distances: a point farther away is sky, or a mistake
 
 
 def usable_pixels(m: Pointmap, tau, most=20_000) -> Tensor:
@@ -1452,7 +1450,7 @@ def table_one(args):
     print(f"  ->  {path}")
 
 
-def cost_of_pass(model, images, at_once, cuda):  # -> seconds, GB at the peak with weights and pictures (None on a CPU)
+def cost_of_pass(model, images, at_once, cuda):  # -> seconds, GB at the peak with weights and pictures (CPU: None)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()

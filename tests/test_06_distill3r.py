@@ -1,6 +1,6 @@
-"""06_distill3r.py: networks and loss against the published numbers and slow loops, files against damage, commands as typed.
+"""06_distill3r.py: networks and loss against the published numbers and slow loops, files against damage, commands.
 
-The fixtures (shared/fixtures/networks) hold what the official codes give for weights and images made by the recipes below.
+The fixtures (fixtures/networks) hold what the official codes give for weights and images made by the recipes below.
 """
 import copy
 import dataclasses
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 NETWORKS, CACHE = FIXTURES / "networks", FIXTURES / "distill3r_cache.safetensors"
 FULL = ROOT.parent / "shared/fixtures/networks/fast3r_full.safetensors"
-POINTS, CONF, TOKENS = 2e-4, 3e-5, 3e-5  # max |a - b| / mean |b| that the fixtures' README demands; measured: under a tenth
+POINTS, CONF, TOKENS = 2e-4, 3e-5, 3e-5  # max |a - b| / mean |b| that the fixtures' README demands
 MAPS = {"pts3d_in_other_view": "points_global", "pts3d_local": "points_local",
         "conf": "conf_global", "conf_local": "conf_local"}
 SLOW = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes 3 GB and a minute; SLOW=1 runs it")
@@ -169,8 +169,8 @@ def test_fast3r_gives_the_published_numbers(case, monkeypatch):
     model.train(c["training"])
     for sample in range(c["batch"]):
         images = toy_images(case, sample)
-        # The training loader stores portrait samples transposed; the network sees them upright, and its maps are turned back.
-        turned = [c["true_shape"] is not None and size[sample][0] > size[sample][1] for size in c["true_shape"] or images]
+        # The training loader stores portrait samples transposed; the network sees them upright.
+        turned = [size[sample][0] > size[sample][1] for size in c["true_shape"] or ()] or [False] * len(images)
         ids = c["image_ids"][sample] if c["image_ids"] else range(len(images))
         maps = model([image.mT if t else image for image, t in zip(images, turned)], view_ids=ids)
         for i, (view, t) in enumerate(zip(maps, turned)):
@@ -221,14 +221,13 @@ def test_view_ids_are_drawn_number_for_number_and_from_the_generator_given():
 
 def test_sizes_are_the_published_ones():
     with torch.device("meta"):
-        fast3r, student = d3r.Fast3R(), d3r.Student()
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    assert count(fast3r) == 647_551_368 and len(fast3r.state_dict()) == 712
-    parts = [count(part) for part in (fast3r.encoder, fast3r.decoder, fast3r.downstream_head)]
-    assert parts == [303_098_880, 303_361_024, 20_545_732]
-    assert count(student) == 71_969_288 and len(student.state_dict()) == 388 - 8  # 8 second names
-    parts = [count(part) for part in (student.encoder, student.decoder, student.downstream_head)]
-    assert parts == [21_925_632, 10_795_392, 19_624_132]
+        networks = d3r.Fast3R(), d3r.Student()
+    known = [(647_551_368, 712, 303_098_880, 303_361_024, 20_545_732),
+             (71_969_288, 388 - 8, 21_925_632, 10_795_392, 19_624_132)]  # 8 second names
+    for model, (all_of_it, tensors, *parts) in zip(networks, known):
+        count = [sum(p.numel() for p in part.parameters())
+                 for part in (model, model.encoder, model.decoder, model.downstream_head)]
+        assert count == [all_of_it, *parts] and len(model.state_dict()) == tensors
 
 
 @SLOW
@@ -246,7 +245,7 @@ def test_fast3r_at_full_size(tmp_path):
         check_maps(view, truth, f"v{i}")
 
 
-def to_lightning(model, prefix):  # the official checkpoint: prefixed, each head's first convolutions twice, the ViT in chunks
+def to_lightning(model, prefix):  # the official checkpoint: a prefix, second names, the ViT in chunks
     state = model.state_dict()
     for local, n in itertools.product(("", "_local"), range(4)):
         scratch = f"downstream_head{local}.dpt.scratch"
@@ -266,7 +265,8 @@ def published_student():  # by way of the official layout
         return d3r.load_student(path)
 
 
-@pytest.mark.parametrize("case", [c if c in ("n1", "n2_train") else pytest.param(c, marks=SLOW) for c in STUDENT["cases"]])
+@pytest.mark.parametrize("case", [
+    pytest.param(c, marks=() if c in ("n1", "n2_train") else SLOW) for c in STUDENT["cases"]])
 @torch.no_grad()
 def test_the_student_gives_the_published_numbers(case):
     c, truth, model = STUDENT["cases"][case], load_file(NETWORKS / "distill3r_student.safetensors"), published_student()
@@ -336,17 +336,12 @@ def test_what_cannot_be_run_is_said_before_it_starts(shapes, ids, words):
     assert re.search(words, refusal(toy_fast3r(), [torch.zeros(shape) for shape in shapes], ids))
 
 
-@torch.no_grad()
-def test_one_thousand_views_run():
-    maps = tiny_student()([torch.rand(3, 8, 8)] * 1000, generator=seeded(), at_once=200)
-    assert len(maps) == 1000 and all(view.points_global.isfinite().all() for view in maps)
-
-
 def write_fast3r(folder, state=None, sharper=False):
     folder.mkdir(exist_ok=True)
     state = state or toy_fast3r().state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
-    config = dict(encoder_args=dict(num_heads=4), decoder_args=dict(num_heads=3, attn_bias_for_inference_enabled=sharper))
+    decoder = dict(num_heads=3, attn_bias_for_inference_enabled=sharper)
+    config = dict(encoder_args=dict(num_heads=4), decoder_args=decoder)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -366,7 +361,7 @@ def test_fast3r_is_read_from_the_published_layouts(tmp_path):
 @pytest.mark.parametrize("damage, words", [
     (lambda s: s.pop("decoder.dec_blocks.3.mlp.fc2.bias"), ["decoder.dec_blocks.3.mlp.fc2.bias is missing"]),
     (lambda s: s.update(surplus=torch.zeros(1)), ["no part of the Fast3R takes: surplus"]),
-    (lambda s: s.update({"downstream_head.dpt.head.4.bias": torch.zeros(3)}), ["head.4.bias is (3,), but (4,) was expected"]),
+    (lambda s: s.update({"downstream_head.dpt.head.4.bias": torch.zeros(3)}), ["head.4.bias is (3,), but (4,)"]),
     (lambda s: s.pop("encoder.enc_norm.weight"), ["lacks 'encoder.enc_norm.weight'", "no Fast3R"])])
 def test_fast3r_is_read_strictly(tmp_path, damage, words):
     state = dict(toy_fast3r().state_dict())
@@ -402,7 +397,7 @@ def test_a_student_comes_back_from_its_folder_or_says_what_is_wrong_with_it(tmp_
 
 
 def slow_loss(pred, target, masks, weight, mean):
-    """Eq. 1-6 pixel by pixel in Python's own floats: V of (points_global, points_local, conf_global, conf_local), numpy."""
+    """Eq. 1-6 pixel by pixel in Python's own floats; the maps are V of Pointmap's four arrays."""
     pixels = [[tuple(p) for p in np.argwhere(mask)] for mask in masks]  # of each view
     number, part = sum(map(len, pixels)), {}
     length = lambda x: math.sqrt(sum(float(v) ** 2 for v in x))
@@ -413,7 +408,8 @@ def slow_loss(pred, target, masks, weight, mean):
         for k, places in enumerate(pixels):
             inside = range(len(pixels)) if which == 0 else [k]  # the views that share a scale
             many = max(1, sum(len(pixels[i]) for i in inside))
-            scales = [sum(length(maps[i][which][p]) for i in inside for p in pixels[i]) / many for maps in (pred, target)]
+            scales = [sum(length(maps[i][which][p]) for i in inside for p in pixels[i]) / many
+                      for maps in (pred, target)]
             total = 0.0
             for p in places:
                 w = weights[weight](float(pred[k][which + 2][p]), float(target[k][which + 2][p]))
@@ -450,25 +446,18 @@ def with_gradients(views):
 @pytest.mark.parametrize("mean", ["pixels", "views"])
 @pytest.mark.parametrize("weight", d3r.WEIGHTS)
 @pytest.mark.parametrize("name", ["two", "one", "an empty view"])
-def test_the_loss_is_that_of_the_loop_and_so_are_its_gradients(name, weight, mean):
+def test_the_loss_is_that_of_the_loop_and_its_gradients_are_its_slopes(name, weight, mean):
     pred, target, masks = loss_case(name)
-    pred = with_gradients(pred)
+    arrays = [[[x.numpy() for x in view] for view in views] for views in (pred, target)]
     loss = d3r.pointmap_loss(pred, target, masks, weight=weight, mean=mean)
-    loss.total.backward()
-    arrays = [[x.detach().numpy().copy() for x in view] for view in pred]
-    slow = lambda: slow_loss(arrays, [[x.numpy() for x in v] for v in target], [m.numpy() for m in masks], weight, mean)
-    assert [x.item() for x in loss] == pytest.approx(slow(), rel=1e-12)
-    for view, values, mask in zip(pred, arrays, masks):
-        for x, array in zip(view, values):
-            assert (x.grad[~mask] == 0).all()
-            everywhere = np.broadcast_to(mask.numpy().reshape(*mask.shape, *[1] * (array.ndim - 2)), array.shape)
-            for place in map(tuple, np.argwhere(everywhere)[::3]):
-                ends = []
-                for step in (1e-5, -1e-5):
-                    array[place] += step
-                    ends.append(slow()[0])
-                    array[place] -= step
-                assert x.grad[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-8)
+    slow = slow_loss(*arrays, [m.numpy() for m in masks], weight, mean)
+    assert [x.item() for x in loss] == pytest.approx(slow, rel=1e-12)
+
+    def total(*maps):
+        views = [Pointmap(*maps[n:n + 4]) for n in range(0, len(maps), 4)]
+        return d3r.pointmap_loss(views, target, masks, weight=weight, mean=mean).total
+    maps = [x for view in with_gradients(pred) for x in view]
+    assert torch.autograd.gradcheck(total, maps, eps=1e-5, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("global_target", ["direct", "aligned"])
@@ -495,10 +484,10 @@ def test_masked_pixels_may_hold_anything_and_nothing_valid_is_a_loss_of_zero(glo
 def test_what_the_loss_does_not_see():
     pred, target, masks = loss_case("three")
     loss = d3r.pointmap_loss(pred, target, masks)
-    first = [pred[0]._replace(points_global=7 * pred[0].points_global, points_local=7 * pred[0].points_local), *pred[1:]]
-    every = [view._replace(points_global=7 * view.points_global) for view in pred]
+    larger = [Pointmap(7 * view.points_global, 7 * view.points_local, *view[2:]) for view in pred]
+    every = [new._replace(points_local=old.points_local) for new, old in zip(larger, pred)]
     assert d3r.pointmap_loss(every, target, masks).global_.item() == pytest.approx(loss.global_.item(), rel=1e-12)
-    changed = d3r.pointmap_loss(first, target, masks)
+    changed = d3r.pointmap_loss([larger[0], *pred[1:]], target, masks)
     assert changed.local.item() == pytest.approx(loss.local.item(), rel=1e-12)  # a scale for each view
     assert abs(changed.global_.item() / loss.global_.item() - 1) > 0.01  # one for all views
     assert [x.item() for x in d3r.pointmap_loss(target, target, masks)] == [0, 0, 0, 0]
@@ -510,13 +499,14 @@ LOSS = json.loads((NETWORKS / "distill3r_loss.json").read_text())
 LOSS_TRUTH = load_file(NETWORKS / "distill3r_loss.safetensors")
 
 
-@pytest.mark.parametrize("name, weight", [("default", "clamped"), ("no_conf_weight", "none"), ("student_conf_weight", "student")])
+@pytest.mark.parametrize("name, weight", [
+    ("default", "clamped"), ("no_conf_weight", "none"), ("student_conf_weight", "student")])
 @pytest.mark.parametrize("case", ["b1n1_masked", "b1n3_full", "b1n3_masked"])
 def test_the_official_loss_is_a_pair_of_flags(case, name, weight):
     get = lambda which, *names: [Pointmap(*(x.clone() for x in maps)) for maps in
                                  zip(*(LOSS_TRUTH[f"{case}/{which}/{n}"][0] for n in names))]
     names = ("xyz_global", "xyz_local", "conf", "conf_local")
-    pred, target = with_gradients(get("pred", *names)), get("target", "xyz_global", "xyz_local", "conf_global", "conf_local")
+    pred, target = with_gradients(get("pred", *names)), get("target", *names[:2], "conf_global", "conf_local")
     masks, known = list(LOSS_TRUTH[f"{case}/mask"][0].bool()), LOSS["cases"][case][name]
     loss = d3r.pointmap_loss(pred, target, masks, weight=weight, mean="views")
     parts = [LOSS["alpha_g"] * loss.global_, LOSS["alpha_l"] * loss.local, LOSS["gamma"] * loss.confidence]
@@ -585,7 +575,7 @@ def test_no_photo_is_lost_or_taken_for_a_map_and_bad_ones_are_named(tmp_path, ca
     (bad / "b.png").write_bytes(b"no picture")
     for folder, words in (("phone", "1 HEIC files, which are not read; save them as JPEG or PNG"),
                           ("none", "no such folder"), ("empty", "no picture in here"),
-                          ("bad", "b.png: cannot be decoded (not a picture); restore the file or pass --skip_bad_frames")):
+                          ("bad", "b.png: cannot be decoded (not a picture); restore the file or pass --skip_bad")):
         assert words in refusal(d3r.make_manifest, tmp_path / folder, kind=DataError)
     (bad / "c.jpg").write_bytes((bad / "c.jpg").read_bytes()[:-200])  # cut off
     pictures(bad / ".thumbnails", ["a.png"])
@@ -604,7 +594,7 @@ def test_pictures_of_other_types_are_read_and_huge_ones_are_to_be_made_smaller(t
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), b"junk", b"II*\0\x08"])
 def test_photos_are_the_right_way_up_whatever_their_exif_says(tmp_path, orientation):
-    """Pillow's own transposition is the truth where the note can be read; where it is damaged the picture is as stored."""
+    """Pillow's own transposition is the truth where the note can be read, else the picture as it is stored."""
     picture, exif = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 36, 4), np.uint8)), Image.Exif()
     picture.putalpha(255)  # RGBA: putting it on white loses the note
     readable = isinstance(orientation, int)
@@ -650,29 +640,11 @@ def test_image_and_target_show_the_same_point_in_portrait_and_landscape(view_siz
     assert cols > 0.95 and rows == pytest.approx(SMALL[0] / SMALL[1] * cols, abs=0.04)  # cropped, not stretched
 
 
-def test_resampling_is_bilinear_between_the_crops():
-    """Against a float64 loop over target pixels."""
-    photo, have, want = (60, 100), (32, 40), (20, 31)
-    m = Pointmap(*torch.rand(2, *have, 3, generator=seeded()), *(1 + torch.rand(2, *have, generator=seeded())))
-    got = d3r.resampled(m, photo, want)
-    scales = [max(h / photo[0], w / photo[1]) for h, w in (have, want)]
-    seen = 0
-    for i, j in np.ndindex(want):
-        y, x = ((p + 0.5 - n / 2) * scales[0] / scales[1] + h / 2 - 0.5 for p, n, h in zip((i, j), want, have))
-        if not (-0.5 <= y <= have[0] - 0.5 and -0.5 <= x <= have[1] - 0.5):
-            assert got.points_local[i, j].isnan().all() and got.points_global[i, j].isnan().all()
-            continue
-        seen, total = seen + 1, np.zeros(3)
-        for dy, dx in np.ndindex(2, 2):
-            r, c = int(np.floor(y)) + dy, int(np.floor(x)) + dx
-            w = (1 - abs(y - r)) * (1 - abs(x - c))
-            total += w * m.points_global[min(max(r, 0), have[0] - 1), min(max(c, 0), have[1] - 1)].double().numpy()
-        assert np.abs(total - got.points_global[i, j].numpy()).max() < 1e-5
-    assert 0.7 * want[0] * want[1] < seen < 0.9 * want[0] * want[1]
-    assert d3r.resampled(m, photo, have) is m
-    sizes = {(480, 640): (384, 512), (640, 480): (512, 384), (1080, 1920): (288, 512), (968, 1296): (368, 512),
-             (100, 300): (160, 512)}
-    assert {stored: d3r.fast3r_size(*stored) for stored in sizes} == sizes  # what the official loader gives
+@pytest.mark.parametrize("stored, size", [
+    ((480, 640), (384, 512)), ((640, 480), (512, 384)), ((1080, 1920), (288, 512)), ((968, 1296), (368, 512)),
+    ((100, 300), (160, 512))])
+def test_fast3r_looks_at_the_sizes_that_the_official_loader_gives(stored, size):
+    assert d3r.fast3r_size(*stored) == size
 
 
 # ------------------------------------------------------------------------------------------------ the cache
@@ -834,37 +806,26 @@ def test_other_settings_pictures_or_files_are_refused(few_rooms, cache, tmp_path
 
 
 def die_at(event, arguments):
-    """In a child: `write_cache`, killed (SIGKILL) at the n-th of: file half written, file whole, file renamed."""
-    count, fsync, replace = [0], os.fsync, os.replace
+    """In a child: `write_cache`, killed (SIGKILL) before its n-th flush or rename."""
+    count = itertools.count(1)
 
-    def passes(then=lambda: None):
-        count[0] += 1
-        if count[0] == event:
-            then()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def dying_fsync(fd):
-        passes(lambda: os.ftruncate(fd, os.fstat(fd).st_size // 2))
-        fsync(fd)
-        passes()
-
-    def dying_replace(a, b):
-        replace(a, b)
-        passes()
+    def dying(call):
+        return lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(count) == event else call(*args)
     torch.set_num_threads(1)
-    os.fsync, os.replace = dying_fsync, dying_replace
+    os.fsync, os.replace = dying(os.fsync), dying(os.replace)
     write(*arguments, views=1)
 
 
 def test_caching_killed_at_many_points_and_continued_leaves_the_same_files(few_rooms, tmp_path):
     write(few_rooms, tmp_path / "whole", views=1)
-    for event in [1, 2, 3, 4, 5, 6, 7, 1, 2, 4, 5, 3]:
-        child = multiprocessing.get_context("fork").Process(target=die_at, args=(event, (few_rooms, tmp_path / "killed")))
+    for event in (1, 2, 3, 4, 5, 1, 2, 3):
+        arguments = event, (few_rooms, tmp_path / "killed")
+        child = multiprocessing.get_context("fork").Process(target=die_at, args=arguments)
         child.start()
         child.join(60)
         assert child.exitcode == -signal.SIGKILL
     leftovers = list((tmp_path / "killed").rglob(".*"))
-    assert len(leftovers) >= 6
+    assert len(leftovers) == 8  # one each, hidden
     for path in leftovers:
         path.unlink()
     write(few_rooms, tmp_path / "killed", views=1)
@@ -880,17 +841,6 @@ def views_of(scene, indices, size=SMALL):
 
 def exact_maps(views, size=SMALL):
     return GeometricTeacher(size, strength=0.0)(views, seeded())
-
-
-def test_without_errors_the_geometric_teacher_is_the_depth_in_the_first_view(rooms):
-    views = views_of(rooms[0], (2, 5, 8))
-    for view, m in zip(views, exact_maps(views)):
-        K, to_first = view.K.double(), torch.linalg.inv(views[0].c2w.double()) @ view.c2w.double()
-        for i, j in ((0, 0), (3, 40), (14, 21), (27, 41)):
-            z = view.depth[i, j].double()
-            point = torch.stack([(j + 0.5 - K[0, 2]) / K[0, 0] * z, (i + 0.5 - K[1, 2]) / K[1, 1] * z, z])
-            assert (m.points_local[i, j].double() - point).abs().max() < 1e-5
-            assert (m.points_global[i, j].double() - (to_first[:3, :3] @ point + to_first[:3, 3])).abs().max() < 1e-5
 
 
 def test_its_errors_grow_with_depth_and_at_edges_and_its_confidence_says_so(rooms):
@@ -913,34 +863,11 @@ def test_its_errors_grow_with_depth_and_at_edges_and_its_confidence_says_so(room
     assert edge.mean() > 4 * flat.mean() and d3r.rank_correlation(conf, error) < -0.4
 
 
-def test_its_confidence_and_its_poses_are_those_of_the_error_to_expect(rooms):
-    """Walls that face the camera, at the typical depth and at twice that: no edges, so noise, pull and pose are all."""
-    depth = torch.full((48, 64), 2.0)
-    depth[:, 50:] = 4.0
-    first, second = GeometricTeacher((48, 64))([rooms[0].view(0, (48, 64))._replace(depth=depth)] * 2, seeded())
-    for column, far in ((20, 1.0), (58, 2.0)):
-        error = far * math.hypot(0.006 + 0.006 * far, 0.01 * far)
-        assert first.conf_local[20, column].item() == pytest.approx(0.2 / error, rel=1e-4)
-        assert first.conf_global[20, column].item() == pytest.approx(0.2 / error, rel=1e-4)
-        pose = math.hypot(0.008, 0.004 * second.points_global[20, column].norm().item() / 2)
-        assert second.conf_global[20, column].item() == pytest.approx(0.2 / math.hypot(error, pose), rel=0.03)
-    views, turns = views_of(rooms[0], (0, *range(1, 12), *range(1, 12))), []
-    teacher = GeometricTeacher(SMALL)
-    teacher.disturbed = lambda depth, *_: (depth, torch.zeros_like(depth))
-    for k, (view, one) in enumerate(zip(views, teacher(views, seeded()))):
-        true = torch.linalg.inv(views[0].c2w) @ view.c2w
-        rays = (view.depth[..., None] * lift.pixel_rays(view.K, *SMALL)).flatten(0, 1)  # the true local points
-        R = d3r.similarity(rays, one.points_global.flatten(0, 1))[1]
-        turn = math.acos(min(1.0, ((R.T @ true[:3, :3].double()).trace().item() - 1) / 2))
-        turns.append(turn) if k else pytest.approx(0, abs=1e-3) == turn  # the pose of the first view is exact
-    assert np.sqrt(np.mean(np.square(turns))) == pytest.approx(0.004 * math.sqrt(3), rel=0.3)  # 0.004 rad about each axis
-
-
 def test_pixels_without_depth_are_nan_and_not_trusted(rooms):
     views = views_of(rooms[0], (0, 1))
-    hole = views[0].depth.clone()
-    hole[5:9, 5:9] = 0
-    for depth, known in ((hole, 28 * 42 - 16), (torch.zeros(SMALL), 0)):
+    for rows, known in ((slice(5, 9), 24 * 42), (slice(None), 0)):
+        depth = views[0].depth.clone()
+        depth[rows] = 0
         m = GeometricTeacher(SMALL)([views[0]._replace(depth=depth), views[1]], seeded())[0]
         assert m.points_local.isfinite().all(-1).sum() == known == m.points_global.isfinite().all(-1).sum()
         assert (d3r.certainty(m.conf_local)[depth == 0] < 0.01).all() and m.conf_local.isfinite().all()
@@ -962,8 +889,6 @@ def test_a_similarity_is_recovered_and_never_a_reflection():
         y = true + torch.cat([5 * torch.randn(15, 3, generator=g), torch.zeros(35, 3)])
         for got, want in zip(d3r.robust_similarity(x, y, w + 0.1, rounds=30), (s, R, t)):
             assert (got - want).abs().max() < 1e-3
-        plain, robust = ((f(x, y, w + 0.1)[2] - t).norm() for f in (d3r.similarity, d3r.robust_similarity))
-        assert robust < 0.2 * plain
     x = torch.randn(50, 3, generator=g, dtype=torch.float64)
     mirror = x * torch.tensor([1.0, 1.0, -1.0])
     s, R, t = d3r.similarity(x, mirror)
@@ -1023,9 +948,8 @@ def test_far_points_do_not_cost_the_others_their_depth_and_untrusted_scenes_are_
 def check_scene(scene, pictures, views, depth_unit=1.0):
     """Poses, K and depth are the truth's up to the similarity that makes view 0 the world and multiplies by 2.5."""
     true = torch.linalg.inv(views[0].c2w) @ torch.stack([v.c2w for v in views])
-    assert len(scene) == len(views)
-    assert (scene.c2w[:, :3, :3] - true[:, :3, :3]).abs().max() < 1e-4
-    assert (scene.c2w[:, :3, 3] - 2.5 * true[:, :3, 3]).abs().max() < 1e-3
+    true[:, :3, 3] *= 2.5
+    assert len(scene) == len(views) and (scene.c2w - true).abs().max() < 1e-3
     for i, (picture, view) in enumerate(zip(pictures, views)):
         got = scene.view(i, (48, 64))
         assert (got.K / view.K - 1)[view.K > 0].abs().max() < 1e-3
@@ -1084,21 +1008,17 @@ def test_accuracy_and_completeness_are_those_of_a_float64_loop_and_of_the_offici
     assert [float(x) for x in got] == pytest.approx(official, rel=1e-5)
     clusters = 0.01 * torch.randn(1111, 3, generator=g) + 100 * torch.randint(0, 3, (1111, 3), generator=g)
     queries = torch.randn(300, 3, generator=g)
-    for points in (clusters, clusters[:1]):
-        want = loop_nearest(queries.double().numpy(), points.double().numpy())
-        assert np.abs(d3r.nearest_distance(queries, points, block=32).numpy() - want).max() < 1e-5 * want.max()
+    want = loop_nearest(queries.double().numpy(), clusters.double().numpy())
+    assert np.abs(d3r.nearest_distance(queries, clusters, block=32).numpy() - want).max() < 1e-5 * want.max()
     truth = torch.randn(401, 3, generator=g)
-    R = torch.linalg.qr(torch.randn(3, 3, generator=g))[0]
-    points = 3 * (truth + 0.05 * torch.randn(401, 3, generator=g)) @ (R * R.det()) + 1
-    score, off = d3r.score_view(points, truth)
-    a, b = points.double().numpy(), truth.double().numpy()
-    ma, mb = a.mean(0), b.mean(0)
-    U, D, Vt = np.linalg.svd((b - mb).T @ (a - ma))
-    assert np.linalg.det(U @ Vt) > 0
-    scale = D.sum() / ((a - ma) ** 2).sum()
-    aligned = scale * (a - ma) @ (U @ Vt).T + mb
+    points = truth + 0.05 * torch.randn(401, 3, generator=g)
+    s, R, t = d3r.similarity(points, truth)
+    aligned, b = (s * points.double() @ R.T + t).numpy(), truth.double().numpy()
     there, back = loop_nearest(aligned, b), loop_nearest(b, aligned)
-    assert score == pytest.approx([there.mean(), np.median(there), back.mean(), np.median(back), scale], rel=1e-4)
+    # Turned, larger and elsewhere:
+    score, off = d3r.score_view(3 * points.flip(1) * torch.tensor([1, 1, -1]) + 1, truth)
+    slow = [there.mean(), np.median(there), back.mean(), np.median(back), s.item() / 3]
+    assert score == pytest.approx(slow, rel=1e-4)
     assert np.abs(off.numpy() - np.linalg.norm(aligned - b, axis=1)).max() < 1e-4
 
 
@@ -1135,25 +1055,23 @@ def test_the_rank_correlation_is_spearmans():
 
 
 def test_the_table_measures_both_networks_at_the_papers_sizes(tmp_path, monkeypatch, capsys):
-    sizes = {d3r.Fast3R: (64, 2, 2, 64, 2, 4), d3r.Student: (d3r.StudentConfig.tiny,)}
+    sizes = {d3r.Fast3R: (64, 2, 1, 64, 2, 4), d3r.Student: (d3r.StudentConfig.tiny._replace(patch=14),)}
     built, costs, seen = d3r.built, iter(range(9, 0, -1)), []
-    monkeypatch.setattr(d3r, "built", lambda network: built(network, *sizes[network]))
-    main("table", "--size", 48, 64, "--counts", 1, 3, "--out", tmp_path, "--device", "cpu")
-    rows = json.loads((tmp_path / "table.json").read_text())
-    assert [(row["model"], row["views"]) for row in rows] == [(m, n) for n in (1, 3) for m in ("teacher", "student")]
-    assert all(0 < row["seconds"] < 60 for row in rows) and "3 views, student" in capsys.readouterr().out
 
     def cost(model, images, *_):
         seen.append((model.patch, tuple(images[0].shape)))
         if len(images) > 1:
             raise torch.OutOfMemoryError
         return next(costs), 3.0
+    monkeypatch.setattr(d3r, "built", lambda network: built(network, *sizes[network]))
+    main("table", "--size", 28, 42, "--counts", 2, "--out", tmp_path, "--device", "cpu")
+    assert "2 views, student: " in capsys.readouterr().out
     monkeypatch.setattr(d3r, "cost_of_pass", cost)
-    sizes[d3r.Student] = (d3r.StudentConfig.tiny._replace(patch=14),)
     main("table", "--counts", 1, 2, "--out", tmp_path, "--device", "cpu")
     assert set(seen) == {(16, (3, 384, 512)), (14, (3, 378, 518))}  # Table I
     rows = json.loads((tmp_path / "table.json").read_text())
-    assert [row["seconds"] for row in rows] == [8, 6, math.inf, math.inf]  # the fastest of two; what does not fit
+    assert [(row["model"], row["views"], row["seconds"]) for row in rows] == [  # the fastest of two; what does not fit
+        ("teacher", 1, 8), ("student", 1, 6), ("teacher", 2, math.inf), ("student", 2, math.inf)]
 
 
 # ------------------------------------------------------------------------------------------------ the commands
@@ -1189,8 +1107,8 @@ def test_the_script_improves_on_its_start_and_infers_a_scene(rooms, rooms_dir, t
     doubt = agreed < still + 0.02
     assert "4 scenes in here, this is room_000" in said and "12 views" in said
     assert doubt == ("do not trust the cameras" in said) == ("04_distill.py" not in said)  # one verdict
-    assert len(found) == 12 and found.view(3).depth.shape == found.view(3).image.shape[1:] == (96, 128)  # twice the maps'
-    assert Image.open(scene / "depth/003.png").size == (64, 48)
+    assert len(found) == 12 and found.view(3).depth.shape == found.view(3).image.shape[1:] == (96, 128)
+    assert Image.open(scene / "depth/003.png").size == (64, 48)  # images are twice as large as maps
     assert (found.view(3).depth > 0).float().mean() > 0.5 and len(set(data.sample_triplet(found, seeded()))) == 3
     infer = ["infer", "--weights", out / "student", "--out", out]
     main(*infer, "--scene_dir", rooms_dir / "room_001", *TOY, "--stride", 5)
@@ -1213,8 +1131,8 @@ def test_fast3r_teaches_through_the_cache_and_infers_by_itself(rooms_dir, tmp_pa
     cached = d3r.CachedViews(photos, tmp_path / "out/cache")
     assert len(cached) == 2 and cached.settings["teacher"].startswith("fast3r ")
     target, mask = cached[0].targets[1], cached[0].masks[1]
-    scene, _ = d3r.open_scene(photos, "photos")
-    views = [scene.view(i, d3r.fast3r_size(96, 128)) for i in range(2)]
+    scene, index = d3r.open_scene(photos, "photos")
+    views = [scene.view(i, d3r.fast3r_size(96, 128)) for i in list(index.values())[:2]]
     said = d3r.load_fast3r(weights)([v.image for v in views], generator=seeded(zlib.crc32(b"0 photos/000")))
     expected = d3r.resampled(Pointmap(*(part.detach() for part in said[1])), (96, 128), (48, 64))
     assert mask.any() and torch.equal(target.points_global[mask], expected.points_global.half().float()[mask])
@@ -1235,6 +1153,7 @@ def test_fast3r_teaches_through_the_cache_and_infers_by_itself(rooms_dir, tmp_pa
 
 @pytest.mark.parametrize("flags,how", [
     ([], {}),
+    (["--grad_checkpoint"], {}),
     (["--weight", "none"], dict(weight="none")),
     (["--weight", "none", "--gamma", "0"], dict(weight="none", gamma=0.0)),
     (["--weight", "student", "--gamma", "0"], dict(weight="student", gamma=0.0)),
@@ -1257,23 +1176,9 @@ def test_a_flag_of_the_loss_does_what_it_says(cached, tmp_path, flags, how):
 def test_presets_hold_the_numbers_of_the_paper_and_rates_warm_up_and_fall():
     args = d3r.parse(["train", "--preset", "full"])
     assert (args.size, args.views, args.batch, args.max_steps) == ([224, 518], 20, 16, 60 * 22_500 // 16)
-    assert (args.lr, args.final_lr, args.warmup, args.tau, args.gamma, args.bf16) == (1e-4, 5e-5, 3500, 0.3, 0.001, True)
+    assert (args.lr, args.final_lr, args.warmup, args.tau, args.gamma) == (1e-4, 5e-5, 3500, 0.3, 0.001) and args.bf16
     rate = [d3r.learning_rate(step, args) for step in (0, 1749, 3499, 3500, (3500 + 84_375) // 2, 84_374)]
     assert rate == pytest.approx([1e-4 / 3500, 5e-5, 1e-4, 1e-4, 7.5e-5, 5e-5], rel=1e-3)
-
-
-def test_a_step_is_the_mean_of_its_samples_with_ids_of_their_own(cached):
-    args = d3r.parse(["train", *map(str, cached)])
-    student, samples = d3r.new_student(args), d3r.CachedViews(args.scene_dir, args.cache)
-
-    def learned(batch, seeds):
-        student.zero_grad()
-        return d3r.learn_samples(batch, student, args, seeds), student.decoder.dec_norm.weight.grad.clone()
-    (one, a), (two, b) = learned([samples[0]], [5]), learned([samples[1]], [6])
-    both, c = learned([samples[0], samples[1]], [5, 6])
-    assert torch.allclose((a + b) / 2, c, rtol=1e-3, atol=1e-5 * c.abs().max())
-    assert both == pytest.approx([(x + y) / 2 for x, y in zip(one, two)])
-    assert learned([samples[0]], [6])[0] != one  # other ids of the views
 
 
 def test_three_training_steps_are_those_by_hand(cached, tmp_path):
@@ -1312,18 +1217,9 @@ def test_three_training_steps_are_those_by_hand(cached, tmp_path):
 
 FAKE = ROOT.parent / "shared/tools/fake_cuda.py"
 ON_A_GPU = """
-import fake_cuda, importlib, sys, torch
-device = fake_cuda.install()
+import fake_cuda, importlib, sys
+fake_cuda.install()
 d3r = importlib.import_module("06_distill3r")
-args = d3r.parse(["train", "--preset", "tiny", "--device", "cuda"])
-student = d3r.new_student(args).to("cuda")
-for views in (3, 20):
-    m = d3r.Pointmap(*torch.rand(2, 48, 64, 3) + 1, *torch.rand(2, 48, 64) + 2)
-    sample = d3r.CachedSample("s", [torch.rand(3, 48, 64)] * views, [m] * views, [m.conf_local > 2.2] * views)
-    d3r.learn_samples([sample], student, args, [0])
-    with fake_cuda.watch() as seen:
-        d3r.learn_samples([sample], student, args, [0])
-    print("synchronisations of a sample:", sum(seen.syncs.values()))
 for command in ("cache", "train", "eval", "infer"):
     if command == "infer":  # an untrained student's points may lie behind the camera: these lie before it
         student = d3r.load_student(sys.argv[1] + "/student")
@@ -1333,15 +1229,13 @@ for command in ("cache", "train", "eval", "infer"):
 """
 
 
-@pytest.mark.skipif(not FAKE.exists(), reason=f"{FAKE}, the pretended CUDA device, is not here")
-def test_on_a_pretended_gpu_all_commands_run_and_a_sample_waits_for_it_three_times(few_rooms, tmp_path):
+def test_on_a_pretended_gpu_all_commands_run(few_rooms, tmp_path):
     environment = os.environ | {"FAKE_CUDA_PROJECT": str(ROOT), "PYTHONPATH": f"{FAKE.parent}:{ROOT}"}
     arguments = [tmp_path, "--scene_dir", few_rooms, *TOY[:-2], "--max_steps", 1, "--tau", 0, "--stride", 6]
     done = subprocess.run([sys.executable, "-c", ON_A_GPU, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
                           capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("synchronisations of a sample: 3\n") == 2
-    assert "samples written" in done.stdout and "accuracy" in done.stdout and "cloud.ply" in done.stdout
+    assert all(words in done.stdout for words in ("samples written", "accuracy", "cloud.ply"))
 
 
 def test_half_of_the_samples_are_mirrored_and_are_the_same_scene_in_a_mirror(rooms, cached, monkeypatch):
@@ -1376,7 +1270,7 @@ def test_a_new_student_starts_at_the_pretrained_vit_and_the_encoder_has_a_rate_o
     assert moved == {"decoder", "downstream_head", "downstream_head_local"}
 
 
-# ------------------------------------------------------------------------------------------------ runs that cannot be lost
+# ------------------------------------------------------------------------------------------------ resuming runs
 
 
 @pytest.fixture(scope="module")
@@ -1397,40 +1291,15 @@ def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, t
     killed.same(out, whole, 6)
 
 
-def test_asked_to_stop_it_saves_and_goes_on_with_the_same_settings_alone(undisturbed, tmp_path):
-    whole, _, common = undisturbed
-    common = ["train", *common, "--save_minutes", 100, "--out", tmp_path / "run"]
-    process = fork(*common)
-    log = tmp_path / "run/log.jsonl"
-    while not (log.exists() and log.read_text()) and process.is_alive():
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    assert finish(process) == 1
-    assert 0 < distill.read_run(tmp_path / "run/checkpoint.safetensors")[0] < 6
-    assert "--resume goes on" in message(*common)
-    assert "weight teacher -> none" in message(*common, "--resume", "--weight", "none")
-    assert finish(fork(*common, "--resume")) == 0
-    killed.same(tmp_path / "run", whole, 6)
-
-
 def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(undisturbed, tmp_path, monkeypatch):
     honest, calls, out = d3r.pointmap_loss, [0], tmp_path / "run"
 
     def failing(*arguments, **options):
-        calls[0] += 1
+        calls[0] += torch.is_grad_enabled()
         return d3r.Loss(*(part * (math.nan if calls[0] == 4 else 1) for part in honest(*arguments, **options)))
     monkeypatch.setattr(d3r, "pointmap_loss", failing)
     assert "step 1: the loss is nan for room_" in message("train", *undisturbed[2], "--out", out)
     assert distill.read_run(out / "checkpoint.safetensors")[0] == 1
-
-
-def test_recomputing_and_bf16_stay_near(undisturbed, tmp_path):
-    whole, _, common = undisturbed
-    totals = lambda out: [line["total"] for line in log_of(out)]
-    main("train", *common, "--grad_checkpoint", "--out", tmp_path / "again")
-    assert totals(tmp_path / "again") == pytest.approx(totals(whole), rel=1e-4)
-    main("train", *common, "--max_steps", 1, "--bf16", "--out", tmp_path / "half")
-    assert totals(tmp_path / "half") != totals(whole)[:1] and totals(tmp_path / "half") == pytest.approx(totals(whole)[:1], rel=0.05)
 
 
 def test_two_processes_are_one(undisturbed, tmp_path):
