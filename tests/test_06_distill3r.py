@@ -1218,7 +1218,7 @@ def test_three_training_steps_are_those_by_hand(cached, tmp_path):
 FAKE = ROOT.parent / "shared/tools/fake_cuda.py"
 ON_A_GPU = """
 import fake_cuda, importlib, sys
-fake_cuda.install()
+device = fake_cuda.install()  # kept alive
 d3r = importlib.import_module("06_distill3r")
 for command in ("cache", "train", "eval", "infer"):
     if command == "infer":  # an untrained student's points may lie behind the camera: these lie before it
