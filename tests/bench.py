@@ -266,7 +266,7 @@ def measure_student(views, height, width):
     """Seconds, and GB at most of the process, of a training step of Distill3R's student in fp32, activations computed twice."""
     d3r = importlib.import_module("06_distill3r")
     student, points, conf = d3r.Student().train(), torch.rand(height, width, 3) + 1, torch.full((height, width), 3.0)
-    student.recompute = True
+    d3r.recompute(student)
     optimiser = torch.optim.AdamW(student.parameters(), 1e-4)
     targets, masks = [d3r.Pointmap(points, points, conf, conf)] * views, [conf > 0] * views
     begin = time.perf_counter()

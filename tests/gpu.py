@@ -442,7 +442,8 @@ def student_step(report, args):
         d3r.pointmap_loss(maps, targets, masks).total.backward()
         optimiser.step()
     for recompute in (False, True):
-        student.recompute = recompute
+        if recompute:
+            d3r.recompute(student)
         report.row(f"student, {views} views of {height}x{width}, a training step" + ", --grad_checkpoint" * recompute,
                    lambda: timed(learn, args, rounds=3) | in_all(),
                    "paper: cards of 48 GB take four such samples")

@@ -1,6 +1,6 @@
-"""06_distill3r.py: networks and loss against the published numbers and slow loops, files against damage, commands as typed.
+"""06_distill3r.py: networks and loss against the published numbers and slow loops, files against damage, commands.
 
-The fixtures (shared/fixtures/networks) hold what the official codes give for weights and images made by the recipes below.
+The fixtures (fixtures/networks) hold what the official codes give for weights and images made by the recipes below.
 """
 import copy
 import dataclasses
@@ -38,14 +38,14 @@ ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 NETWORKS, CACHE = FIXTURES / "networks", FIXTURES / "distill3r_cache.safetensors"
 FULL = ROOT.parent / "shared/fixtures/networks/fast3r_full.safetensors"
-POINTS, CONF, TOKENS = 2e-4, 3e-5, 3e-5  # max |a - b| / mean |b| that the fixtures' README demands; measured: under a tenth
+POINTS, CONF, TOKENS = 2e-4, 3e-5, 3e-5  # max |a - b| / mean |b| that the fixtures' README demands
 MAPS = {"pts3d_in_other_view": "points_global", "pts3d_local": "points_local",
         "conf": "conf_global", "conf_local": "conf_local"}
 SLOW = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes 3 GB and a minute; SLOW=1 runs it")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
             "--rdzv_endpoint=localhost:0")
 SMALL = (28, 42)  # of pictures where a test brings its own teacher
-TOY = ["--size", "48", "64", "--views", "2", "--stride", "1", "--heldout", "2", "--no-mirror", "--device", "cpu"]
+TOY = ["--size", "48", "64", "--views", "2", "--no-mirror", "--device", "cpu"]
 fork = functools.partial(killed.fork, "06_distill3r")
 
 
@@ -161,16 +161,6 @@ def toy_images(case, sample=0):
     return [recipe_images(f"{case}/v{i}", (c["batch"], 3, *size))[sample] for i, size in enumerate(c["views"])]
 
 
-def test_the_recipe_gives_the_weights_and_images_of_the_fixture():
-    state = toy_fast3r().state_dict()
-    for key, known in FAST3R["weights"].items():
-        assert list(state[key].shape) == known["shape"]
-        assert state[key].flatten()[:4].tolist() == pytest.approx(known["first"], rel=1e-6)
-    for name in (f"{case}/v{i}" for case, c in FAST3R["cases"].items() for i in range(len(c["views"]))):
-        known = FAST3R["inputs"][name]
-        assert (2 * recipe_images(name, known["shape"]) - 1).mean().item() == pytest.approx(known["mean"], abs=1e-7)
-
-
 @pytest.mark.parametrize("case", FAST3R["cases"])
 @torch.no_grad()
 def test_fast3r_gives_the_published_numbers(case, monkeypatch):
@@ -179,8 +169,8 @@ def test_fast3r_gives_the_published_numbers(case, monkeypatch):
     model.train(c["training"])
     for sample in range(c["batch"]):
         images = toy_images(case, sample)
-        # The training loader stores portrait samples transposed; the network sees them upright, and its maps are turned back.
-        turned = [c["true_shape"] is not None and size[sample][0] > size[sample][1] for size in c["true_shape"] or images]
+        # The training loader stores portrait samples transposed; the network sees them upright.
+        turned = [size[sample][0] > size[sample][1] for size in c["true_shape"] or ()] or [False] * len(images)
         ids = c["image_ids"][sample] if c["image_ids"] else range(len(images))
         maps = model([image.mT if t else image for image, t in zip(images, turned)], view_ids=ids)
         for i, (view, t) in enumerate(zip(maps, turned)):
@@ -194,7 +184,7 @@ def test_fast3r_gives_the_published_numbers(case, monkeypatch):
 def test_tokens_and_levels_are_fast3rs(case):
     model, images = toy_fast3r(), toy_images(case)
     tokens = model.encode(images)
-    levels = model.fuse(tokens, list(range(len(images))))
+    levels = model.decoder(tokens, list(range(len(images))))
     names = ["encoder", "hook0", "hook5", "hook7", "hook10"]
     for name, ours in zip(names, [tokens[0]] + [torch.cat(list(views)) for views in levels]):
         theirs = FAST3R_TRUTH[f"{case}/{name}"][0]
@@ -231,14 +221,13 @@ def test_view_ids_are_drawn_number_for_number_and_from_the_generator_given():
 
 def test_sizes_are_the_published_ones():
     with torch.device("meta"):
-        fast3r, student = d3r.Fast3R(), d3r.Student()
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    assert count(fast3r) == 647_551_368 and len(fast3r.state_dict()) == 712
-    parts = [count(part) for part in (fast3r.encoder, fast3r.decoder, fast3r.downstream_head)]
-    assert parts == [303_098_880, 303_361_024, 20_545_732]
-    assert count(student) == 71_969_288 and len(student.state_dict()) == 388 - 8  # 8 second names
-    parts = [count(part) for part in (student.encoder, student.decoder, student.downstream_head)]
-    assert parts == [21_925_632, 10_795_392, 19_624_132]
+        networks = d3r.Fast3R(), d3r.Student()
+    known = [(647_551_368, 712, 303_098_880, 303_361_024, 20_545_732),
+             (71_969_288, 388 - 8, 21_925_632, 10_795_392, 19_624_132)]  # 8 second names
+    for model, (all_of_it, tensors, *parts) in zip(networks, known):
+        count = [sum(p.numel() for p in part.parameters())
+                 for part in (model, model.encoder, model.decoder, model.downstream_head)]
+        assert count == [all_of_it, *parts] and len(model.state_dict()) == tensors
 
 
 @SLOW
@@ -256,7 +245,7 @@ def test_fast3r_at_full_size(tmp_path):
         check_maps(view, truth, f"v{i}")
 
 
-def to_lightning(model, prefix):  # the official checkpoint: prefixed, each head's first convolutions twice, the ViT in chunks
+def to_lightning(model, prefix):  # the official checkpoint: a prefix, second names, the ViT in chunks
     state = model.state_dict()
     for local, n in itertools.product(("", "_local"), range(4)):
         scratch = f"downstream_head{local}.dpt.scratch"
@@ -276,7 +265,8 @@ def published_student():  # by way of the official layout
         return d3r.load_student(path)
 
 
-@pytest.mark.parametrize("case", [c if c in ("n1", "n2_train") else pytest.param(c, marks=SLOW) for c in STUDENT["cases"]])
+@pytest.mark.parametrize("case", [
+    pytest.param(c, marks=() if c in ("n1", "n2_train") else SLOW) for c in STUDENT["cases"]])
 @torch.no_grad()
 def test_the_student_gives_the_published_numbers(case):
     c, truth, model = STUDENT["cases"][case], load_file(NETWORKS / "distill3r_student.safetensors"), published_student()
@@ -319,7 +309,9 @@ def test_recomputing_changes_memory_and_not_gradients():
     model, images = tiny_student().train(), [torch.rand(3, 32, 32), torch.rand(3, 32, 48), torch.rand(3, 32, 32)]
     target = [Pointmap(*(x.detach() + 1 for x in view)) for view in tiny_student(1)(images, [0, 1, 2])]
     masks, gradients, kept = [t.conf_global > 0 for t in target], [], []
-    for model.recompute in (False, True):
+    for again in (False, True):
+        if again:
+            d3r.recompute(model)
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
             loss = d3r.pointmap_loss(model(images, [0, 1, 2], at_once=1), target, masks).total
@@ -332,30 +324,24 @@ def test_recomputing_changes_memory_and_not_gradients():
     assert all("refinenet4.resConfUnit1" in name or name == "encoder.mask_token" for name in unused)
 
 
-@pytest.mark.parametrize("images, ids, words", [
-    ([torch.zeros(3, 16, 16)] * 1001, None, ["1001 views", "1 to 1000", "groups that begin with the same view"]),
-    ([], None, ["0 views", "1 to 1000"]),
-    ([torch.zeros(3, 16, 16), torch.zeros(3, 16, 30)], None, ["view 1 is (3, 16, 30)", "multiples of 16"]),
-    ([torch.zeros(1, 3, 16, 16)], None, ["view 0 is (1, 3, 16, 16)", "give (3, H, W)"]),
-    ([torch.zeros(3, 0, 16)], None, ["view 0 is (3, 0, 16)"]),
-    ([torch.zeros(3, 16, 16)], [0, 1], ["view_ids: 2 for 1 views"]),
-    ([torch.zeros(3, 16, 16)], [1000], ["each in 0..999"])])
-def test_what_cannot_be_run_is_said_before_it_starts(images, ids, words):
-    said = refusal(toy_fast3r(), images, ids)
-    assert all(word in said for word in words)
-
-
-@torch.no_grad()
-def test_one_thousand_views_run():
-    maps = tiny_student()([torch.rand(3, 8, 8)] * 1000, generator=seeded(), at_once=200)
-    assert len(maps) == 1000 and all(view.points_global.isfinite().all() for view in maps)
+@pytest.mark.parametrize("shapes, ids, words", [
+    ([(3, 16, 16)] * 1001, None, "1001 views in one call, not 1 to 1000"),
+    ([], None, "0 views"),
+    ([(3, 16, 16), (3, 16, 30)], None, r"view 1 is \(3, 16, 30\); give \(3, H, W\), H and W multiples of 16"),
+    ([(1, 3, 16, 16)], None, r"view 0 is \(1, 3, 16, 16\)"),
+    ([(3, 0, 16)], None, r"view 0 is \(3, 0, 16\)"),
+    ([(3, 16, 16)], [0, 1], "view_ids: 2 for 1 views"),
+    ([(3, 16, 16)], [1000], r"each in 0\.\.999")])
+def test_what_cannot_be_run_is_said_before_it_starts(shapes, ids, words):
+    assert re.search(words, refusal(toy_fast3r(), [torch.zeros(shape) for shape in shapes], ids))
 
 
 def write_fast3r(folder, state=None, sharper=False):
     folder.mkdir(exist_ok=True)
     state = state or toy_fast3r().state_dict()
     save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
-    config = dict(encoder_args=dict(num_heads=4), decoder_args=dict(num_heads=3, attn_bias_for_inference_enabled=sharper))
+    decoder = dict(num_heads=3, attn_bias_for_inference_enabled=sharper)
+    config = dict(encoder_args=dict(num_heads=4), decoder_args=decoder)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -375,7 +361,7 @@ def test_fast3r_is_read_from_the_published_layouts(tmp_path):
 @pytest.mark.parametrize("damage, words", [
     (lambda s: s.pop("decoder.dec_blocks.3.mlp.fc2.bias"), ["decoder.dec_blocks.3.mlp.fc2.bias is missing"]),
     (lambda s: s.update(surplus=torch.zeros(1)), ["no part of the Fast3R takes: surplus"]),
-    (lambda s: s.update({"downstream_head.dpt.head.4.bias": torch.zeros(3)}), ["head.4.bias is (3,), but (4,) was expected"]),
+    (lambda s: s.update({"downstream_head.dpt.head.4.bias": torch.zeros(3)}), ["head.4.bias is (3,), but (4,)"]),
     (lambda s: s.pop("encoder.enc_norm.weight"), ["lacks 'encoder.enc_norm.weight'", "no Fast3R"])])
 def test_fast3r_is_read_strictly(tmp_path, damage, words):
     state = dict(toy_fast3r().state_dict())
@@ -393,16 +379,17 @@ def test_a_student_comes_back_from_its_folder_or_says_what_is_wrong_with_it(tmp_
     assert again.config == model.config and not again.training
     for ours, theirs in zip(model(images, [0, 5]), again(images, [0, 5])):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
-    asked = lambda *flags: d3r.student_of(d3r.parse(["infer", "--weights", str(tmp_path), *flags])).view_size(480, 640)
+
+    def asked(*flags):
+        return d3r.model_of(d3r.parse(["infer", "--weights", str(tmp_path), *flags]), "student").view_size(480, 640)
     assert asked() == asked("--preset", "full") == (24, 40) and asked("--size", "48", "64") == (48, 64)
-    config = tmp_path / "config.json"
-    config.write_text('{"patch": 8, "colour": 1}')
-    assert "colour" in (said := refusal(d3r.load_student, tmp_path)) and str(config) in said
-    config.write_text('{"patch": 8')
-    assert "not JSON" in (said := refusal(d3r.load_student, tmp_path)) and str(config) in said
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    for content, words in (('{"patch": 8, "colour": 1}', "colour"), ('{"patch": 8', "not JSON")):
+        config.write_text(content)
+        assert words in (said := refusal(d3r.load_student, tmp_path)) and str(config) in said
     config.unlink()  # then it is taken for the published one, whose sizes it does not have
     assert "encoder.cls_token is (1, 1, 192), but (1, 1, 384) was expected" in refusal(d3r.load_student, tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
+    weights.write_bytes(weights.read_bytes()[:-100])
     assert "not a whole safetensors file" in refusal(d3r.load_student, tmp_path)
 
 
@@ -410,7 +397,7 @@ def test_a_student_comes_back_from_its_folder_or_says_what_is_wrong_with_it(tmp_
 
 
 def slow_loss(pred, target, masks, weight, mean):
-    """Eq. 1-6 pixel by pixel in Python's own floats: V of (points_global, points_local, conf_global, conf_local), numpy."""
+    """Eq. 1-6 pixel by pixel in Python's own floats; the maps are V of Pointmap's four arrays."""
     pixels = [[tuple(p) for p in np.argwhere(mask)] for mask in masks]  # of each view
     number, part = sum(map(len, pixels)), {}
     length = lambda x: math.sqrt(sum(float(v) ** 2 for v in x))
@@ -421,7 +408,8 @@ def slow_loss(pred, target, masks, weight, mean):
         for k, places in enumerate(pixels):
             inside = range(len(pixels)) if which == 0 else [k]  # the views that share a scale
             many = max(1, sum(len(pixels[i]) for i in inside))
-            scales = [sum(length(maps[i][which][p]) for i in inside for p in pixels[i]) / many for maps in (pred, target)]
+            scales = [sum(length(maps[i][which][p]) for i in inside for p in pixels[i]) / many
+                      for maps in (pred, target)]
             total = 0.0
             for p in places:
                 w = weights[weight](float(pred[k][which + 2][p]), float(target[k][which + 2][p]))
@@ -458,25 +446,18 @@ def with_gradients(views):
 @pytest.mark.parametrize("mean", ["pixels", "views"])
 @pytest.mark.parametrize("weight", d3r.WEIGHTS)
 @pytest.mark.parametrize("name", ["two", "one", "an empty view"])
-def test_the_loss_is_that_of_the_loop_and_so_are_its_gradients(name, weight, mean):
+def test_the_loss_is_that_of_the_loop_and_its_gradients_are_its_slopes(name, weight, mean):
     pred, target, masks = loss_case(name)
-    pred = with_gradients(pred)
+    arrays = [[[x.numpy() for x in view] for view in views] for views in (pred, target)]
     loss = d3r.pointmap_loss(pred, target, masks, weight=weight, mean=mean)
-    loss.total.backward()
-    arrays = [[x.detach().numpy().copy() for x in view] for view in pred]
-    slow = lambda: slow_loss(arrays, [[x.numpy() for x in v] for v in target], [m.numpy() for m in masks], weight, mean)
-    assert [x.item() for x in loss] == pytest.approx(slow(), rel=1e-12)
-    for view, values, mask in zip(pred, arrays, masks):
-        for x, array in zip(view, values):
-            assert (x.grad[~mask] == 0).all()
-            everywhere = np.broadcast_to(mask.numpy().reshape(*mask.shape, *[1] * (array.ndim - 2)), array.shape)
-            for place in map(tuple, np.argwhere(everywhere)[::3]):
-                ends = []
-                for step in (1e-5, -1e-5):
-                    array[place] += step
-                    ends.append(slow()[0])
-                    array[place] -= step
-                assert x.grad[place].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-8)
+    slow = slow_loss(*arrays, [m.numpy() for m in masks], weight, mean)
+    assert [x.item() for x in loss] == pytest.approx(slow, rel=1e-12)
+
+    def total(*maps):
+        views = [Pointmap(*maps[n:n + 4]) for n in range(0, len(maps), 4)]
+        return d3r.pointmap_loss(views, target, masks, weight=weight, mean=mean).total
+    maps = [x for view in with_gradients(pred) for x in view]
+    assert torch.autograd.gradcheck(total, maps, eps=1e-5, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("global_target", ["direct", "aligned"])
@@ -503,30 +484,29 @@ def test_masked_pixels_may_hold_anything_and_nothing_valid_is_a_loss_of_zero(glo
 def test_what_the_loss_does_not_see():
     pred, target, masks = loss_case("three")
     loss = d3r.pointmap_loss(pred, target, masks)
-    every = d3r.pointmap_loss([v._replace(points_global=7 * v.points_global) for v in pred], target, masks)
-    assert every.global_.item() == pytest.approx(loss.global_.item(), rel=1e-12)
-    first = [pred[0]._replace(points_global=7 * pred[0].points_global, points_local=7 * pred[0].points_local), *pred[1:]]
-    changed = d3r.pointmap_loss(first, target, masks)
+    larger = [Pointmap(7 * view.points_global, 7 * view.points_local, *view[2:]) for view in pred]
+    every = [new._replace(points_local=old.points_local) for new, old in zip(larger, pred)]
+    assert d3r.pointmap_loss(every, target, masks).global_.item() == pytest.approx(loss.global_.item(), rel=1e-12)
+    changed = d3r.pointmap_loss([larger[0], *pred[1:]], target, masks)
     assert changed.local.item() == pytest.approx(loss.local.item(), rel=1e-12)  # a scale for each view
     assert abs(changed.global_.item() / loss.global_.item() - 1) > 0.01  # one for all views
     assert [x.item() for x in d3r.pointmap_loss(target, target, masks)] == [0, 0, 0, 0]
     half = [Pointmap(*(x.half() for x in view)) for view in target]  # as the cache has it
     assert d3r.pointmap_loss(pred, half, masks).total.dtype == torch.float64
-    with pytest.raises(AssertionError, match="no such loss: weight 'teachers'"):
-        d3r.pointmap_loss(pred, target, masks, weight="teachers")
 
 
 LOSS = json.loads((NETWORKS / "distill3r_loss.json").read_text())
 LOSS_TRUTH = load_file(NETWORKS / "distill3r_loss.safetensors")
 
 
-@pytest.mark.parametrize("name, weight", [("default", "clamped"), ("no_conf_weight", "none"), ("student_conf_weight", "student")])
+@pytest.mark.parametrize("name, weight", [
+    ("default", "clamped"), ("no_conf_weight", "none"), ("student_conf_weight", "student")])
 @pytest.mark.parametrize("case", ["b1n1_masked", "b1n3_full", "b1n3_masked"])
 def test_the_official_loss_is_a_pair_of_flags(case, name, weight):
     get = lambda which, *names: [Pointmap(*(x.clone() for x in maps)) for maps in
                                  zip(*(LOSS_TRUTH[f"{case}/{which}/{n}"][0] for n in names))]
     names = ("xyz_global", "xyz_local", "conf", "conf_local")
-    pred, target = with_gradients(get("pred", *names)), get("target", "xyz_global", "xyz_local", "conf_global", "conf_local")
+    pred, target = with_gradients(get("pred", *names)), get("target", *names[:2], "conf_global", "conf_local")
     masks, known = list(LOSS_TRUTH[f"{case}/mask"][0].bool()), LOSS["cases"][case][name]
     loss = d3r.pointmap_loss(pred, target, masks, weight=weight, mean="views")
     parts = [LOSS["alpha_g"] * loss.global_, LOSS["alpha_l"] * loss.local, LOSS["gamma"] * loss.confidence]
@@ -568,42 +548,38 @@ def test_the_manifest_is_in_natural_order_and_keeps_tails_and_short_scenes(few_r
     pictures(root / "video", [f"frame{n}.png" for n in random.Random(0).sample(range(1, 46), 45)], (12, 16))
     pictures(root / "few10", ["b.jpg", "a.jpg"])
     pictures(root / "few9", ["one.PNG"], (64, 48))
-    lines = d3r.make_manifest(root, stride=1)
-    samples = d3r.samples_of(lines)
-    assert {name: len(part) for name, part in samples.items()} == {
+    lines = d3r.make_manifest(root)
+    assert {name: len(part) for name, part in d3r.samples_of(lines).items()} == {
         "few9/000": 1, "few10/000": 2, "video/000": 20, "video/001": 20, "video/002": 5}
-    assert list(samples)[:2] == ["few9/000", "few10/000"]
-    video = [line for line in lines if line["scene"] == "video"]
-    assert [line["path"] for line in video] == [f"video/frame{n}.png" for n in range(1, 46)]
-    assert [line["view"] for line in video] == [*range(20), *range(20), *range(5)]
-    assert lines[0] == dict(dataset="holiday", scene="few9", sample="few9/000", view=0, size=[64, 48],
-                            path="few9/one.PNG", bytes=(root / "few9/one.PNG").stat().st_size)
-    lines = d3r.make_manifest(few_rooms, 5, stride=1)  # of posed scenes the images alone
+    assert [line["scene"] for line in lines[:3]] == ["few9", "few10", "few10"]
+    assert [line["path"] for line in lines[3:]] == [f"video/frame{n}.png" for n in range(1, 46)]
+    assert lines[0] == dict(scene="few9", sample="few9/000", size=[64, 48], path="few9/one.PNG",
+                            bytes=(root / "few9/one.PNG").stat().st_size)
+    assert paths_of(root / "video", 20, 10) == [f"frame{n}.png" for n in range(1, 46, 10)]
+    lines = d3r.make_manifest(few_rooms, 5)  # of posed scenes the images alone
     assert [len(part) for part in d3r.samples_of(lines).values()] == [5, 5, 2] * 2
     assert lines[3]["path"] == "room_000/images/003.png" and lines[3]["size"] == [96, 128]
     assert d3r.make_manifest(few_rooms / "room_001")[-1]["sample"] == "room_001/000"
 
 
 def test_no_photo_is_lost_or_taken_for_a_map_and_bad_ones_are_named(tmp_path, capsys):
-    root = tmp_path / "same"
+    root, bad = tmp_path / "same", pictures(tmp_path / "bad", ["a.png", "c.jpg"])
     for folder, name in (("", "a.jpg"), ("same", "b.jpg"), ("x/images", "c.jpg"), ("x/masks", "c.png")):
         pictures(root / folder, [name])
     assert sorted(paths_of(root)) == ["a.jpg", "same/b.jpg", "x/images/c.jpg"]
-    (tmp_path / "empty").mkdir()
-    for n in range(6):
-        (root / f"IMG_{n}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    for path in (tmp_path / "phone/a.HEIC", *(root / f"IMG_{n}.HEIC" for n in range(6))):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\0\0\0\x18ftypheic")
     assert len(paths_of(root)) == 3 and "ignored: 6 HEIC files" in capsys.readouterr().out
-    shutil.copy(root / "IMG_0.HEIC", pictures(tmp_path / "h", []) / "a.HEIC")
-    assert "1 HEIC files, which are not read; save them as JPEG or PNG" in refusal(d3r.make_manifest, tmp_path / "h", kind=DataError)
-    assert "no such folder" in refusal(d3r.make_manifest, tmp_path / "none", kind=DataError)
-    assert "no picture in here" in refusal(d3r.make_manifest, tmp_path / "empty", kind=DataError)
-    (pictures(tmp_path / "p", ["a.png"]) / "b.png").write_bytes(b"no picture")
-    said = refusal(d3r.make_manifest, tmp_path / "p", kind=DataError)
-    assert "b.png: cannot be decoded (not a picture); restore the file or pass --skip_bad_frames" in said
-    (pictures(tmp_path / "p", ["c.jpg"]) / "c.jpg").write_bytes((tmp_path / "p/c.jpg").read_bytes()[:-200])  # cut off
-    pictures(tmp_path / "p/.thumbnails", ["a.png"])
-    assert paths_of(tmp_path / "p", 20, None, True) == ["a.png"]
-    assert "c.jpg: cannot be decoded" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    (bad / "b.png").write_bytes(b"no picture")
+    for folder, words in (("phone", "1 HEIC files, which are not read; save them as JPEG or PNG"),
+                          ("none", "no such folder"), ("empty", "no picture in here"),
+                          ("bad", "b.png: cannot be decoded (not a picture); restore the file or pass --skip_bad")):
+        assert words in refusal(d3r.make_manifest, tmp_path / folder, kind=DataError)
+    (bad / "c.jpg").write_bytes((bad / "c.jpg").read_bytes()[:-200])  # cut off
+    pictures(bad / ".thumbnails", ["a.png"])
+    assert paths_of(bad, 20, 1, True) == ["a.png"] and "c.jpg: cannot be decoded" in capsys.readouterr().out
 
 
 def test_pictures_of_other_types_are_read_and_huge_ones_are_to_be_made_smaller(tmp_path, monkeypatch):
@@ -618,40 +594,17 @@ def test_pictures_of_other_types_are_read_and_huge_ones_are_to_be_made_smaller(t
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), b"junk", b"II*\0\x08"])
 def test_photos_are_the_right_way_up_whatever_their_exif_says(tmp_path, orientation):
-    """Pillow's own transposition is the truth where the note can be read; where it is damaged the picture is as stored."""
+    """Pillow's own transposition is the truth where the note can be read, else the picture as it is stored."""
     picture, exif = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 36, 4), np.uint8)), Image.Exif()
     picture.putalpha(255)  # RGBA: putting it on white loses the note
     readable = isinstance(orientation, int)
     if readable:
         exif[0x0112] = orientation
     picture.save(tmp_path / "a.png", exif=exif if readable else b"Exif\0\0" + orientation)
-    found = d3r.Photos("one", [tmp_path / "a.png"])
-    truth = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")) if readable else picture)[..., :3]
-    assert found.frames[0].size == truth.shape[:2]
-    assert np.array_equal((255 * found.view(0).image).round().permute(1, 2, 0).numpy(), truth)
-
-
-def test_the_stride_leaves_half_an_overlap_and_fills_a_sample(rooms, tmp_path):
-    wide = torch.rand(1, 3, 12, 100, generator=seeded())
-    wide = torch.nn.functional.interpolate(wide, (96, 800), mode="bicubic")[0]
-    wide = (wide.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    for step, views, expected in ((16, 4, 4), (16, 20, 2), (16, 30, 1), (128, 4, 1)):  # 128 wide: half at 64
-        folder = tmp_path / f"{step}_{views}/video"
-        folder.mkdir(parents=True)
-        for n in range(41):
-            left = step * n % 672
-            Image.fromarray(wide[:, left:left + 128]).save(folder / f"{n}.png")
-        assert paths_of(folder, views) == [f"{n}.png" for n in range(0, 41, expected)], (step, views)
-    a, b = torch.rand(2, 24, 32, generator=seeded()).numpy()
-    assert d3r.picture_overlap(a, a) == 1 and d3r.picture_overlap(a, b) == 0 == d3r.picture_overlap(a, 0 * a)
-    assert d3r.picture_overlap(a[:, :24], a[:, 8:]) == pytest.approx(16 / 24)
-    assert d3r.picture_overlap(a[6:], a[:-6]) == pytest.approx(12 / 18)
-    scene = rooms[0]  # posed: by the frusta
-    stride = d3r.choose_stride(scene, list(range(12)), 2)
-    places = lambda step: np.linspace(0, 11 - step, 8).astype(int)
-    shared = lambda step: np.median([data.overlap(scene, i, i + step) for i in places(step)])
-    assert 1 < stride <= 6 and shared(stride) >= 0.5 and (stride == 6 or shared(stride + 1) < 0.5)
-    assert d3r.choose_stride(scene, list(range(12)), 20) == 1
+    (scene, _), stored = d3r.open_scene(tmp_path, tmp_path.name), Image.open(tmp_path / "a.png")
+    truth = np.asarray(ImageOps.exif_transpose(stored) if readable else picture)[..., :3]
+    assert scene.frames[0].size == truth.shape[:2]
+    assert np.array_equal((255 * scene.view(0).image).round().permute(1, 2, 0).numpy(), truth)
 
 
 class Painter:
@@ -674,8 +627,8 @@ def test_image_and_target_show_the_same_point_in_portrait_and_landscape(view_siz
     pictures(root / "c", ["lying.png"], (160, 96), orientation=6)  # stored tall, shown wide
     pictures(root / "d", ["square.png"], (101, 101))
     d3r.write_cache(Painter(view_size), root, tmp_path / "cache", SMALL)
-    cached = d3r.CachedViews(root, tmp_path / "cache")
-    for sample, shape in zip((cached[i] for i in range(4)), (SMALL, SMALL[::-1], SMALL, SMALL)):
+    cached = list(d3r.CachedViews(root, tmp_path / "cache"))
+    for sample, shape in zip(cached, (SMALL, SMALL[::-1], SMALL, SMALL), strict=True):
         (image,), (target,), (mask,) = sample.images, sample.targets, sample.masks
         assert image.shape[1:] == mask.shape == shape
         # A crop to whole patches may leave out the border; inside, a ramp is the same by any resampling.
@@ -687,29 +640,11 @@ def test_image_and_target_show_the_same_point_in_portrait_and_landscape(view_siz
     assert cols > 0.95 and rows == pytest.approx(SMALL[0] / SMALL[1] * cols, abs=0.04)  # cropped, not stretched
 
 
-def test_resampling_is_bilinear_between_the_crops():
-    """Against a float64 loop over target pixels."""
-    photo, have, want = (60, 100), (32, 40), (20, 31)
-    m = Pointmap(*torch.rand(2, *have, 3, generator=seeded()), *(1 + torch.rand(2, *have, generator=seeded())))
-    got = d3r.resampled(m, photo, want)
-    scales = [max(h / photo[0], w / photo[1]) for h, w in (have, want)]
-    seen = 0
-    for i, j in np.ndindex(want):
-        y, x = ((p + 0.5 - n / 2) * scales[0] / scales[1] + h / 2 - 0.5 for p, n, h in zip((i, j), want, have))
-        if not (-0.5 <= y <= have[0] - 0.5 and -0.5 <= x <= have[1] - 0.5):
-            assert got.points_local[i, j].isnan().all() and got.points_global[i, j].isnan().all()
-            continue
-        seen, total = seen + 1, np.zeros(3)
-        for dy, dx in np.ndindex(2, 2):
-            r, c = int(np.floor(y)) + dy, int(np.floor(x)) + dx
-            w = (1 - abs(y - r)) * (1 - abs(x - c))
-            total += w * m.points_global[min(max(r, 0), have[0] - 1), min(max(c, 0), have[1] - 1)].double().numpy()
-        assert np.abs(total - got.points_global[i, j].numpy()).max() < 1e-5
-    assert 0.7 * want[0] * want[1] < seen < 0.9 * want[0] * want[1]
-    assert d3r.resampled(m, photo, have) is m
-    sizes = {(480, 640): (384, 512), (640, 480): (512, 384), (1080, 1920): (288, 512), (968, 1296): (368, 512),
-             (100, 300): (160, 512)}
-    assert {stored: d3r.fast3r_size(*stored) for stored in sizes} == sizes  # what the official loader gives
+@pytest.mark.parametrize("stored, size", [
+    ((480, 640), (384, 512)), ((640, 480), (512, 384)), ((1080, 1920), (288, 512)), ((968, 1296), (368, 512)),
+    ((100, 300), (160, 512))])
+def test_fast3r_looks_at_the_sizes_that_the_official_loader_gives(stored, size):
+    assert d3r.fast3r_size(*stored) == size
 
 
 # ------------------------------------------------------------------------------------------------ the cache
@@ -724,7 +659,7 @@ def few_rooms(rooms_dir, tmp_path_factory):  # two rooms
 
 
 def write(root, out, strength=1, **changed):
-    how = {"size": SMALL, "views": 5, "stride": 1, **changed}
+    how = {"size": SMALL, "views": 5, **changed}
     return d3r.write_cache(GeometricTeacher(SMALL, strength), root, out, **how)
 
 
@@ -761,44 +696,21 @@ def test_the_coding_of_a_view_is_exact_to_the_bit(kind, valid):
     maps[:, ~mask] = np.array([np.nan, np.inf, 7.0, -0.0])[np.arange((~mask).sum()) % 4]
     assert d3r.coded(maps, mask) == stored  # what masked pixels hold does not matter
     back = d3r.decoded(stored, mask.shape)
-    assert (back.view(np.uint16)[:, mask] == maps.view(np.uint16)[:, mask]).all()
+    assert (back.view(np.uint16)[:, mask] == maps.view(np.uint16)[:, mask]).all() and (back[:, ~mask] == 0).all()
 
 
 def test_the_coding_takes_half_of_zlib_on_float16(few_rooms):
-    lines = d3r.samples_of(d3r.make_manifest(few_rooms, 4, 1))["room_000/000"]
+    lines = d3r.samples_of(d3r.make_manifest(few_rooms, 4))["room_000/000"]
     maps = d3r.ask(GeometricTeacher((96, 128)), few_rooms, lines, (96, 128), 0)
-    packed = d3r.pack_sample(maps, lines, dict(tau=0.3))
     plain = b"".join(x.half().numpy().tobytes() for m in maps for x in m)  # the official code's way
-    assert len(packed) < 0.6 * len(zlib.compress(plain)) < 0.5 * len(plain)
-    code = np.arange(-32768, 32768).astype(np.int16)
-    steps, value = d3r.in_order(code), code.view(np.float16)
-    assert (d3r.in_order(steps) == code).all()
-    known = np.isfinite(value)
-    assert (np.diff(value[known][np.argsort(steps[known], kind="stable")].astype(np.float64)) >= 0).all()
-
-
-def test_runs_are_those_of_a_loop_and_of_the_official_code():
-    official = [0, 3, 4, 1, 6, 1, 8, 2, 16, 1, 19, 2, 22, 3, 27, 1, 32, 1, 34, 3, 40, 2, 43, 1]
-    assert d3r.run_lengths(load_file(CACHE)["rle/mask"].bool().numpy()).ravel().tolist() == official
-    assert d3r.run_lengths(np.ones((224, 518), bool)).tolist() == [[0, 116032]]
-    assert d3r.run_lengths(np.zeros((3, 4), bool)).shape == (0, 2)
-    for p in (0.0, 0.2, 0.9, 1.0):
-        mask = np.random.default_rng(0).random((13, 11)) < p
-        runs, start = [], None
-        for n, on in enumerate([*mask.ravel(), False]):
-            start = n if on and start is None else start
-            if not on and start is not None:
-                runs, start = runs + [[start, n - start]], None
-        assert d3r.run_lengths(mask).tolist() == runs
-        assert (d3r.from_run_lengths(d3r.run_lengths(mask), mask.shape) == mask).all()
+    assert len(d3r.pack_sample(maps, 0.3)) < 0.6 * len(zlib.compress(plain)) < 0.5 * len(plain)
 
 
 def test_a_sample_comes_back_exact_to_float16_and_filtered(few_rooms, cache):
-    cached, teacher = d3r.CachedViews(few_rooms, cache), GeometricTeacher(SMALL)
-    assert len(cached) == 6 and len(cached[0].targets) == 5 and len(cached[2].targets) == 2
-    samples = d3r.samples_of(d3r.make_manifest(few_rooms, 5, stride=1))
-    masked = 0
-    for item in (cached[i] for i in range(len(cached))):
+    cached, teacher = list(d3r.CachedViews(few_rooms, cache)), GeometricTeacher(SMALL)
+    assert [len(item.targets) for item in cached] == [5, 5, 2] * 2
+    samples, masked = d3r.samples_of(d3r.make_manifest(few_rooms, 5)), 0
+    for item in cached:
         wanted = d3r.ask(teacher, few_rooms, samples[item.name], SMALL, 0)
         for image, got, mask, want, line in zip(item.images, item.targets, item.masks, wanted, samples[item.name]):
             for a, b in zip(got, want):
@@ -813,28 +725,13 @@ def test_a_sample_comes_back_exact_to_float16_and_filtered(few_rooms, cache):
     assert [name for name, _ in kept] == [f"room_001/00{n}" for n in range(3)]
 
 
-class Difficult(Painter):
-    """Infinite, missing and overflowing values, and confidence out of the range of float16."""
-
-    def __call__(self, views, generator):
-        maps = super().__call__(views, generator)
-        for m in maps:
-            m.points_local[0, 0] = torch.inf
-            m.points_global[0, 1] = torch.nan
-            m.points_global[0, 2] = 1e6
-            m.conf_local[0, 3] = 1e9
-            m.conf_global[0, 4] = torch.nan
-            m.conf_local[0, 5:7] = torch.tensor([1.42, 1.44])
-        return maps
-
-
 def test_only_what_is_known_trusted_and_in_range_is_valid(few_rooms, tmp_path, capsys):
-    pictures(tmp_path / "p", ["a.png"], SMALL)
-    d3r.write_cache(Difficult(), tmp_path / "p", tmp_path / "cache", SMALL)
-    sample = d3r.CachedViews(tmp_path / "p", tmp_path / "cache")[0]
-    assert sample.masks[0][0, :8].tolist() == [False, False, False, True, False, False, True, True]
-    assert sample.masks[0][1:].all() and sample.targets[0].conf_local[0, 3] == 65504
-    capsys.readouterr()
+    m = Pointmap(torch.ones(2, 8, 3), torch.ones(2, 8, 3), *torch.full((2, 2, 8), 5.0))
+    m.points_local[0, 0], m.points_global[0, 1], m.points_global[0, 2] = torch.inf, torch.nan, 1e6
+    m.conf_local[0, 3], m.conf_global[0, 4], m.conf_local[0, 5], m.conf_local[0, 6] = 1e9, torch.nan, 1.42, 1.44
+    channels, mask = d3r.filtered(m, 0.3)
+    assert mask[0].tolist() == [False, False, False, True, False, False, True, True] and mask[1].all()
+    assert channels[7, 0, 3] == 65504
     write(few_rooms, tmp_path / "none", views=12, tau=0.99999)
     assert "room_000/000.safetensors: not one pixel is trusted at --tau 0.99999" in capsys.readouterr().out
     assert not d3r.CachedViews(few_rooms, tmp_path / "none")[0].masks[0].any()
@@ -850,24 +747,17 @@ def test_the_same_call_gives_the_same_bytes_and_shards_give_the_whole(few_rooms,
 def test_every_flipped_bit_and_every_cut_is_noticed(cache, tmp_path):
     whole = (cache / "room_000/002.safetensors").read_bytes()
     path, rng = tmp_path / "s.safetensors", random.Random(0)
-    path.write_bytes(whole)
-    about, _, _ = d3r.unpack_sample(path)
-    assert about["settings"]["teacher"] == "geometry, errors x 1" and about["settings"]["tau"] == 0.3
-
-    def noticed(content):
+    header = int.from_bytes(whole[:8], "little")
+    flips = [*range(0, 64), *(rng.randrange(8 * len(whole)) for _ in range(600))]
+    flips += [8 * rng.randrange(8, 8 + header) + rng.randrange(8) for _ in range(400)]  # many ways to misread few bytes
+    lengths = [0, 1, 7, 8, 9, header, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(100))]
+    damaged = [whole[:at // 8] + bytes([whole[at // 8] ^ 1 << at % 8]) + whole[at // 8 + 1:] for at in flips]
+    for content in [*damaged, *(whole[:length] for length in lengths), whole + b"\0"]:
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"s\.safetensors: .*run the cache command again"):
-            d3r.unpack_sample(path)
-    flips = [*range(0, 64), *(rng.randrange(8 * len(whole)) for _ in range(600))]
-    header = int.from_bytes(whole[:8], "little")
-    flips += [8 * rng.randrange(8, 8 + header) + rng.randrange(8) for _ in range(400)]  # many ways to misread few bytes
-    for at in flips:
-        damaged = bytearray(whole)
-        damaged[at // 8] ^= 1 << at % 8
-        noticed(damaged)
-    for length in [0, 1, 7, 8, 9, header, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(100))]:
-        noticed(whole[:length])
-    noticed(whole + b"\0")
+            d3r.read_sample(path)
+    path.write_bytes(whole)
+    assert len(d3r.read_sample(path)) == 4  # two views
 
 
 def test_damaged_samples_are_named_and_made_again(few_rooms, cache, tmp_path, capsys):
@@ -877,48 +767,37 @@ def test_damaged_samples_are_named_and_made_again(few_rooms, cache, tmp_path, ca
     good = bad.read_bytes()
     bad.write_bytes(good[:-5])
     (out / "room_000/000.safetensors").unlink()
-    (out / "room_000/.000.safetensors.4711").write_bytes(b"left by a killed run")
     said = refusal(d3r.CachedViews, few_rooms, out, kind=DataError)
     assert "1 of 6 samples are not there yet (room_000/000)" in said
     written = write(few_rooms, out)
-    assert f"{bad}: damaged or cut off" in capsys.readouterr().out
+    assert f"{bad}: damaged, cut off" in capsys.readouterr().out
     assert [str(p.relative_to(out)) for p in written] == ["room_000/000.safetensors", "room_001/001.safetensors"]
-    assert bad.read_bytes() == good and not list(out.rglob(".*"))
+    assert bad.read_bytes() == good
 
 
-def test_other_settings_pictures_or_files_are_refused(few_rooms, cache, tmp_path, monkeypatch):
+def test_other_settings_pictures_or_files_are_refused(few_rooms, cache, tmp_path):
     out, root = tmp_path / "c", tmp_path / few_rooms.name
     shutil.copytree(cache, out), shutil.copytree(few_rooms, root)
     assert write(root, out) == []  # a folder that was moved is the same
-    with monkeypatch.context() as later:
-        later.setattr(d3r, "CACHE_FORMAT", "pointmaps 3")
-        with pytest.raises(DataError, match="its format is pointmaps 2, not pointmaps 3"):
-            d3r.CachedViews(root, out)
     for changed, says in ((dict(strength=2), "teacher geometry, errors x 1 -> geometry, errors x 2"),
-                          (dict(tau=0.5), "tau 0.3 -> 0.5"), (dict(views=4), "lists other pictures or samples")):
-        with pytest.raises(DataError, match=says):
+                          (dict(tau=0.5), "tau 0.3 -> 0.5"), (dict(views=4), "views 5 -> 4")):
+        with pytest.raises(DataError, match=f"made of other pictures or settings .{says}"):
             write(root, out, **changed)
-    cached = lambda: d3r.CachedViews(root, out)
+    cached = d3r.CachedViews(root, out)
     image, meta = root / "room_000/images/003.png", root / "room_000/transforms.json"
-    kept = image.read_bytes(), meta.read_text()
+    kept = image.read_bytes()
     shutil.copy(root / "room_001/images/003.png", image)
-    assert "lists other pictures" in refusal(write, root, out, kind=DataError)
-    said = refusal(cached().__getitem__, 0, kind=DataError)
-    assert "room_000/images/003.png: not the picture that the manifest lists" in said
-    image.write_bytes(kept[0])
-    frames = json.loads(kept[1])
+    assert "made of other pictures" in refusal(write, root, out, kind=DataError)
+    lost = "room_000/images/003.png: no longer the picture that the manifest lists"
+    assert lost in refusal(cached.__getitem__, 0, kind=DataError)
+    image.write_bytes(kept)
+    frames = json.loads(meta.read_text())
     meta.write_text(json.dumps({**frames, "frames": frames["frames"][:3] + frames["frames"][4:]}))
     d3r.open_scene.cache_clear()
-    said = refusal(cached().__getitem__, 0, kind=DataError)
-    assert "room_000/images/003.png: in the manifest, but no longer in its scene" in said
+    assert lost in refusal(cached.__getitem__, 0, kind=DataError)
     shutil.rmtree(root / "room_001")
     d3r.scene_folders.cache_clear(), d3r.open_scene.cache_clear()
-    assert "scene room_001 is no longer in here" in refusal(cached().__getitem__, 3, kind=DataError)
-    meta.write_text(kept[1])
-    shutil.copy(out / "room_000/000.safetensors", out / "room_000/001.safetensors")
-    assert "made of other pictures" in refusal(cached().__getitem__, 1, kind=DataError)
-    (out / "manifest.jsonl").write_text("{}\n")
-    assert "not a manifest" in refusal(cached, kind=DataError)
+    assert "scene room_001 is no longer in here" in refusal(cached.__getitem__, 3, kind=DataError)
     assert "run the cache command first" in refusal(d3r.CachedViews, root, tmp_path / "nowhere", kind=DataError)
     pictures(tmp_path / "photos", ["a.png", "b.png"])
     said = refusal(write, tmp_path / "photos", tmp_path / "d", kind=DataError)
@@ -927,38 +806,28 @@ def test_other_settings_pictures_or_files_are_refused(few_rooms, cache, tmp_path
 
 
 def die_at(event, arguments):
-    """In a child: `write_cache`, killed (SIGKILL) at the n-th of: file half written, file whole, file renamed."""
-    count, fsync, replace = [0], os.fsync, os.replace
+    """In a child: `write_cache`, killed (SIGKILL) before its n-th flush or rename."""
+    count = itertools.count(1)
 
-    def passes(then=lambda: None):
-        count[0] += 1
-        if count[0] == event:
-            then()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def dying_fsync(fd):
-        passes(lambda: os.ftruncate(fd, os.fstat(fd).st_size // 2))
-        fsync(fd)
-        passes()
-
-    def dying_replace(a, b):
-        replace(a, b)
-        passes()
+    def dying(call):
+        return lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(count) == event else call(*args)
     torch.set_num_threads(1)
-    os.fsync, os.replace = dying_fsync, dying_replace
+    os.fsync, os.replace = dying(os.fsync), dying(os.replace)
     write(*arguments, views=1)
 
 
 def test_caching_killed_at_many_points_and_continued_leaves_the_same_files(few_rooms, tmp_path):
     write(few_rooms, tmp_path / "whole", views=1)
-    leftovers, dead = 0, 0
-    for event in [1, 2, 3, 4, 5, 6, 7, 1, 2, 4, 5, 3]:
-        child = multiprocessing.get_context("fork").Process(target=die_at, args=(event, (few_rooms, tmp_path / "killed")))
+    for event in (1, 2, 3, 4, 5, 1, 2, 3):
+        arguments = event, (few_rooms, tmp_path / "killed")
+        child = multiprocessing.get_context("fork").Process(target=die_at, args=arguments)
         child.start()
         child.join(60)
-        dead += child.exitcode == -signal.SIGKILL
-        leftovers += len(list((tmp_path / "killed").rglob(".*")))
-    assert dead == 12 and leftovers >= 6
+        assert child.exitcode == -signal.SIGKILL
+    leftovers = list((tmp_path / "killed").rglob(".*"))
+    assert len(leftovers) == 8  # one each, hidden
+    for path in leftovers:
+        path.unlink()
     write(few_rooms, tmp_path / "killed", views=1)
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed") and len(contents(tmp_path / "whole")) == 25
 
@@ -974,70 +843,31 @@ def exact_maps(views, size=SMALL):
     return GeometricTeacher(size, strength=0.0)(views, seeded())
 
 
-def test_without_errors_the_geometric_teacher_is_the_depth_in_the_first_view(rooms):
-    views = views_of(rooms[0], (2, 5, 8))
-    for view, m in zip(views, exact_maps(views)):
-        K, to_first = view.K.double(), torch.linalg.inv(views[0].c2w.double()) @ view.c2w.double()
-        for i, j in ((0, 0), (3, 40), (14, 21), (27, 41)):
-            z = view.depth[i, j].double()
-            point = torch.stack([(j + 0.5 - K[0, 2]) / K[0, 0] * z, (i + 0.5 - K[1, 2]) / K[1, 1] * z, z])
-            assert (m.points_local[i, j].double() - point).abs().max() < 1e-5
-            assert (m.points_global[i, j].double() - (to_first[:3, :3] @ point + to_first[:3, 3])).abs().max() < 1e-5
-
-
 def test_its_errors_grow_with_depth_and_at_edges_and_its_confidence_says_so(rooms):
-    size, near, far, edge, flat, conf, error, poses = (96, 128), [], [], [], [], [], [], []
+    size, near, far, edge, flat, conf, error = (96, 128), [], [], [], [], [], []
     for seed, scene in enumerate(rooms):
         views = views_of(scene, (0, 4, 8, 11), size)
-        maps = GeometricTeacher(size)(views, seeded(seed))
-        for k, (view, m, truth) in enumerate(zip(views, maps, exact_maps(views, size))):
+        for view, m, truth in zip(views, GeometricTeacher(size)(views, seeded(seed)), exact_maps(views, size)):
             off = (m.points_local - truth.points_local).norm(dim=-1) / view.depth
             farthest, nearest = (s * torch.nn.functional.max_pool2d(s * view.depth[None], 5, 1, 2)[0] for s in (1, -1))
             step = (farthest - nearest) / view.depth
             smooth, typical = step < 0.05, view.depth.median()
-            near.append(off[smooth & (view.depth < typical)])
-            far.append(off[smooth & (view.depth > 1.3 * typical)])
-            edge.append(off[step > 0.3])
-            flat.append(off[smooth])
+            picks = smooth & (view.depth < typical), smooth & (view.depth > 1.3 * typical), step > 0.3, smooth
+            for part, pixels in zip((near, far, edge, flat), picks):
+                part.append(off[pixels])
             conf.append(m.conf_local.flatten())
             error.append((off * view.depth).flatten())
-            poses.append(((m.points_global - truth.points_global).norm(dim=-1) / view.depth).mean().item() if k else 0)
             assert (m.conf_local > 1).all() and (m.conf_global > 1).all() and m.points_global.isfinite().all()
-    mean, median = (lambda parts: torch.cat(parts).mean().item()), (lambda parts: torch.cat(parts).median().item())
-    assert 0.003 < median(near) and 1.25 * median(near) < median(far) < 0.05  # relative: absolute errors grow even faster
-    assert mean(edge) > 4 * mean(flat)
-    assert d3r.rank_correlation(torch.cat(conf), torch.cat(error)) < -0.4
-    assert max(poses) > 2 * mean(flat)  # poses are off, too
-
-
-def test_its_confidence_and_its_poses_are_those_of_the_error_to_expect(rooms):
-    """Walls that face the camera, at the typical depth and at twice that: no edges, so noise, pull and pose are all."""
-    depth = torch.full((48, 64), 2.0)
-    depth[:, 50:] = 4.0
-    first, second = GeometricTeacher((48, 64))([rooms[0].view(0, (48, 64))._replace(depth=depth)] * 2, seeded())
-    for column, far in ((20, 1.0), (58, 2.0)):
-        error = far * math.hypot(0.006 + 0.006 * far, 0.01 * far)
-        assert first.conf_local[20, column].item() == pytest.approx(0.2 / error, rel=1e-4)
-        assert first.conf_global[20, column].item() == pytest.approx(0.2 / error, rel=1e-4)
-        pose = math.hypot(0.008, 0.004 * second.points_global[20, column].norm().item() / 2)
-        assert second.conf_global[20, column].item() == pytest.approx(0.2 / math.hypot(error, pose), rel=0.03)
-    views, turns = views_of(rooms[0], (0, *range(1, 12), *range(1, 12))), []
-    teacher = GeometricTeacher(SMALL)
-    teacher.disturbed = lambda depth, *_: (depth, torch.zeros_like(depth))
-    for k, (view, one) in enumerate(zip(views, teacher(views, seeded()))):
-        true = torch.linalg.inv(views[0].c2w) @ view.c2w
-        rays = (view.depth[..., None] * lift.pixel_rays(view.K, *SMALL)).flatten(0, 1)  # the true local points
-        R = d3r.similarity(rays, one.points_global.flatten(0, 1))[1]
-        turn = math.acos(min(1.0, ((R.T @ true[:3, :3].double()).trace().item() - 1) / 2))
-        turns.append(turn) if k else pytest.approx(0, abs=1e-3) == turn  # the pose of the first view is exact
-    assert np.sqrt(np.mean(np.square(turns))) == pytest.approx(0.004 * math.sqrt(3), rel=0.3)  # 0.004 rad about each axis
+    near, far, edge, flat, conf, error = map(torch.cat, (near, far, edge, flat, conf, error))
+    assert 0.003 < near.median() and 1.25 * near.median() < far.median() < 0.05  # relative: absolute ones grow faster
+    assert edge.mean() > 4 * flat.mean() and d3r.rank_correlation(conf, error) < -0.4
 
 
 def test_pixels_without_depth_are_nan_and_not_trusted(rooms):
     views = views_of(rooms[0], (0, 1))
-    hole = views[0].depth.clone()
-    hole[5:9, 5:9] = 0
-    for depth, known in ((hole, 28 * 42 - 16), (torch.zeros(SMALL), 0)):
+    for rows, known in ((slice(5, 9), 24 * 42), (slice(None), 0)):
+        depth = views[0].depth.clone()
+        depth[rows] = 0
         m = GeometricTeacher(SMALL)([views[0]._replace(depth=depth), views[1]], seeded())[0]
         assert m.points_local.isfinite().all(-1).sum() == known == m.points_global.isfinite().all(-1).sum()
         assert (d3r.certainty(m.conf_local)[depth == 0] < 0.01).all() and m.conf_local.isfinite().all()
@@ -1059,8 +889,6 @@ def test_a_similarity_is_recovered_and_never_a_reflection():
         y = true + torch.cat([5 * torch.randn(15, 3, generator=g), torch.zeros(35, 3)])
         for got, want in zip(d3r.robust_similarity(x, y, w + 0.1, rounds=30), (s, R, t)):
             assert (got - want).abs().max() < 1e-3
-        plain, robust = ((f(x, y, w + 0.1)[2] - t).norm() for f in (d3r.similarity, d3r.robust_similarity))
-        assert robust < 0.2 * plain
     x = torch.randn(50, 3, generator=g, dtype=torch.float64)
     mirror = x * torch.tensor([1.0, 1.0, -1.0])
     s, R, t = d3r.similarity(x, mirror)
@@ -1090,17 +918,16 @@ def test_photos_agree_where_geometry_and_cameras_are_theirs(rooms):
     points = [(lift.pixel_rays(v.K, *SMALL) * v.depth[..., None]).flatten(0, 1) for v in views]
     colours = [v.image.permute(1, 2, 0).flatten(0, 1) for v in views]
     photos, focal, c2w = [v.image for v in views], [v.K[0, 0] for v in views], torch.stack([v.c2w for v in views])
-    agree = lambda points, colours, c2w: d3r.photo_agreement(points, colours, photos, focal, c2w)
+
+    def agree(points, colours, c2w, photos=photos):
+        return d3r.photo_agreement(points, colours, photos, focal, c2w)
     true, nearer = agree(points, colours, c2w), agree([p / 2 for p in points], colours, c2w)
     strangers = agree(points, [c[torch.randperm(len(c), generator=seeded())] for c in colours], c2w)
     assert true > nearer + 0.1 and true > agree(points, colours, still) + 0.1 and abs(strangers) < 0.05
     assert agree(points, colours, c2w[:1].expand_as(c2w)) == pytest.approx(agree(points, colours, still), abs=1e-4)
-    two = lambda photos, c2w: d3r.photo_agreement(points[:len(c2w)], colours[:len(c2w)], photos, focal, c2w)
-    assert two(photos[:1], c2w[:1]) == 0.0
-    turned = torch.stack([torch.eye(4), torch.diag(torch.tensor([-1.0, 1, -1, 1]))])  # back to back: neither sees the other
-    assert two(photos[:2], turned) == 0.0
-    assert d3r.photo_agreement(points[:1] * 2, colours[:1] * 2, photos[:1] * 2, focal[:1] * 2, still[:2]) > 0.95
-    assert d3r.doubtful((0.42, 0.42)) and d3r.doubtful((0.43, 0.42)) and not d3r.doubtful((0.79, 0.43))
+    turned = torch.stack([torch.eye(4), torch.diag(torch.tensor([-1.0, 1, -1, 1]))])  # back to back
+    assert agree(points, colours, c2w, photos[:1]) == 0.0 == agree(points, colours, turned, photos[:2])
+    assert agree(points[:1] * 2, colours[:1] * 2, still, photos[:1] * 2) > 0.95
 
 
 def test_far_points_do_not_cost_the_others_their_depth_and_untrusted_scenes_are_refused(rooms, tmp_path):
@@ -1121,9 +948,8 @@ def test_far_points_do_not_cost_the_others_their_depth_and_untrusted_scenes_are_
 def check_scene(scene, pictures, views, depth_unit=1.0):
     """Poses, K and depth are the truth's up to the similarity that makes view 0 the world and multiplies by 2.5."""
     true = torch.linalg.inv(views[0].c2w) @ torch.stack([v.c2w for v in views])
-    assert len(scene) == len(views)
-    assert (scene.c2w[:, :3, :3] - true[:, :3, :3]).abs().max() < 1e-4
-    assert (scene.c2w[:, :3, 3] - 2.5 * true[:, :3, 3]).abs().max() < 1e-3
+    true[:, :3, 3] *= 2.5
+    assert len(scene) == len(views) and (scene.c2w - true).abs().max() < 1e-3
     for i, (picture, view) in enumerate(zip(pictures, views)):
         got = scene.view(i, (48, 64))
         assert (got.K / view.K - 1)[view.K > 0].abs().max() < 1e-3
@@ -1182,21 +1008,17 @@ def test_accuracy_and_completeness_are_those_of_a_float64_loop_and_of_the_offici
     assert [float(x) for x in got] == pytest.approx(official, rel=1e-5)
     clusters = 0.01 * torch.randn(1111, 3, generator=g) + 100 * torch.randint(0, 3, (1111, 3), generator=g)
     queries = torch.randn(300, 3, generator=g)
-    for points in (clusters, clusters[:1]):
-        want = loop_nearest(queries.double().numpy(), points.double().numpy())
-        assert np.abs(d3r.nearest_distance(queries, points, block=32).numpy() - want).max() < 1e-5 * want.max()
+    want = loop_nearest(queries.double().numpy(), clusters.double().numpy())
+    assert np.abs(d3r.nearest_distance(queries, clusters, block=32).numpy() - want).max() < 1e-5 * want.max()
     truth = torch.randn(401, 3, generator=g)
-    R = torch.linalg.qr(torch.randn(3, 3, generator=g))[0]
-    points = 3 * (truth + 0.05 * torch.randn(401, 3, generator=g)) @ (R * R.det()) + 1
-    score, off = d3r.score_view(points, truth)
-    a, b = points.double().numpy(), truth.double().numpy()
-    ma, mb = a.mean(0), b.mean(0)
-    U, D, Vt = np.linalg.svd((b - mb).T @ (a - ma))
-    assert np.linalg.det(U @ Vt) > 0
-    scale = D.sum() / ((a - ma) ** 2).sum()
-    aligned = scale * (a - ma) @ (U @ Vt).T + mb
+    points = truth + 0.05 * torch.randn(401, 3, generator=g)
+    s, R, t = d3r.similarity(points, truth)
+    aligned, b = (s * points.double() @ R.T + t).numpy(), truth.double().numpy()
     there, back = loop_nearest(aligned, b), loop_nearest(b, aligned)
-    assert score == pytest.approx([there.mean(), np.median(there), back.mean(), np.median(back), scale], rel=1e-4)
+    # Turned, larger and elsewhere:
+    score, off = d3r.score_view(3 * points.flip(1) * torch.tensor([1, 1, -1]) + 1, truth)
+    slow = [there.mean(), np.median(there), back.mean(), np.median(back), s.item() / 3]
+    assert score == pytest.approx(slow, rel=1e-4)
     assert np.abs(off.numpy() - np.linalg.norm(aligned - b, axis=1)).max() < 1e-4
 
 
@@ -1206,9 +1028,9 @@ class Scaled(GeometricTeacher):
 
 
 def test_evaluation_of_the_truth_the_noisy_and_the_mean(rooms, few_rooms, cache):
-    score = lambda teacher: d3r.evaluate(teacher, rooms[:2], SMALL, views=3)
     cached = d3r.CachedViews(few_rooms, cache)
-    exact, noisy, mean = (score(t) for t in (Scaled(SMALL, 0.0), GeometricTeacher(SMALL), d3r.MeanTeacher(cached)))
+    exact, noisy, mean = (d3r.evaluate(teacher, rooms[:2], SMALL, views=3) for teacher in (
+        Scaled(SMALL, 0.0), GeometricTeacher(SMALL), d3r.MeanTeacher(cached)))
     assert max(exact["mean"][:4]) < 1e-5 and exact["mean"].scale == pytest.approx(4, rel=1e-5)
     assert 1e-3 < noisy["mean"].accuracy_median < 0.3 * mean["mean"].accuracy_median
     assert 1e-3 < noisy["mean"].completeness_median < 0.5 * mean["mean"].completeness_median
@@ -1218,64 +1040,38 @@ def test_evaluation_of_the_truth_the_noisy_and_the_mean(rooms, few_rooms, cache)
     bare = data.Scene("bare", [dataclasses.replace(f, depth=None) for f in rooms[0].frames])
     with pytest.raises(DataError, match="no scene has a view with measured depth"):
         d3r.evaluate(GeometricTeacher(SMALL), [bare], SMALL)
-    for i, j in ((0, 0), (10, 20), (27, 41)):  # the mean is that of valid pixels
-        values = [m.points_local[i, j].double() for s in cached for m, mask in zip(s.targets, s.masks) if mask[i, j]]
-        found = d3r.MeanTeacher(cached)([None], None)[0].points_local[i, j]
-        assert values and (found - torch.stack(values).mean(0)).abs().max() < 1e-4
+    values = [m.points_local[10, 20].double() for s in cached for m, mask in zip(s.targets, s.masks) if mask[10, 20]]
+    found = d3r.MeanTeacher(cached)([None], None)[0].points_local[10, 20]  # the mean of valid pixels
+    assert values and (found - torch.stack(values).mean(0)).abs().max() < 1e-4
 
 
 def test_the_rank_correlation_is_spearmans():
     conf, noise = torch.rand(2, 1000, generator=seeded())
     assert d3r.rank_correlation(conf, 1 / (conf + 0.1)) == pytest.approx(-1)
-    assert abs(d3r.rank_correlation(conf, noise)) < 0.1
-    assert d3r.rank_correlation(torch.full((1000,), 2.0), noise) == 0 == d3r.rank_correlation(conf, 0 * noise)
+    assert d3r.rank_correlation(torch.full((1000,), 2.0), noise) == 0
     a, b = (conf * 5).round(), (noise * 3 + conf).round()  # with many equal values
     ranks = lambda x: [((x < v).sum() + ((x == v).sum() + 1) / 2).item() for v in x]
     assert d3r.rank_correlation(a, b) == pytest.approx(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
-def test_camera_errors_are_those_of_a_known_disturbance():
-    c2w = torch.eye(4).repeat(6, 1, 1)
-    c2w[:, :3, 3] = torch.randn(6, 3, generator=seeded())
-    turn = torch.linalg.matrix_exp(torch.tensor([[0, -0.5, 0.1], [0.5, 0, 0.3], [-0.1, -0.3, 0]]))
-    moved = copy.deepcopy(c2w)  # another world: turned, three times as large, shifted
-    moved[:, :3, :3], moved[:, :3, 3] = turn @ c2w[:, :3, :3], 3 * c2w[:, :3, 3] @ turn.T + 1
-    exact = d3r.camera_error(moved, c2w)
-    assert exact.position < 1e-5 and exact.rotation < 0.1
-    tilt = torch.linalg.matrix_exp(math.radians(10) * torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 0]]))
-    moved[::2, :3, :3] = moved[::2, :3, :3] @ tilt  # every second one: 9 of 15 pairs
-    assert d3r.camera_error(moved, c2w).rotation == pytest.approx(10, abs=0.01)
-    moved = torch.eye(4).repeat(6, 1, 1)
-    moved[:, :3, 3] = torch.cat([torch.eye(3), -torch.eye(3)])  # corners of an octahedron
-    c2w[:, :3, 3] = moved[:, :3, 3] * torch.tensor([1.2, 0.8, 1.0])  # x farther out, y nearer: the similarity stays
-    assert d3r.camera_error(moved, c2w).position == pytest.approx(0.2, abs=1e-6)
+def test_the_table_measures_both_networks_at_the_papers_sizes(tmp_path, monkeypatch, capsys):
+    sizes = {d3r.Fast3R: (64, 2, 1, 64, 2, 4), d3r.Student: (d3r.StudentConfig.tiny._replace(patch=14),)}
+    built, costs, seen = d3r.built, iter(range(9, 0, -1)), []
 
-
-@pytest.mark.skipif(not d3r.PEAK.exists(), reason="the peak of a CPU's memory is told by Linux alone")
-def test_the_table_measures_time_and_memory_at_the_papers_sizes(tmp_path, monkeypatch, capsys):
-    sizes = {d3r.Fast3R: (64, 2, 2, 64, 2, 4), d3r.Student: (d3r.StudentConfig.tiny,)}
-    built = d3r.built
-    monkeypatch.setattr(d3r, "built", lambda network, *_: built(network, *sizes[network]))
-    main("table", "--size", 48, 64, "--counts", 1, 3, "--out", tmp_path, "--device", "cpu")
-    rows = json.loads((tmp_path / "table.json").read_text())
-    assert [(row["model"], row["views"]) for row in rows] == [(m, n) for n in (1, 3) for m in ("Fast3R", "student")]
-    assert all(0 < row["seconds"] < 60 for row in rows)
-    assert "faster" in (said := capsys.readouterr().out) and f"{rows[0]['seconds'] / rows[1]['seconds']:.1f}x" in said
-    # 16 channels a pixel before the heads' last convolution: all views at once take 7 views' of them more than one at a time.
-    memory = [d3r.efficiency({"student": tiny_student()}, [8], (128, 160), at_once, 1)[0].gigabytes for at_once in (1, 8)]
-    assert memory[1] - memory[0] > 7 * 128 * 160 * 16 * 4 / 1e9
-    seen = []
-
-    def cost(model, images, at_once):
+    def cost(model, images, *_):
         seen.append((model.patch, tuple(images[0].shape)))
         if len(images) > 1:
             raise torch.OutOfMemoryError
-        return len(seen), 3e9
+        return next(costs), 3.0
+    monkeypatch.setattr(d3r, "built", lambda network: built(network, *sizes[network]))
+    main("table", "--size", 28, 42, "--counts", 2, "--out", tmp_path, "--device", "cpu")
+    assert "2 views, student: " in capsys.readouterr().out
     monkeypatch.setattr(d3r, "cost_of_pass", cost)
-    rows = d3r.efficiency({"Fast3R": built(d3r.Fast3R, 64, 4, 1, 48, 3, 1), "student": built(d3r.Student)}, [1, 2])
+    main("table", "--counts", 1, 2, "--out", tmp_path, "--device", "cpu")
     assert set(seen) == {(16, (3, 384, 512)), (14, (3, 378, 518))}  # Table I
-    assert rows[1][2:] == pytest.approx((3, 3 + 4 * (71_969_288 + 3 * 378 * 518) / 1e9))  # the fastest; weights and pictures
-    assert rows[3].seconds == math.inf and "inf s" in d3r.efficiency_table(rows)
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [(row["model"], row["views"], row["seconds"]) for row in rows] == [  # the fastest of two; what does not fit
+        ("teacher", 1, 8), ("student", 1, 6), ("teacher", 2, math.inf), ("student", 2, math.inf)]
 
 
 # ------------------------------------------------------------------------------------------------ the commands
@@ -1290,15 +1086,10 @@ def cached(rooms_dir, tmp_path_factory):
     return common
 
 
-@pytest.fixture(scope="module")
-def whole_run(rooms_dir, tmp_path_factory):
-    home = tmp_path_factory.mktemp("whole")
-    shutil.copytree(rooms_dir, home / "data_small")  # where the script looks by itself
-    return home / "out", script("--out", home / "out", "--max_steps", 60, "--warmup", 10, *TOY, cwd=home)
-
-
-def test_the_script_improves_on_its_start_and_infers_a_scene(whole_run, rooms, rooms_dir, tmp_path, capsys, monkeypatch):
-    out, printed = whole_run
+def test_the_script_improves_on_its_start_and_infers_a_scene(rooms, rooms_dir, tmp_path, capsys):
+    shutil.copytree(rooms_dir, tmp_path / "data_small")  # where the script looks by itself
+    out, scene = tmp_path / "out", tmp_path / "out/scene"
+    printed = script("--out", out, "--max_steps", 60, "--warmup", 10, *TOY, cwd=tmp_path)
     result, log = json.loads((out / "result.json").read_text()), log_of(out)
     student, mean, teacher = (result[name]["mean"] for name in ("student", "mean", "teacher"))
     new = d3r.NetworkTeacher(d3r.new_student(d3r.parse(["train", "--preset", "tiny"])), "new", lambda *_: (48, 64))
@@ -1307,37 +1098,25 @@ def test_the_script_improves_on_its_start_and_infers_a_scene(whole_run, rooms, r
     assert teacher["accuracy_median"] < min(student["accuracy_median"], mean["accuracy_median"])
     assert result["student"]["scenes"].keys() == {"room_003"}
     assert [line["step"] for line in log] == list(range(60)) and log[-1]["heldout"] < 0.7 * log[9]["heldout"]
+    assert sum("heldout" in line for line in log) == 6
     assert log[0]["lr"] < log[10]["lr"] > log[-1]["lr"] and not any("room_003" in line["samples"][0] for line in log)
-    assert all(words in printed for words in ("samples written", "accuracy", "room_003: 2 views", "photos agree"))
-    capsys.readouterr()
-    main("infer", "--scene_dir", rooms_dir, "--weights", out / "student", "--out", tmp_path, *TOY)
-    said, (scene,) = capsys.readouterr().out, data.load_scenes(tmp_path / "scene")
-    doubt = d3r.doubtful(json.loads((tmp_path / "scene/transforms.json").read_text())["agreement"])
+    assert all(words in printed for words in ("samples written", "accuracy", "room_003, 2 views", "photos agree"))
+    main("infer", "--scene_dir", rooms_dir, "--weights", out / "student", "--out", out, *TOY)
+    said, (found,) = capsys.readouterr().out, data.load_scenes(scene)
+    agreed, still = json.loads((scene / "transforms.json").read_text())["agreement"]
+    doubt = agreed < still + 0.02
     assert "4 scenes in here, this is room_000" in said and "12 views" in said
     assert doubt == ("do not trust the cameras" in said) == ("04_distill.py" not in said)  # one verdict
-    assert len(scene) == 12 and scene.view(3).depth.shape == scene.view(3).image.shape[1:] == (96, 128)  # twice the maps'
-    assert Image.open(tmp_path / "scene/depth/003.png").size == (64, 48)
-    assert (scene.view(3).depth > 0).float().mean() > 0.5 and len(set(data.sample_triplet(scene, seeded()))) == 3
-    main("infer", "--scene_dir", rooms_dir / "room_001", "--weights", out / "student", "--out", tmp_path, *TOY, "--stride", 5)
-    frames = json.loads((tmp_path / "scene/transforms.json").read_text())["frames"]
-    assert len(frames) == 3 and all(len(list((tmp_path / "scene" / part).iterdir())) == 3 for part in ("images", "depth"))
-    assert f"the scene of other photos ({rooms_dir.resolve()}) is replaced" in capsys.readouterr().out
-    monkeypatch.setattr(d3r, "OUT", str(tmp_path))  # where nobody asked for this folder, a scene of other photos stays
-    infer = ["infer", "--weights", out / "student", "--out", tmp_path]
-    assert "holds the scene of other photos" in message(*infer, "--scene_dir", rooms_dir)
-    for folder in (tmp_path / "scene/images", tmp_path):  # it would find its own pictures the next time
+    assert len(found) == 12 and found.view(3).depth.shape == found.view(3).image.shape[1:] == (96, 128)
+    assert Image.open(scene / "depth/003.png").size == (64, 48)  # images are twice as large as maps
+    assert (found.view(3).depth > 0).float().mean() > 0.5 and len(set(data.sample_triplet(found, seeded()))) == 3
+    infer = ["infer", "--weights", out / "student", "--out", out]
+    main(*infer, "--scene_dir", rooms_dir / "room_001", *TOY, "--stride", 5)
+    assert len(json.loads((scene / "transforms.json").read_text())["frames"]) == 3
+    assert all(len(list((scene / part).iterdir())) == 3 for part in ("images", "depth", "confidence"))
+    for folder in (scene / "images", out):  # it would find its own pictures the next time
         assert "give another --out" in message(*infer, "--images", folder)
-    assert (tmp_path / "scene/transforms.json").exists()
-
-
-def test_the_students_card_says_what_it_is_made_of_and_its_lines_run(whole_run, rooms):
-    card = (whole_run[0] / "student/README.md").read_text()
-    for words in ("starts from: tiny", "Teacher: geometry, errors x 1", "--max_steps 60", "MIT", "after 60 steps", "## Scores"):
-        assert words in card
-    code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("path/to/this/folder", str(whole_run[0] / "student"))
-    found = {}
-    exec(code, found)
-    assert len(found["cameras"].c2w) == 2
+    assert (scene / "transforms.json").exists()
 
 
 def test_fast3r_teaches_through_the_cache_and_infers_by_itself(rooms_dir, tmp_path, monkeypatch, capsys):
@@ -1349,15 +1128,15 @@ def test_fast3r_teaches_through_the_cache_and_infers_by_itself(rooms_dir, tmp_pa
         shutil.copy(rooms_dir / f"room_000/images/{n:03d}.png", photos / f"img{n}.png")
     common = ["--out", tmp_path / "out", *TOY]
     main("cache", "--images", photos, "--teacher", weights, *common)
-    assert len(d3r.CachedViews(photos, tmp_path / "out/cache")) == 2
-    about, maps, masks = d3r.unpack_sample(tmp_path / "out/cache/photos/000.safetensors")
-    assert about["settings"]["teacher"].startswith("fast3r ")
-    views = [d3r.Photos("photos", sorted(photos.iterdir())).view(i, d3r.fast3r_size(96, 128)) for i in range(2)]
+    cached = d3r.CachedViews(photos, tmp_path / "out/cache")
+    assert len(cached) == 2 and cached.settings["teacher"].startswith("fast3r ")
+    target, mask = cached[0].targets[1], cached[0].masks[1]
+    scene, index = d3r.open_scene(photos, "photos")
+    views = [scene.view(i, d3r.fast3r_size(96, 128)) for i in list(index.values())[:2]]
     said = d3r.load_fast3r(weights)([v.image for v in views], generator=seeded(zlib.crc32(b"0 photos/000")))
     expected = d3r.resampled(Pointmap(*(part.detach() for part in said[1])), (96, 128), (48, 64))
-    assert masks[1].any()
-    assert torch.equal(maps[1].points_global[masks[1]], expected.points_global.half().float()[masks[1]])
-    assert "made with other settings (teacher fast3r" in message("cache", "--images", photos, *common)
+    assert mask.any() and torch.equal(target.points_global[mask], expected.points_global.half().float()[mask])
+    assert "made of other pictures or settings (teacher fast3r" in message("cache", "--images", photos, *common)
     main("train", "--max_steps", 20, "--warmup", 2, *common)  # finds the photos by the cache
     losses = [line["total"] for line in log_of(tmp_path / "out")]
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
@@ -1367,37 +1146,14 @@ def test_fast3r_teaches_through_the_cache_and_infers_by_itself(rooms_dir, tmp_pa
     monkeypatch.setattr(d3r.Fast3R, "forward", lambda self, *a, **k: [ahead(m) for m in forward(self, *a, **k)])
     main("infer", "--images", photos, "--teacher", weights, "--out", tmp_path / "out", "--device", "cpu")
     said, (scene,) = capsys.readouterr().out, data.load_scenes(tmp_path / "out/scene")
-    assert re.search(r"^Fast3R, 4 views: about 0\.\d GB and \d+ s on cpu\n", said)
+    assert said.startswith("photos, 4 views by fast3r ")
     assert len(scene) == 4 and scene.view(0).image.shape == (3, 96, 128)
     assert "agreement" in json.loads((tmp_path / "out/scene/transforms.json").read_text())
 
 
-def test_more_views_than_ids_are_asked_in_groups_of_one_frame_and_unit(rooms):
-    views = views_of(rooms[0], range(12))
-    units = iter([1.0, 3.0, 0.2, 5.0])
-
-    def network(views, generator):
-        unit = next(units)
-        assert len(views) <= 5
-        return [m._replace(points_global=unit * m.points_global) for m in exact_maps(views)]
-    maps = d3r.ask_in_groups(network, views, seeded(), most=5)
-    assert len(maps) == 12 and next(units, None) == 5.0
-    for m, exact in zip(maps, exact_maps(views)):
-        assert (m.points_global - exact.points_global).abs().max() < 1e-4
-
-
-def test_memory_is_foretold():
-    """GB at the peak in fp32, added up from the sizes of all tensors alive: 2.72, 4.67, 4.94 and 8.75."""
-    with torch.device("meta"):
-        networks = {"student": (d3r.Student(), (378, 518)), "Fast3R": (d3r.Fast3R(), (384, 512))}
-    for name, views, measured in (("student", 8, 2.72), ("student", 128, 4.67), ("Fast3R", 8, 4.94), ("Fast3R", 128, 8.75)):
-        model, size = networks[name]
-        said = d3r.forecast(model, [size] * views, "cpu")
-        assert float(re.search(r"about ([\d.]+) GB and \d+ (s|minutes) on cpu", said)[1]) == pytest.approx(measured, rel=0.1)
-
-
 @pytest.mark.parametrize("flags,how", [
     ([], {}),
+    (["--grad_checkpoint"], {}),
     (["--weight", "none"], dict(weight="none")),
     (["--weight", "none", "--gamma", "0"], dict(weight="none", gamma=0.0)),
     (["--weight", "student", "--gamma", "0"], dict(weight="student", gamma=0.0)),
@@ -1417,35 +1173,12 @@ def test_a_flag_of_the_loss_does_what_it_says(cached, tmp_path, flags, how):
     assert not how or line["total"] != pytest.approx(plain.total.item(), rel=1e-3)
 
 
-def test_presets_hold_the_numbers_of_the_paper_and_rates_warm_up_and_fall(capsys):
+def test_presets_hold_the_numbers_of_the_paper_and_rates_warm_up_and_fall():
     args = d3r.parse(["train", "--preset", "full"])
     assert (args.size, args.views, args.batch, args.max_steps) == ([224, 518], 20, 16, 60 * 22_500 // 16)
-    assert (args.lr, args.final_lr, args.warmup, args.tau, args.gamma, args.bf16) == (1e-4, 5e-5, 3500, 0.3, 0.001, True)
+    assert (args.lr, args.final_lr, args.warmup, args.tau, args.gamma) == (1e-4, 5e-5, 3500, 0.3, 0.001) and args.bf16
     rate = [d3r.learning_rate(step, args) for step in (0, 1749, 3499, 3500, (3500 + 84_375) // 2, 84_374)]
     assert rate == pytest.approx([1e-4 / 3500, 5e-5, 1e-4, 1e-4, 7.5e-5, 5e-5], rel=1e-3)
-    assert d3r.parse(["cache", "--shard", "1/4"]).shard == (1, 4)
-    with pytest.raises(SystemExit):
-        d3r.parse(["cache", "--shard", "4/4"])
-    assert "4/4" in capsys.readouterr().err
-
-
-def test_a_step_is_the_mean_of_its_samples_with_ids_of_their_own(cached, tmp_path, monkeypatch):
-    args = d3r.parse(["train", *map(str, cached)])
-    student, samples = d3r.new_student(args), d3r.CachedViews(args.scene_dir, args.cache)
-
-    def learned(batch, seeds):
-        student.zero_grad()
-        return d3r.learn_samples(batch, student, args, seeds), student.decoder.dec_norm.weight.grad.clone()
-    (one, a), (two, b) = learned([samples[0]], [5]), learned([samples[1]], [6])
-    both, c = learned([samples[0], samples[1]], [5, 6])
-    assert torch.allclose((a + b) / 2, c, rtol=1e-3, atol=1e-5 * c.abs().max())
-    assert both == pytest.approx([(x + y) / 2 for x, y in zip(one, two)])
-    assert learned([samples[0]], [6])[0] != one  # other ids of the views
-    used, learn = [], d3r.learn_samples
-    monkeypatch.setattr(d3r, "learn_samples", lambda batch, model, args, seeds, world: used.extend(seeds) or
-                        learn(batch, model, args, seeds, world))
-    main("train", *cached, "--max_steps", 2, "--batch", 2, "--seed", 3, "--out", tmp_path)
-    assert used == [3, 4, 5, 6]
 
 
 def test_three_training_steps_are_those_by_hand(cached, tmp_path):
@@ -1484,18 +1217,9 @@ def test_three_training_steps_are_those_by_hand(cached, tmp_path):
 
 FAKE = ROOT.parent / "shared/tools/fake_cuda.py"
 ON_A_GPU = """
-import fake_cuda, importlib, sys, torch
-device = fake_cuda.install()
+import fake_cuda, importlib, sys
+device = fake_cuda.install()  # kept alive
 d3r = importlib.import_module("06_distill3r")
-args = d3r.parse(["train", "--preset", "tiny", "--device", "cuda"])
-student = d3r.new_student(args).to("cuda")
-for views in (3, 20):
-    m = d3r.Pointmap(*torch.rand(2, 48, 64, 3) + 1, *torch.rand(2, 48, 64) + 2)
-    sample = d3r.CachedSample("s", [torch.rand(3, 48, 64)] * views, [m] * views, [m.conf_local > 2.2] * views)
-    d3r.learn_samples([sample], student, args, [0])
-    with fake_cuda.watch() as seen:
-        d3r.learn_samples([sample], student, args, [0])
-    print("synchronisations of a sample:", sum(seen.syncs.values()))
 for command in ("cache", "train", "eval", "infer"):
     if command == "infer":  # an untrained student's points may lie behind the camera: these lie before it
         student = d3r.load_student(sys.argv[1] + "/student")
@@ -1505,19 +1229,17 @@ for command in ("cache", "train", "eval", "infer"):
 """
 
 
-@pytest.mark.skipif(not FAKE.exists(), reason=f"{FAKE}, the pretended CUDA device, is not here")
-def test_on_a_pretended_gpu_all_commands_run_and_a_sample_waits_for_it_three_times(few_rooms, tmp_path):
+def test_on_a_pretended_gpu_all_commands_run(few_rooms, tmp_path):
     environment = os.environ | {"FAKE_CUDA_PROJECT": str(ROOT), "PYTHONPATH": f"{FAKE.parent}:{ROOT}"}
     arguments = [tmp_path, "--scene_dir", few_rooms, *TOY[:-2], "--max_steps", 1, "--tau", 0, "--stride", 6]
     done = subprocess.run([sys.executable, "-c", ON_A_GPU, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
                           capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("synchronisations of a sample: 3\n") == 2
-    assert "samples written" in done.stdout and "accuracy" in done.stdout and "cloud.ply" in done.stdout
+    assert all(words in done.stdout for words in ("samples written", "accuracy", "cloud.ply"))
 
 
 def test_half_of_the_samples_are_mirrored_and_are_the_same_scene_in_a_mirror(rooms, cached, monkeypatch):
-    """The truth of a mirrored picture: its points lie on the rays of its pixels, in the view's own frame and the first's."""
+    """The truth of a mirrored picture: its points lie on its pixels' rays, in the view's own frame and the first's."""
     views = views_of(rooms[0], (0, 4), (48, 64))
     maps = exact_maps(views, (48, 64))
     sample = d3r.CachedSample("a", [v.image for v in views], maps, [torch.ones(48, 64, dtype=torch.bool)] * 2)
@@ -1527,13 +1249,10 @@ def test_half_of_the_samples_are_mirrored_and_are_the_same_scene_in_a_mirror(roo
     assert torch.allclose(local, lift.pixel_rays(K, 48, 64) * views[1].depth.flip(1)[..., None], atol=1e-4)
     s, R, t = d3r.similarity(local.flatten(0, 1), shared)
     assert (s * local.flatten(0, 1).double() @ R.T + t - shared).abs().max() < 1e-4  # still a rigid motion
-    assert s == pytest.approx(1, abs=1e-4)
-    again, seen, zero = d3r.mirrored(flipped), [], torch.zeros((), requires_grad=True)
-    assert torch.equal(again.images[0], views[0].image)
-    assert torch.equal(again.targets[1].points_global, maps[1].points_global)
+    assert s == pytest.approx(1, abs=1e-4) and torch.equal(d3r.mirrored(flipped).images[0], views[0].image)
+    seen, zero = [], torch.zeros((), requires_grad=True)
     monkeypatch.setattr(d3r, "loss_of", lambda model, sample, *_: seen.append(sample) or d3r.Loss(*4 * [zero * 1]))
-    args = d3r.parse(["train", *map(str, cached), "--mirror"])
-    d3r.learn_samples([sample] * 40, None, args, range(40))
+    d3r.learn_samples([sample] * 40, None, d3r.parse(["train", *map(str, cached), "--mirror"]), range(40))
     turned = sum(torch.equal(s.images[0], flipped.images[0]) for s in seen)
     assert 10 < turned < 30 and turned + sum(torch.equal(s.images[0], sample.images[0]) for s in seen) == 40
 
@@ -1551,7 +1270,7 @@ def test_a_new_student_starts_at_the_pretrained_vit_and_the_encoder_has_a_rate_o
     assert moved == {"decoder", "downstream_head", "downstream_head_local"}
 
 
-# ------------------------------------------------------------------------------------------------ runs that cannot be lost
+# ------------------------------------------------------------------------------------------------ resuming runs
 
 
 @pytest.fixture(scope="module")
@@ -1572,40 +1291,15 @@ def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, t
     killed.same(out, whole, 6)
 
 
-def test_asked_to_stop_it_saves_and_goes_on_with_the_same_settings_alone(undisturbed, tmp_path):
-    whole, _, common = undisturbed
-    common = ["train", *common, "--save_minutes", 100, "--out", tmp_path / "run"]
-    process = fork(*common)
-    log = tmp_path / "run/log.jsonl"
-    while not (log.exists() and log.read_text()) and process.is_alive():
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    assert finish(process) == 1
-    assert 0 < distill.read_run(tmp_path / "run/checkpoint.safetensors")[0] < 6
-    assert "--resume goes on" in message(*common)
-    assert "weight teacher -> none" in message(*common, "--resume", "--weight", "none")
-    assert finish(fork(*common, "--resume")) == 0
-    killed.same(tmp_path / "run", whole, 6)
-
-
 def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(undisturbed, tmp_path, monkeypatch):
     honest, calls, out = d3r.pointmap_loss, [0], tmp_path / "run"
 
     def failing(*arguments, **options):
-        calls[0] += 1
+        calls[0] += torch.is_grad_enabled()
         return d3r.Loss(*(part * (math.nan if calls[0] == 4 else 1) for part in honest(*arguments, **options)))
     monkeypatch.setattr(d3r, "pointmap_loss", failing)
-    assert "step 1: the loss is nan for room_" in message("train", *undisturbed[2], "--out", out, "--eval_every", 6)
+    assert "step 1: the loss is nan for room_" in message("train", *undisturbed[2], "--out", out)
     assert distill.read_run(out / "checkpoint.safetensors")[0] == 1
-
-
-def test_recomputing_and_bf16_stay_near(undisturbed, tmp_path):
-    whole, _, common = undisturbed
-    totals = lambda out: [line["total"] for line in log_of(out)]
-    main("train", *common, "--grad_checkpoint", "--out", tmp_path / "again")
-    assert totals(tmp_path / "again") == pytest.approx(totals(whole), rel=1e-4)
-    main("train", *common, "--max_steps", 1, "--bf16", "--out", tmp_path / "half")
-    assert totals(tmp_path / "half") != totals(whole)[:1] and totals(tmp_path / "half") == pytest.approx(totals(whole)[:1], rel=0.05)
 
 
 def test_two_processes_are_one(undisturbed, tmp_path):
@@ -1635,7 +1329,6 @@ def test_a_run_does_not_go_on_with_another_cache(cached, tmp_path):
     (["cache", "--images", "no_such_folder"], "no_such_folder: no such folder"),
     (["cache", "--teacher", "no_such_weights"], "no_such_weights: no such weights"),
     (["train"], "run the cache command first"),
-    (["eval", "--models", "mean"], "the mean pointmap is that of a cache"),
     (["infer"], "no such weights; give the folder that `train` wrote"),
     (["eval", "--models", "student"], "no such weights; give the folder that `train` wrote"),
     (["cache", "--device", "cuda:99"], "--device cuda:99")])
@@ -1662,8 +1355,6 @@ def test_training_takes_the_size_of_the_cache_and_eval_the_mean_of_it(rooms_dir,
     assert "mean: left out" in capsys.readouterr().out
     (other / "room_000").rename(other / "elsewhere")
     assert "no sample in it is of" in message("train", *common, "--scene_dir", other, "--max_steps", 1)
-    (tmp_path / "cache/root.json").write_text("{")
-    assert "root.json: damaged" in message("train", *common)
     odd = ["--cache", tmp_path / "odd", "--size", 50, 64, "--views", 2]
     main("cache", *common, *odd, "--scene_dir", rooms_dir)
     assert "multiples of 8" in message("train", *common, *odd, "--max_steps", 1)
