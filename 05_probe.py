@@ -146,7 +146,7 @@ class Recipe(NamedTuple):
     batch: int
     seed: int = 0
     device: str = "cpu"
-    log: Path | None = None  # a file that gets one JSON line every 50 steps
+    log: object = None  # an open file that gets one JSON line every 50 steps
 
 
 class LinearHead(nn.Module):
@@ -154,8 +154,8 @@ class LinearHead(nn.Module):
 
     def __init__(self, tokens: Features, channels, with_cls, seed):
         super().__init__()
-        # Differs: A.4 feeds raw tokens to the head; here they are whitened by the training views (CLS less strongly, as
-        # an image has just one). A linear layer can read the same from both, but learns it in fewer steps.
+        # Differs: A.4 feeds raw tokens to the head; here they are whitened by the training views (CLS less strongly,
+        # as an image has just one). A linear layer can read the same from both, but learns it in fewer steps.
         self.patch = Whitening(tokens.patches, floor=0.01)
         self.cls = Whitening(tokens.cls, floor=1.0)
         self.with_cls = with_cls
@@ -175,7 +175,8 @@ def resize(maps: Tensor, size) -> Tensor:  # (B, C, h, w) -> (B, C, *size); a pa
 
 
 def four_times(maps: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, 4h, 4w)
-    # A.4 upscales tokens before the linear layer. The result is the same, as bilinear weights sum to 1; this is cheaper.
+    # A.4 upscales tokens before the linear layer. The result is the same, as bilinear weights sum to 1, and this is
+    # cheaper.
     return resize(maps, [4 * side for side in maps.shape[2:]])
 
 
@@ -360,7 +361,6 @@ def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args
     """
     maps = truths(train, val)
     results = {"no features": Probed(baseline(maps))}
-    data.write_whole(log_file(args), b"")
     for name, path in tqdm(models.items(), desc="models", unit="model"):
         results[name] = probe_model(name, path, train, val, maps, pairs, args)  # extracts features, runs each probe
         if pairs:  # random matches of the points that the first model matched
@@ -423,7 +423,7 @@ class SideBySide(Rows):
         return torch.cat([x[which] for x in self.parts], -1)
 
 
-def on_disk(stem, columns, count, make, what) -> dict:
+def on_disk(stem, columns, count, make, what, at_once=AT_ONCE) -> dict:
     """{name: Rows} in the files `stem`.name, of columns {name: (shape of a row, dtype)}.
 
     make(first, last) -> {name: rows of these views}. What is there already is kept, so that a run that was killed goes
@@ -431,24 +431,19 @@ def on_disk(stem, columns, count, make, what) -> dict:
     """
     rows = {name: Rows(f"{stem}.{name}", (count, *shape), dtype) for name, (shape, dtype) in columns.items()}
     done, folder = min(x.whole_rows() for x in rows.values()), Path(stem).parent
-    missing = (count - done) * sum(x.bytes for x in rows.values())
     folder.mkdir(parents=True, exist_ok=True)
-    if missing > 1e8:
-        print(f"{what}: {count - done} of {count} views, {missing / 1e9:.1f} GB, go to {folder}")
-    if missing > (free := shutil.disk_usage(folder).free):
-        raise data.DataError(f"{folder}: {what} need {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; give "
-                             "another --out, or fewer --views")
-    for first in tqdm(range(done, count, AT_ONCE), desc=what, unit=f"{AT_ONCE} views", leave=False):
-        for name, part in make(first, first + AT_ONCE).items():
+    missing, free = (count - done) * sum(x.bytes for x in rows.values()) / 1e9, shutil.disk_usage(folder).free / 1e9
+    if missing > 0.1:
+        print(f"{what}: {count - done} of {count} views, {missing:.1f} GB, go to {folder} ({free:.1f} GB are free)")
+    if missing > free:
+        raise data.DataError(f"{folder}: {what} do not fit; give another --out, or fewer --views")
+    for first in tqdm(range(done, count, at_once), desc=what, unit=f"{at_once} views", leave=False):
+        for name, part in make(first, first + at_once).items():
             rows[name].write(first, part)
     return rows
 
 
 # ------------------------------------------------------------------------------------------------ views and their truth
-
-
-def unknown_maps(size) -> dict:  # of one view
-    return dict(depth=torch.zeros(size), normal=torch.zeros(*size, 3).half(), label=torch.full(size, 255).short())
 
 
 def chosen_views(scenes, args, part) -> list:
@@ -468,14 +463,15 @@ def store_views(scenes, size, args, part="val") -> Views:
     """The chosen views of `scenes`, scaled to `size` and kept on disk. --crop counts for the held-out part alone."""
     # Differs: the paper compares truth as it is stored; here it is compared at the size of the views (--pixels), at the
     # nearest stored pixel.
-    where, unknown = chosen_views(scenes, args, part), unknown_maps(size)
+    where = chosen_views(scenes, args, part)
+    unknown = dict(depth=torch.zeros(size), normal=torch.zeros(*size, 3).half(), label=torch.full(size, 255).short())
     columns = {"images": ((3, *size), torch.uint8), "K": ((3, 3), torch.float32)}
     for kind, map in unknown.items():
         if any(getattr(scene.frames[i], kind) for scene, i in where):
             columns[kind] = map.shape, map.dtype
 
     def make(first, last):
-        rows = [view_row(*place, size, args, part) for place in where[first:last]]
+        rows = [unknown | view_row(*place, size, args, part) for place in where[first:last]]
         return {name: torch.stack([row[name] for row in rows]) for name in columns}
     stem = Path(args.out) / "views" / views_key(where, size, args, part)
     rows = on_disk(stem, columns, len(where), make, f"{part} views")
@@ -487,20 +483,18 @@ def views_key(where, size, args, part) -> str:
     """A name for these views. Another file, camera, size or way to read them gives another."""
     told = [size, args.max_depth, args.ignore_label, args.crop if part == "val" else None]
     told.append(Path(data.__file__).read_text())
-    for scene, i in where:
-        frame = scene.frames[i]
+    for frame, scale in ((scene.frames[i], scene.depth_scale) for scene, i in where):
         files = [f.resolve() for f in (frame.image, frame.depth, frame.normal, frame.label) if f]
-        told += [frame, scene.depth_scale, [(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+        told += [frame, scale, [(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
 
 
 def view_row(scene, i, size, args, part) -> dict:
     """A row of `Views`. --max_depth, --ignore_label and --crop make the truth that is not to be used unknown."""
-    v, used = scene.view(i, size), torch.zeros(size, dtype=torch.bool)
+    v, used, (height, width) = scene.view(i, size), torch.zeros(size, dtype=torch.bool), size
     top, bottom, left, right = args.crop if part == "val" else (0, 1, 0, 1)  # shares of the sides
-    height, width = size
     used[round(top * height):round(bottom * height), round(left * width):round(right * width)] = True
-    row = dict(images=(255 * v.image).round().byte(), K=v.K) | unknown_maps(size)
+    row = dict(images=(255 * v.image).round().byte(), K=v.K)
     if v.depth is not None:
         row["depth"] = v.depth.where(used & (v.depth <= (args.max_depth or math.inf)), 0)
     if v.normal is not None:
@@ -536,17 +530,15 @@ def plain_frames(root):  # of the images in root/images, without poses
 
 
 def plain_folder(folder, args):
-    """Images without poses, `images/` and beside it `depth/ normals/ labels/` -> those to train on, and the held-out.
-
-    They are in the folders `train/` and `val/`. Where these do not exist, every eighth image is held out.
-    """
+    """Images without poses, in train/ and val/, or in one folder of which every eighth is held out -> both parts."""
     if (folder / "train").is_dir():
         train, val = plain_frames(folder / "train"), plain_frames(folder / "val")
     else:
         frames = plain_frames(folder)
         held_out = range(min(7, len(frames) - 1), len(frames), 8)
         train, val = [f for i, f in enumerate(frames) if i not in held_out], [frames[i] for i in held_out]
-    return [[data.Scene(name, frames, depth_scale=args.depth_scale)] for name, frames in (("train", train), ("val", val))]
+    scene = lambda name, frames: [data.Scene(name, frames, depth_scale=args.depth_scale)]
+    return scene("train", train), scene("val", val)
 
 
 class ListedPair(data.Scene):
@@ -554,7 +546,7 @@ class ListedPair(data.Scene):
 
 
 def read_pairs(file, args):
-    """SuperGlue's list, a line nameA nameB rotA rotB K_A(9) K_B(9) T_AB(16), with X_B = T_AB X_A -> ListedPairs."""
+    """SuperGlue's list, a line nameA nameB rotA rotB K_A(9) K_B(9) T_AB(16), with X_B = T_AB X_A."""
     root, scenes = file.parent / "images" if (file.parent / "images").is_dir() else file.parent, []
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         if not line.strip():
@@ -567,8 +559,10 @@ def read_pairs(file, args):
         except (AssertionError, ValueError, np.linalg.LinAlgError):
             raise data.DataError(f"{file}: line {number} is not two names, two zeros and 34 numbers, as SuperGlue's "
                                  "(images that it would rotate must be upright already)") from None
-        frames = [frame_of(name, data.inside(root / name, root, str(file)), file.parent, K, c2w, f"{file}: line {number}: ")
-                  for name, K, c2w in zip(names, values[2:20].reshape(2, 3, 3), poses)]
+        frames = []
+        for name, K, c2w in zip(names, values[2:20].reshape(2, 3, 3), poses):
+            image = data.inside(root / name, root, str(file))
+            frames.append(frame_of(name, image, file.parent, K, c2w, f"{file}: line {number}: "))
         scenes.append(ListedPair(f"pair {number}", frames, depth_scale=args.depth_scale))
     if not scenes:
         raise data.DataError(f"{file}: no pairs in it; a line is nameA nameB rotA rotB K_A K_B T_AB")
@@ -625,16 +619,12 @@ class Matches(NamedTuple):
     by_chance: Tensor  # (M,) the same when the matched points are paired at random
 
 
-def has_depth(views: Views, i) -> bool:  # enough of it to match points by
-    return (views.depth[i] > 0).float().mean().item() > 0.01
-
-
-def shared_share(views: Views, a, b) -> float:
+def shared_share(views: Views, pair: Pair) -> float:
     """The share of view a that b sees, or of b that a sees: the smaller. By depth if both have it, else by frustums."""
-    if not (has_depth(views, a) and has_depth(views, b)):
-        return data.overlap(views.where[a][0], views.where[a][1], views.where[b][1])
+    if not pair.measured:
+        return data.overlap(views.where[pair.a][0], views.where[pair.a][1], views.where[pair.b][1])
     shares = []
-    for u, v in ((a, b), (b, a)):
+    for u, v in (pair[:2], pair[1::-1]):
         u_to_v = torch.linalg.inv(views.c2w[v]) @ views.c2w[u]
         seen = lift.cross_check(views.depth[u], views.depth[v], views.K[u], views.K[v], u_to_v) > 0.5
         shares.append(seen[views.depth[u] > 0].float().mean().item())
@@ -653,7 +643,7 @@ def candidate_pairs(views: Views):
         trace = (R[a] * R[b]).sum((1, 2))  # of R_a' R_b
         columns.append((a, b, ((trace - 1) / 2).clamp(-1, 1).acos().rad2deg()))
     a, b, angle = map(torch.cat, zip(*columns))
-    deep = torch.tensor([has_depth(views, i) for i in range(len(views.where))])
+    deep = torch.tensor([(z > 0).float().mean().item() > 0.01 for z in views.depth])  # enough to match points by
     return a, b, angle, deep[a] & deep[b]
 
 
@@ -662,7 +652,7 @@ def choose_pairs(views: Views, per_range, seed) -> list[Pair]:
     # Differs: the paper evaluates SuperGlue's list of ScanNet pairs. In posed scenes we draw pairs that share a fifth
     # of what they see, as many in each range of viewpoint change. A list in SuperGlue's format is used as it is.
     generator, (a, b, angle, deep) = torch.Generator().manual_seed(seed), candidate_pairs(views)
-    is_good = lambda p: isinstance(views.where[p.a][0], ListedPair) or shared_share(views, p.a, p.b) >= 0.2
+    is_good = lambda p: isinstance(views.where[p.a][0], ListedPair) or shared_share(views, p) >= 0.2
     for measured in (True, False):
         chosen = []
         for low, high in VIEWPOINTS.values():
@@ -728,15 +718,6 @@ def parts_of(path: str) -> list:  # the models of `a+b`, whose channels stand si
     return [path] if Path(path).exists() else path.split("+")
 
 
-def content_key(vit, layer, images) -> str:
-    """A name for the features of these images by these weights. Any change of either gives another."""
-    digest = hashlib.sha256(f"{layer} {vit.patch} {vit.heads} {vit.positions} {tuple(images.shape)}".encode())
-    for tensors in (vit.state_dict().values(), images):
-        for x in tensors:
-            digest.update(x.contiguous().numpy())
-    return digest.hexdigest()[:24]
-
-
 def extract(path, images, layer, cache, device, mirrored=False) -> Features:
     """Tokens of `images` (I, 3, H, W) uint8 by the weights at `path`, in files of the folder `cache`, where they stay.
 
@@ -750,30 +731,29 @@ def extract(path, images, layer, cache, device, mirrored=False) -> Features:
         found = [extract(part, images, layer, cache, device, part in parts[:n]) for n, part in enumerate(parts)]
         return Features(*map(SideBySide, zip(*found)))
     vit = lift.load_vit(path)
-    key = content_key(vit, layer, images) + "-mirrored" * mirrored
+    digest = hashlib.sha256(f"{layer} {vit.patch} {vit.heads} {vit.positions} {tuple(images.shape)}".encode())
+    for tensors in (vit.state_dict().values(), images):
+        for x in tensors:
+            digest.update(x.contiguous().numpy())
+    key = digest.hexdigest()[:24] + "-mirrored" * mirrored  # another image or weight has another key
     if layer == "block":
         vit.norm = nn.Identity()
     vit, grid = vit.to(device), [max(1, round(side / vit.patch)) for side in images.shape[2:]]
+    size, at_once = tuple(n * vit.patch for n in grid), min(AT_ONCE, max(1, 2**14 // math.prod(grid)))
 
+    @torch.no_grad()
     def make(first, last):
-        batches = images[first:last].split(max(1, 2**14 // math.prod(grid)))
-        cls, patches = map(torch.cat, zip(*(tokens_of(vit, batch, grid, device, mirrored) for batch in batches)))
+        x = images[first:last].to(device).float() / 255
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+        cls, _, patches = vit(x.flip(3) if mirrored else x)
+        patches = patches.unflatten(1, grid)
+        cls, patches = cls.half().cpu(), (patches.flip(2) if mirrored else patches).half().cpu()
         if not (cls.isfinite().all() and patches.isfinite().all()):
             raise ValueError(f"{path}: its tokens are not finite in 16 bits; are the weights whole?")
         return dict(cls=cls, patches=patches)
     columns = {"cls": ((vit.dim,), torch.float16), "patches": ((*grid, vit.dim), torch.float16)}
-    return Features(**on_disk(Path(cache) / key, columns, len(images), make, f"features of {path}"))
-
-
-@torch.no_grad()
-def tokens_of(vit, images: Tensor, grid, device, mirrored):
-    """(B, 3, H, W) uint8 -> CLS (B, C), patches (B, h, w, C), float16 on the CPU."""
-    images, size = images.to(device).float() / 255, tuple(n * vit.patch for n in grid)
-    if images.shape[2:] != size:
-        images = F.interpolate(images, size, mode="bilinear", antialias=True)
-    cls, _, patches = vit(images.flip(3) if mirrored else images)
-    patches = patches.unflatten(1, grid)
-    return cls.half().cpu(), (patches.flip(2) if mirrored else patches).half().cpu()
+    return Features(**on_disk(Path(cache) / key, columns, len(images), make, f"features of {path}", at_once))
 
 
 # ------------------------------------------------------------------------------------------------ heads and models
@@ -803,21 +783,12 @@ class Whitening(nn.Module):
         return (x - self.mean) @ self.map
 
 
-def log_file(args):
-    return Path(args.out) / "log.jsonl"
-
-
 def note_loss(name, step, value, recipe: Recipe, bar):
     if not math.isfinite(value):
         raise ValueError(f"{name}: the loss is {value} at step {step}; are the {name} of these views sound?")
     if recipe.log and (step % 50 == 0 or step + 1 == recipe.steps):
         bar.set_postfix(loss=f"{value:.4f}")
-        note(recipe.log, head=name, step=step, loss=round(value, 6))
-
-
-def note(log, **entry):
-    with open(log, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+        recipe.log.write(json.dumps(dict(head=name, step=step, loss=round(value, 6))) + "\n")
 
 
 class Probed(NamedTuple):
@@ -833,19 +804,20 @@ def probe_model(name, path, train, val, maps, pairs, args) -> Probed:
     frozen = lambda views: extract(path, views.images, args.layer, Path(args.out) / "features", args.device)
     tokens, val_tokens = train and frozen(train), frozen(val)
     scores, shown, matches, chance = {}, {}, [], None
-    note(log_file(args), model=name)
-    for kind, (truth, val_truth) in maps.items():
-        recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log_file(args))
-        more = [not args.no_cls] if kind == "depth" else []
-        scores[kind], predict = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
-        views = shown_views(val_truth, TRUTH[kind][1])
-        shown[kind] = torch.stack(list(predict(Features(*(x[views] for x in val_tokens)))))
+    with open(Path(args.out) / "log.jsonl", "a") as log:
+        log.write(json.dumps(dict(model=name)) + "\n")
+        for kind, (truth, val_truth) in maps.items():
+            recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log)
+            more = [not args.no_cls] if kind == "depth" else []
+            scores[kind], predict = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
+            views = shown_views(val_truth, TRUTH[kind][1])
+            shown[kind] = torch.stack(list(predict(Features(*(x[views] for x in val_tokens)))))
     if pairs:
         scores["correspondence"], chance, matches = correspondence(val_tokens, val, pairs, args.device)
     if len(parts_of(path)) == 1 < len(val.images):
         norm = nn.Identity() if args.layer == "norm" else lift.load_vit(path).norm
         scores["place share"] = place_share(val_tokens.patches, norm)
-    drawn = val_tokens.patches[four_of(torch.arange(len(val.images)))].float()
+    drawn = val_tokens.patches[shown_views(val.images)].float()
     return Probed(scores, chance, shown, [matches[n] for n in shown_pairs(pairs)], drawn)
 
 
@@ -891,21 +863,17 @@ def place_share(patches, norm=nn.Identity()) -> dict:
 def shares_in_words(scores) -> str:
     shares = {m: s["place share"] for m, s in scores.items() if "place share" in s}
     listed = "; ".join(f"{m} {x['all']:.1f} %, rough part {x['rough']:.1f} %" for m, x in shares.items())
-    return f"""Place share: {listed}. The rough part is the share of the tokens' variance that is artifacts tied to places
-in the picture. Splatting carries features to other places, so Splat and Distill averages such artifacts out: the larger
-the rough part of a start, the more it can gain. With artificial artifacts on the built-in ViT, depth gains nothing at
-1.3 % and 5.6 % at 26.5 %; for any other backbone this is a prediction.""" if shares else ""
+    return (f"Place share: {listed}. The rough part are artifacts that are tied to places in the picture. Splatting "
+            "carries features to other places and so averages them out: the larger it is, the more there is to gain "
+            "(depth on the built-in ViT: nothing at 1.3 %, 5.6 % at 26.5 %).") if shares else ""
 
 
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def four_of(indices: Tensor) -> Tensor:  # evenly spread, always the same
-    return indices[torch.linspace(0, len(indices) - 1, min(4, len(indices))).round().long()]
-
-
-def shown_views(truth, unknown) -> Tensor:  # four views of which something is known
-    return four_of(views_with_truth(truth, unknown))
+def shown_views(truth, unknown=None) -> Tensor:  # four views of which something is known, evenly spread
+    known = views_with_truth(truth, unknown) if unknown is not None else torch.arange(len(truth))
+    return known[torch.linspace(0, len(known) - 1, min(4, len(known))).round().long()]
 
 
 def shown_pairs(pairs) -> list:  # the number of the first pair of each range of viewpoint change
@@ -921,16 +889,6 @@ def colour_map(kind, map: Tensor, like: Tensor) -> Tensor:  # (3, H, W); depth o
     return data.colour_ids(torch.where(map == 255, 0, map.long() + 1))
 
 
-def maps_picture(path, kind, results, val: Views, truth):
-    """Rows are fixed held-out views: image | truth | each model (SnD Fig. 3, 4, 6)."""
-    shown, models = shown_views(truth, TRUTH[kind][1]), [m for m in results if kind in results[m].maps]
-    maps = [truth[shown], *(results[m].maps[kind] for m in models)]
-    like = maps[0].flatten(0, 1)
-    rows = [[val.images[i] / 255, *(colour_map(kind, m[n], like) for m in maps)] for n, i in enumerate(shown.tolist())]
-    below = (lambda width: data.depth_legend(like, width)) if kind == "depth" else None
-    return data.picture_grid(path, ["image", "truth", *models], rows, below=below)
-
-
 def draw_matches(image_a, image_b, m: Matches, zoom) -> Tensor:  # both views side by side, 40 of the matches as lines
     picture = Image.fromarray(torch.cat([image_a, image_b], 2).permute(1, 2, 0).numpy())
     picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.BICUBIC)
@@ -942,35 +900,33 @@ def draw_matches(image_a, image_b, m: Matches, zoom) -> Tensor:  # both views si
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-def matches_picture(path, results, val: Views, pairs):
-    """Lines between matched points, coloured by their error (SnD Fig. 5); a pair of each range of viewpoint change."""
-    models, zoom = [m for m in results if results[m].matches], max(1, round(200 / val.images.shape[3]))
-    draw = lambda p, m: draw_matches(val.images[p.a], val.images[p.b], m, zoom)
-    rows = [[draw(pairs[n], results[m].matches[k]) for m in models] for k, n in enumerate(shown_pairs(pairs))]
-    return data.picture_grid(path, models, rows, scale=1)
-
-
-def features_picture(path, results, val: Views):
-    """Features as colours, one block a patch (SnD Fig. 13-14): the three directions in which a model's vary most."""
-    models, rows = [m for m in results if results[m].tokens is not None], []
-    bases = {m: lift.pca_basis(results[m].tokens.flatten(0, 2)) for m in models}
-    for n, i in enumerate(four_of(torch.arange(len(val.images))).tolist()):
-        colours = [lift.pca_colours(results[m].tokens[n], bases[m]) for m in models]
-        rows.append([val.images[i] / 255, *(F.interpolate(c[None], val.images.shape[2:])[0] for c in colours)])
-    return data.picture_grid(path, ["image", *models], rows)
-
-
-def draw_all(results, train, val, pairs, out):  # -> (title, caption, path) of each picture
+def draw_all(results, train, val: Views, pairs, out):
+    """-> (title, caption, path) of each picture. Columns are models, rows fixed held-out views or pairs."""
+    models, size = list(results)[1:], val.images.shape[2:]
     captions = dict(depth="Near is yellow, far is blue", segmentation="One colour a class",
                     normals="Red faces right, green up, blue the camera")
-    for kind, (_, truth) in truths(train, val).items():
-        path = maps_picture(out / f"{kind}.png", kind, results, val, truth)
+    for kind, (_, truth) in truths(train, val).items():  # SnD Fig. 3, 4, 6
+        shown = shown_views(truth, TRUTH[kind][1])
+        maps = [truth[shown], *(results[m].maps[kind] for m in models)]
+        like = maps[0].flatten(0, 1)
+        rows = [[val.images[i] / 255, *(colour_map(kind, m[n], like) for m in maps)] for n, i in enumerate(shown)]
+        below = (lambda width: data.depth_legend(like, width)) if kind == "depth" else None
+        path = data.picture_grid(out / f"{kind}.png", ["image", "truth", *models], rows, below=below)
         yield kind.capitalize(), f"Held-out views. {captions[kind]}, black is unknown.", path
-    if pairs:
-        angles = ", ".join(f"{pairs[n].angle:.0f}°" for n in shown_pairs(pairs))
-        caption = f"40 matches of each pair: green is right, red is {THRESHOLDS[-1]} px off or more. Rows turn by {angles}."
-        yield "Correspondence", caption, matches_picture(out / "matches.png", results, val, pairs)
-    yield "Features", "Equal colours of a column are equal features.", features_picture(out / "features.png", results, val)
+    if pairs:  # SnD Fig. 5
+        shown, zoom = [pairs[n] for n in shown_pairs(pairs)], max(1, round(200 / size[1]))
+        rows = [[draw_matches(val.images[p.a], val.images[p.b], results[m].matches[k], zoom) for m in models]
+                for k, p in enumerate(shown)]
+        angles = ", ".join(f"{p.angle:.0f}°" for p in shown)
+        caption = f"40 matches of pairs that turn by {angles}. Green is right, red {THRESHOLDS[-1]} px off or more."
+        yield "Correspondence", caption, data.picture_grid(out / "matches.png", models, rows, scale=1)
+    rows = [[val.images[i] / 255] for i in shown_views(val.images)]  # SnD Fig. 13-14
+    for tokens in (results[m].tokens for m in models):
+        basis = lift.pca_basis(tokens.flatten(0, 2))
+        for row, x in zip(rows, tokens):
+            row.append(F.interpolate(lift.pca_colours(x, basis)[None], size)[0])
+    path = data.picture_grid(out / "features.png", ["image", *models], rows)
+    yield "Features", "The three directions in which a model's features vary most, as colours.", path
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -982,7 +938,11 @@ COLUMNS = (  # probe, score, heading, digits
     *(("segmentation", name, f"{name} % ↑", 1) for name in ("aAcc", "mIoU", "mAcc")),
     ("correspondence", "10 px", "recall 10 px % ↑", 1), ("correspondence", "10 grid", "10 px of the grid % ↑", 1),
     ("correspondence", "1.5 patches", "1.5 patches % ↑", 1))
-STYLE = "body{font:16px/1.5 sans-serif;margin:0 auto;max-width:1100px;padding:12px}pre{overflow-x:auto}img{max-width:100%}"
+UNITS = [f"{t} {unit}" for unit in ("px", "grid") for t in THRESHOLDS] + ["1.5 patches"]
+MORE = {"Recall, %": [("correspondence", unit, unit, 1) for unit in UNITS]} | {
+    f"Recall within {unit} by viewpoint, %": [("correspondence", f"{unit} {name}", f"{name}°", 1) for name in VIEWPOINTS]
+    for unit in ("10 px", "1.5 patches")}
+STYLE = "body{font:16px sans-serif;margin:auto;max-width:1100px;padding:12px}pre{overflow-x:auto}img{max-width:100%}"
 
 
 def table(scores: dict, columns) -> str:
@@ -1000,26 +960,6 @@ def table(scores: dict, columns) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in zip(*cells))
 
 
-def recall_tables(scores) -> dict:  # {title: table}, by threshold and by viewpoint
-    units = [f"{t} {unit}" for unit in ("px", "grid") for t in THRESHOLDS] + ["1.5 patches"]
-    tables = {"Recall, %": [("correspondence", unit, unit, 1) for unit in units]}
-    for limit in ("10 px", "1.5 patches"):
-        by_viewpoint = [("correspondence", f"{limit} {name}", f"{name}°", 1) for name in VIEWPOINTS]
-        tables[f"Recall within {limit} by viewpoint, %"] = by_viewpoint
-    return {title: table(scores, columns) for title, columns in tables.items()}
-
-
-def web_page(about, sections: dict, figures) -> str:
-    """The report as one file: sections {title: text}, and figures (title, caption, path) with their pictures inside."""
-    page = [f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>Probes</title><style>{STYLE}</style><h1>Probes of frozen features</h1><p>{html.escape(about)}</p>"]
-    for title, caption, path in figures:
-        source = base64.b64encode(path.read_bytes()).decode()
-        page.append(f'<h2>{title}</h2><p>{html.escape(caption)}</p><img src="data:image/png;base64,{source}">')
-    texts = [f"<h2>{title}</h2><pre>{html.escape(text)}</pre>" for title, text in sections.items()]
-    return "".join(page[:1] + texts + page[1:])
-
-
 def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> str:
     """Writes results.json, the pictures and report.html, which holds them all; returns the table in Markdown."""
     out, scores, columns = Path(args.out), {m: r.scores for m, r in results.items()}, COLUMNS
@@ -1031,14 +971,20 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
         about += " No depth: matches are scored by epipolar lines of the true pose, so recall is an upper bound."
         columns = [(*c[:2], c[2].replace("recall", "epipolar recall"), c[3]) for c in COLUMNS]
     about += " Depth RMSE is in the unit of the data." * any("depth" in s for s in scores.values())
-    paper = PRESETS["paper"]
-    settings = [f"{key}: {x}" + f" (paper: {paper.get(key)})" * (paper.get(key, x) != x) for key, x in vars(args).items()]
+    paper, summary = PRESETS["paper"], f"{table(scores, columns)}\n\n{shares_in_words(scores)}\n"
+    settings = [f"{key}: {x}" + f" (paper: {paper.get(key)})" * (paper.get(key, x) != x)
+                for key, x in vars(args).items()]
     result = dict(command=args.command, about=about, settings=settings, scores=scores)
     data.write_whole(out / "results.json", json.dumps(result, indent=1).encode())
-    summary = f"{table(scores, columns)}\n\n{shares_in_words(scores)}\n"
-    sections = {"Scores": summary} | (recall_tables(scores) if pairs else {}) | {"Settings": "\n".join(settings)}
-    page = web_page(about, sections, draw_all(results, train, val, pairs, out))
-    data.write_whole(out / "report.html", page.encode())
+    texts = {"Scores": summary, **{title: table(scores, more) for title, more in MORE.items() if pairs}}
+    page = [f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}'
+            f"</style><title>Probes</title><h1>Probes of frozen features</h1><p>{html.escape(about)}</p>"]
+    for title, text in (texts | {"Settings": "\n".join(settings)}).items():
+        page.append(f"<h2>{title}</h2><pre>{html.escape(text)}</pre>")
+    for title, caption, path in draw_all(results, train, val, pairs, out):
+        source = base64.b64encode(path.read_bytes()).decode()
+        page.append(f'<h2>{title}</h2><p>{html.escape(caption)}</p><img src="data:image/png;base64,{source}">')
+    data.write_whole(out / "report.html", "".join(page).encode())
     return f"{about}\n\n{summary}"
 
 
@@ -1062,19 +1008,24 @@ docs/reproduce.md converts public data sets to these layouts. In --out, views/ a
 """
 
 
-def flags():
+def named(text):  # -> name, path; a path that exists may have a = in it
+    return text.split("=", 1) if "=" in text and not Path(text).exists() else (text, text)
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(description="Probe frozen features: depth, normals, segmentation, correspondence.",
                                      epilog=LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, student = parser.add_argument, "out/04_distill/student"
     data.scene_flags(parser, "out/05_probe", view_memory=0)
-    add("--models", nargs="+", help="'tiny', published names, files, folders; name=a gives a name, a+b puts the "
+    add("--models", nargs="+", type=named, default=[named(path) for path in ("tiny", student) if path == "tiny" or
+        Path(path).is_dir()], help="'tiny', published names, files, folders; name=a gives a name, a+b puts the "
         "features of two side by side (a+a: a control of equal width, below); views are sized to the first's patches "
         "(default: tiny, and out/04_distill/student if it exists)")
     add("--preset", choices=list(PRESETS), default="tiny", help="how heads train, and flags marked [preset]")
     add("--pixels", type=data.positive, help="pixels a view; raise it for models of larger patches [preset]")
     add("--views", type=data.positive, help="views of each posed scene [preset] or plain folder (default: all)")
     add("--pairs", type=data.positive, help="pairs in each range of viewpoint change [preset]")
-    add("--max_steps", type=data.positive, help="at most so many steps a head, for a quick look")
+    add("--max_steps", type=data.positive, default=10**9, help="at most so many steps a head, for a quick look")
     add("--layer", choices=("block", "norm"), default="block", help="tokens before or after the last LayerNorm")
     add("--no_cls", action="store_true", help="depth reads patch tokens alone")
     add("--max_depth", type=float, help="truth beyond it is not used, in training or evaluation (default: all is)")
@@ -1082,32 +1033,20 @@ def flags():
         help="held-out views are scored inside it; in shares of height and width")
     add("--ignore_label", type=int, help="a class that is not scored, beside 255")
     add("--depth_scale", type=float, default=1e-3, help="unit of stored depth, of plain images and of pairs")
-    return parser
-
-
-def parse(argv):
-    parser = flags()
     args = parser.parse_args(argv)
     top, bottom, left, right = args.crop
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         parser.error("--crop: give shares, 0 <= TOP < BOTTOM <= 1 and 0 <= LEFT < RIGHT <= 1")
+    if len(dict(args.models)) < len(args.models):
+        parser.error("--models: two models have one name; name=path gives another")
+    args.models = dict(args.models)
     for name, value in PRESETS[args.preset].items():
         if isinstance(value, Recipe):
-            value = value._replace(steps=min(value.steps, args.max_steps or value.steps))
+            value = value._replace(steps=min(value.steps, args.max_steps))
         if name != "views":  # depends on what is in --scene_dir
             setattr(args, name, getattr(args, name, None) or value)
-    student = "out/04_distill/student"
-    args.models = args.models or ["tiny"] + [student] * Path(student).is_dir()
     args.command = shlex.join(["python", "05_probe.py", *(sys.argv[1:] if argv is None else argv)])
     return args
-
-
-def named_models(args) -> dict:  # {name: path}; a path that exists may have a = in it
-    split = lambda text: text.split("=", 1) if "=" in text and not Path(text).exists() else (text, text)
-    models = dict(split(text) for text in args.models)
-    if len(models) < len(args.models):
-        raise ValueError("--models: two models have one name; name=path gives another")
-    return models
 
 
 def size_of_views(models, scene, pixels):
@@ -1125,9 +1064,8 @@ def size_of_views(models, scene, pixels):
 
 def open_data(args):
     """-> {name: path} of models, training views or None, held-out views, pairs: what `probe` takes."""
-    models = named_models(args)
     train, val = open_split(args)
-    size = size_of_views(models, val[0], args.pixels)
+    size = size_of_views(args.models, val[0], args.pixels)
     train = store_views(train, size, args, "train") if train else None
     val = store_views(val, size, args, "val")
     for name, (key, unknown) in TRUTH.items() if train else ():
@@ -1140,7 +1078,7 @@ def open_data(args):
     if not pairs and not truths(train, val):
         raise data.DataError(f"{args.scene_dir}: no depth, normals or labels in both splits, and no pairs of views "
                              "that overlap; --help says where maps go")
-    return models, train, val, pairs
+    return args.models, train, val, pairs
 
 
 def main(argv=None):
