@@ -496,7 +496,7 @@ def view_row(scene, i, size, args, part) -> dict:
     used[round(top * height):round(bottom * height), round(left * width):round(right * width)] = True
     row = dict(images=(255 * v.image).round().byte(), K=v.K)
     if v.depth is not None:
-        row["depth"] = v.depth.where(used & (v.depth <= (args.max_depth or math.inf)), 0)
+        row["depth"] = v.depth.where(used & (v.depth <= args.max_depth), 0)
     if v.normal is not None:
         row["normal"] = v.normal.where(used[..., None], 0).half()
     if v.label is not None:
@@ -1028,7 +1028,7 @@ def parse(argv):
     add("--max_steps", type=data.positive, default=10**9, help="at most so many steps a head, for a quick look")
     add("--layer", choices=("block", "norm"), default="block", help="tokens before or after the last LayerNorm")
     add("--no_cls", action="store_true", help="depth reads patch tokens alone")
-    add("--max_depth", type=float, help="truth beyond it is not used, in training or evaluation (default: all is)")
+    add("--max_depth", type=float, default=math.inf, help="truth beyond it is not used, in training or evaluation (default: all is)")
     add("--crop", type=float, nargs=4, default=(0, 1, 0, 1), metavar=("TOP", "BOTTOM", "LEFT", "RIGHT"),
         help="held-out views are scored inside it; in shares of height and width")
     add("--ignore_label", type=int, help="a class that is not scored, beside 255")
