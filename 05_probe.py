@@ -322,8 +322,8 @@ def match(a: Tensor, b: Tensor, count=MATCHES):
 def match_pair(tokens: Features, views: Views, pair: Pair, device) -> Matches:
     """Match the views pair.a and pair.b; pair.measured says whether both have depth. -> Matches: pixels a and b (M, 2),
     their error (M,) and by_chance (M,), the error of the same points paired at random."""
-    points_a, features_a, depth = points_of(pair.a, tokens, views, pair, device)  # sample_points of one view
-    points_b, features_b, _ = points_of(pair.b, tokens, views, pair, device)
+    points_a, features_a, depth = points_to_match(pair.a, tokens, views, pair, device)  # the sample_points of a view
+    points_b, features_b, _ = points_to_match(pair.b, tokens, views, pair, device)
     index_a, index_b = match(features_a, features_b)
     a, b, depth = points_a[index_a], points_b[index_b], depth[index_a]
     a_to_b = torch.linalg.inv(views.c2w[pair.b]) @ views.c2w[pair.a]
@@ -541,8 +541,8 @@ def plain_folder(folder, args):
     return scene("train", train), scene("val", val)
 
 
-class ListedPair(data.Scene):
-    """Two views that a list of pairs names."""
+class ListedPair(data.Scene):  # two views that a list of pairs names
+    pass
 
 
 def read_pairs(file, args):
@@ -665,7 +665,7 @@ def choose_pairs(views: Views, per_range, seed) -> list[Pair]:
     return []
 
 
-def points_of(i, tokens: Features, views: Views, pair: Pair, device):  # all points count where there is no depth
+def points_to_match(i, tokens: Features, views: Views, pair: Pair, device):  # all points count where there is no depth
     depth = views.depth[i] if pair.measured else torch.ones(views.images.shape[2:])
     found = sample_points(tokens.patches[i].to(device).float(), depth)
     if len(found[0]) < 2:
@@ -711,7 +711,7 @@ def recall(errors, pairs, limits) -> dict:  # % of each pair's errors below each
     return scores
 
 
-# ------------------------------------------------------------------------------------------------ frozen features
+# ------------------------------------------------------------------------------------------------ features and heads
 
 
 def parts_of(path: str) -> list:  # the models of `a+b`, whose channels stand side by side
@@ -754,9 +754,6 @@ def extract(path, images, layer, cache, device, mirrored=False) -> Features:
         return dict(cls=cls, patches=patches)
     columns = {"cls": ((vit.dim,), torch.float16), "patches": ((*grid, vit.dim), torch.float16)}
     return Features(**on_disk(Path(cache) / key, columns, len(images), make, f"features of {path}", at_once))
-
-
-# ------------------------------------------------------------------------------------------------ heads and models
 
 
 class Whitening(nn.Module):
@@ -895,7 +892,7 @@ def draw_matches(image_a, image_b, m: Matches, zoom) -> Tensor:  # both views si
     draw, width = ImageDraw.Draw(picture), image_a.shape[2]
     for n in torch.linspace(0, len(m.error) - 1, 40).round().long().tolist():
         (x, y), (u, v), wrong = m.a[n].tolist(), m.b[n].tolist(), min(1, m.error[n].item() / THRESHOLDS[-1])
-        colour = (round(40 + 190 * wrong), round(165 - 140 * wrong), 40)  # green is right, red is wrong
+        colour = (round(40 + 190 * wrong), round(220 - 195 * wrong), 40)  # green is right, red is wrong
         draw.line([zoom * x, zoom * y, zoom * (u + width), zoom * v], fill=colour)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
@@ -938,10 +935,10 @@ COLUMNS = (  # probe, score, heading, digits
     *(("segmentation", name, f"{name} % ↑", 1) for name in ("aAcc", "mIoU", "mAcc")),
     ("correspondence", "10 px", "recall 10 px % ↑", 1), ("correspondence", "10 grid", "10 px of the grid % ↑", 1),
     ("correspondence", "1.5 patches", "1.5 patches % ↑", 1))
-UNITS = [f"{t} {unit}" for unit in ("px", "grid") for t in THRESHOLDS] + ["1.5 patches"]
-MORE = {"Recall, %": [("correspondence", unit, unit, 1) for unit in UNITS]} | {
-    f"Recall within {unit} by viewpoint, %": [("correspondence", f"{unit} {name}", f"{name}°", 1) for name in VIEWPOINTS]
-    for unit in ("10 px", "1.5 patches")}
+RECALL = {  # more tables of the report: title -> scores
+    "Recall, %": [f"{t} {unit}" for unit in ("px", "grid") for t in THRESHOLDS] + ["1.5 patches"],
+    "Recall by degrees that the camera turns, %": [f"10 px {name}" for name in VIEWPOINTS],
+    "The same within 1.5 patches, %": [f"1.5 patches {name}" for name in VIEWPOINTS]}
 STYLE = "body{font:16px sans-serif;margin:auto;max-width:1100px;padding:12px}pre{overflow-x:auto}img{max-width:100%}"
 
 
@@ -976,10 +973,13 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
                 for key, x in vars(args).items()]
     result = dict(command=args.command, about=about, settings=settings, scores=scores)
     data.write_whole(out / "results.json", json.dumps(result, indent=1).encode())
-    texts = {"Scores": summary, **{title: table(scores, more) for title, more in MORE.items() if pairs}}
+    texts = {"Scores": summary}
+    for title, names in RECALL.items() if pairs else ():
+        texts[title] = table(scores, [("correspondence", name, name, 1) for name in names])
+    texts["Settings"] = "\n".join(settings)
     page = [f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}'
             f"</style><title>Probes</title><h1>Probes of frozen features</h1><p>{html.escape(about)}</p>"]
-    for title, text in (texts | {"Settings": "\n".join(settings)}).items():
+    for title, text in texts.items():
         page.append(f"<h2>{title}</h2><pre>{html.escape(text)}</pre>")
     for title, caption, path in draw_all(results, train, val, pairs, out):
         source = base64.b64encode(path.read_bytes()).decode()
@@ -1017,10 +1017,10 @@ def parse(argv):
                                      epilog=LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, student = parser.add_argument, "out/04_distill/student"
     data.scene_flags(parser, "out/05_probe", view_memory=0)
-    add("--models", nargs="+", type=named, default=[named(path) for path in ("tiny", student) if path == "tiny" or
-        Path(path).is_dir()], help="'tiny', published names, files, folders; name=a gives a name, a+b puts the "
-        "features of two side by side (a+a: a control of equal width, below); views are sized to the first's patches "
-        "(default: tiny, and out/04_distill/student if it exists)")
+    add("--models", nargs="+", type=named, default=[named(path) for path in ["tiny"] + [student] * Path(student).is_dir()],
+        help="'tiny', published names, files, folders; name=a gives a name, a+b puts the features of two side by side "
+        "(a+a: a control of equal width, below); views are sized to the first's patches (default: tiny, and "
+        "out/04_distill/student if it exists)")
     add("--preset", choices=list(PRESETS), default="tiny", help="how heads train, and flags marked [preset]")
     add("--pixels", type=data.positive, help="pixels a view; raise it for models of larger patches [preset]")
     add("--views", type=data.positive, help="views of each posed scene [preset] or plain folder (default: all)")
@@ -1028,7 +1028,7 @@ def parse(argv):
     add("--max_steps", type=data.positive, default=10**9, help="at most so many steps a head, for a quick look")
     add("--layer", choices=("block", "norm"), default="block", help="tokens before or after the last LayerNorm")
     add("--no_cls", action="store_true", help="depth reads patch tokens alone")
-    add("--max_depth", type=float, default=math.inf, help="truth beyond it is not used, in training or evaluation (default: all is)")
+    add("--max_depth", type=float, default=math.inf, help="truth beyond it is not used, in training and in evaluation")
     add("--crop", type=float, nargs=4, default=(0, 1, 0, 1), metavar=("TOP", "BOTTOM", "LEFT", "RIGHT"),
         help="held-out views are scored inside it; in shares of height and width")
     add("--ignore_label", type=int, help="a class that is not scored, beside 255")
