@@ -4,21 +4,20 @@ Paper   Splat and Distill (SnD) Sec. 4.1 and Appendix A.4, Fig. 3-7 and 13-14. N
         correspondence follows Probe3D (El Banani et al. 2024).
 In      ViTs (02_lift), and scenes (01_data) with depth, normals or labels. Also a plain folder of images with such maps
         (--help has the layout, docs/reproduce.md converts NYUv2 and others), or a list of pairs in SuperGlue's format.
-Out     a table, one row a model. In out/05_probe/: results.json, report.html (opens offline), features/, views/.
+Out     a table with one row per model. In out/05_probe/: results.json, report.html (opens offline), features/, views/.
 Run     python 05_probe.py      the built-in ViT and out/04_distill/student if it exists: ~1 minute a model, 2-core CPU
         python 05_probe.py --models start=tiny snd=out/04_distill/student both=tiny+out/04_distill/student
         python 05_probe.py --scene_dir nyuv2/ --models dinov2_vits14 --preset paper --max_depth 10
 Copy    01_data.py 02_lift.py 05_probe.py tiny/vit.safetensors
-Read    depth_metrics normal_metrics segmentation_metrics reprojection_error Whitening LinearHead fit expected_depth
-        depth_probe normal_probe segmentation_probe sample_points match correspondence probe table
-Try     --no_cls: depth RMSE 0.526 -> 0.561 m on the built-in rooms; CLS knows something of the size of a room.
-        --layer norm: mIoU 26.6 -> 25.3 %; the last LayerNorm removes a little of what heads can read.
+Read    depth_metrics normal_metrics segmentation_metrics reprojection_error LinearHead fit expected_depth depth_probe
+        normal_probe segmentation_probe sample_points match match_pair correspondence probe
+Try     --no_cls: depth RMSE 0.526 -> 0.561 m (default rooms), so CLS seems to know something of the size of a room.
+        --layer norm (default: before the last LayerNorm): mIoU 26.6 -> 25.3 %; the LayerNorm removes a little.
         --models tiny+tiny: depth RMSE 0.526 -> 0.551 m, mIoU 26.6 -> 26.3 %; width alone does not help.
-Not     heads that are not linear, several layers of a ViT at once, images of several shapes in one run (all views are
-        cropped to the shape of the first).
+Not     heads that are not linear, several layers at once, images of several shapes (all are cropped to the first's).
 Words   head: one linear layer on frozen tokens. truth: the measured map, 0 (labels: 255) where it is unknown. Letters:
-        I images, K bins or classes, M matches. "px" are pixels of the image, "grid" counts points where features are
-        matched (4 a patch's side).
+        I images, M matches, K intrinsics. "px": pixels of the image. "grid": distances between neighbouring matched
+        points (a patch has 4x4). Place share: how much of the features only says where in the picture one is.
 """
 from __future__ import annotations
 
@@ -29,11 +28,11 @@ import html
 import importlib
 import json
 import math
-import os
-import re
 import shlex
 import shutil
 import sys
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +40,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,7 +53,7 @@ VIEWPOINTS = {"0-15": (0, 15), "15-30": (15, 30), "30-60": (30, 60), "60-180": (
 # ------------------------------------------------------------------------------------------------ 1. What is measured
 
 
-def mean_of(rows, names) -> dict:  # rows of scores, one an image or a pair -> {name: mean}
+def mean_of(rows, names) -> dict:  # rows of scores, one per image or pair -> {name: mean}
     return dict(zip(names, torch.tensor(rows).mean(0).tolist()))
 
 
@@ -62,8 +61,7 @@ def depth_metrics(depth, truth) -> dict:
     """AbsRel = mean |z - z*| / z*; RMSE = sqrt(mean (z - z*)^2), in the data's unit; delta1 = % with
     max(z / z*, z* / z) < 1.25.
 
-    Both are (I, H, W), or yield one view after the other. Each image is scored where its truth z* is known; then comes
-    the mean over images.
+    Both are (I, H, W), or generators of views. Each image is scored where its truth z* is known, then averaged.
     """
     rows = []
     for z, true in zip(depth, truth):
@@ -77,7 +75,7 @@ def depth_metrics(depth, truth) -> dict:
 def normal_metrics(normal, truth) -> dict:
     """RMSE of the angle to the true normal in degrees, and % of pixels within 11.25, 22.5 and 30 degrees.
 
-    Both are (I, H, W, 3). Each image is scored where its truth is known; then the mean over images.
+    Both are (I, H, W, 3). Each image is scored where its truth is known, then averaged.
     """
     rows = []
     for n, true in zip(normal, truth):
@@ -99,8 +97,9 @@ def segmentation_metrics(label, truth, classes) -> dict:
     right, true, said = torch.zeros(3, classes, dtype=torch.double)  # pixels of each class
     for guess, t in zip(label, truth):
         guess, t = guess[t != 255].long(), t[t != 255].long()
-        for total, ids in ((right, t[t == guess]), (true, t), (said, guess)):
-            total += ids.bincount(minlength=classes)
+        right += t[t == guess].bincount(minlength=classes)
+        true += t.bincount(minlength=classes)
+        said += guess.bincount(minlength=classes)
     iou = 100 * right / (true + said - right)  # NaN where neither has the class
     scores = dict(aAcc=100 * right.sum() / true.sum(), mIoU=iou.nanmean(), mAcc=(100 * right / true).nanmean())
     return {name: x.item() for name, x in scores.items()} | {"IoU": [None if x.isnan() else x.item() for x in iou]}
@@ -114,10 +113,7 @@ def reprojection_error(
     K_b: Tensor,  # (3, 3)
     a_to_b: Tensor,  # (4, 4) camera to camera
 ) -> Tensor:
-    """|project(a) - b|, (M,): how many pixels of view b a match is from the true place; infinite behind camera b.
-
-    The recall of correspondence is the share of matches whose error is below a threshold.
-    """
+    """|project(a) - b|, (M,): how many pixels of view b a match is from the true place; infinite behind camera b."""
     points = F.pad(a, (0, 1), value=1.0) @ torch.linalg.inv(K_a).T * depth[:, None]  # (M, 3) camera a
     x, y, z = ((points @ a_to_b[:3, :3].T + a_to_b[:3, 3]) @ K_b.T).unbind(1)
     return torch.where(z > 1e-6, (torch.stack([x, y], 1) / z[:, None] - b).norm(dim=1), torch.inf)
@@ -126,42 +122,42 @@ def reprojection_error(
 # ------------------------------------------------------------------------------------------------ 2. A linear head
 
 
+class Views(NamedTuple):
+    """All views of a split, at one size. `Rows` are arrays on disk that are indexed like tensors (workshop)."""
+    where: list  # (scene, index of the view in it)
+    images: Tensor | Rows  # (I, 3, H, W) uint8
+    K: Tensor  # (I, 3, 3) pixels
+    c2w: Tensor  # (I, 4, 4), NaN where poses are not known
+    depth: Tensor | Rows  # (I, H, W) z-depth, 0 = unknown
+    normal: Tensor | Rows  # (I, H, W, 3) float16, 0 = unknown
+    label: Tensor | Rows  # (I, H, W) int16, 255 = unknown
+
+
 class Features(NamedTuple):
-    """Frozen tokens of all views of a split. Indexing by views gives tensors; the arrays themselves may lie on disk."""
+    """Frozen tokens of all views of a split."""
     cls: Tensor | Rows  # (I, C) float16
     patches: Tensor | Rows  # (I, h, w, C) float16
 
 
-class Whitening(nn.Module):
-    """Centre, standardise and decorrelate tokens by the statistics of training tokens (M, C).
-
-    Along a principal direction of variance v (1 on average), tokens are scaled by 1 / sqrt(v + floor). A small floor
-    gives all directions a variance near 1, except those that hardly vary: scaling them up would amplify noise.
-    """
-
-    def __init__(self, x: Tensor, floor):
-        super().__init__()
-        mean, deviation = x.mean(0), x.std(0, correction=0)
-        varies = deviation > max(1e-3 * deviation.max(), 1e-6)
-        deviation = torch.where(varies, deviation, 1.0)  # a constant channel (CLS of a single image) is only centred
-        x = (x - mean) / deviation
-        variance, directions = torch.linalg.eigh(x.T @ x / len(x))
-        self.register_buffer("mean", mean)
-        self.register_buffer("map", directions / (variance.clamp_min(0) + floor).sqrt() / deviation[:, None])  # (C, C)
-
-    def forward(self, x):  # (..., C) -> (..., C)
-        return (x - self.mean) @ self.map
+class Recipe(NamedTuple):
+    """All that is needed to train a head the same way again."""
+    steps: int
+    lr: float
+    batch: int
+    seed: int = 0
+    device: str = "cpu"
+    log: object = None  # an open file that gets one JSON line every 50 steps
 
 
 class LinearHead(nn.Module):
-    """One linear layer on whitened tokens -> (B, channels, h, w); `with_cls` concatenates CLS to each patch (A.4)."""
+    """One linear layer on tokens -> (B, channels, h, w); `with_cls` concatenates CLS to each patch (A.4)."""
 
     def __init__(self, tokens: Features, channels, with_cls, seed):
         super().__init__()
-        # Differs: A.4 feeds raw tokens to the head; here they are first whitened by the training views (CLS only in
-        # part, as an image has just one). A linear layer can read the same from both, but it learns it sooner.
-        self.patch = Whitening(spread_tokens(tokens.patches), floor=0.01)
-        self.cls = Whitening(spread_tokens(tokens.cls), floor=1.0)
+        # Differs: A.4 feeds raw tokens to the head; here they are whitened by the training views (CLS less strongly,
+        # as an image has just one). A linear layer can read the same from both, but learns it in fewer steps.
+        self.patch = Whitening(tokens.patches, floor=0.01)
+        self.cls = Whitening(tokens.cls, floor=1.0)
         self.with_cls = with_cls
         self.linear = nn.Linear(tokens.patches.shape[-1] * (1 + with_cls), channels)
         nn.init.normal_(self.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
@@ -178,8 +174,9 @@ def resize(maps: Tensor, size) -> Tensor:  # (B, C, h, w) -> (B, C, *size); a pa
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def four_times(maps: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, C, 4h, 4w). A.4 upscales tokens before the linear layer: the same result at a higher cost."""
+def four_times(maps: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, 4h, 4w)
+    # A.4 upscales tokens before the linear layer. The result is the same, as bilinear weights sum to 1, and this is
+    # cheaper.
     return resize(maps, [4 * side for side in maps.shape[2:]])
 
 
@@ -190,23 +187,19 @@ def fit(name, head: LinearHead, decode, loss, tokens: Features, truth, recipe: R
     """
     head, device = head.to(recipe.device), recipe.device
     generator = torch.Generator().manual_seed(recipe.seed)
-    usable = views_with_truth(truth, unknown)
+    usable = views_with_truth(truth, unknown)  # their indices
     read = lambda views, tokens: decode(head(*(x[views].to(device).float() for x in tokens)))
     optimiser = torch.optim.AdamW(head.parameters(), recipe.lr, weight_decay=0.01)
     for step in (bar := tqdm(range(recipe.steps), desc=name, unit="step", leave=False)):
         views = usable[torch.randint(len(usable), (recipe.batch,), generator=generator)]
         value = loss(read(views, tokens), truth[views].to(device))
-        if not value.isfinite():
-            raise ValueError(f"{name}: the loss is {value.item()} at step {step}; are the {name} of these views sound?")
         # Differs: A.4 gives a schedule (linear warm-up, cosine decay) for normals alone; here all three heads have it.
         warm_up, cosine = 20 * (step + 1) / recipe.steps, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
-        optimiser.param_groups[0]["lr"] = recipe.lr * min(warm_up, cosine)
+        optimiser.param_groups[0]["lr"] = recipe.lr * min(warm_up, cosine)  # it rises over a twentieth of the steps
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         optimiser.step()
-        if recipe.log and (step % 50 == 0 or step + 1 == recipe.steps):
-            bar.set_postfix(loss=f"{value.item():.4f}")
-            recipe.log.write(json.dumps(dict(head=name, step=step, loss=round(value.item(), 6))) + "\n")
+        note_loss(name, step, value.item(), recipe, bar)
 
     @torch.no_grad()
     def predict(tokens):
@@ -220,22 +213,24 @@ def fit(name, head: LinearHead, decode, loss, tokens: Features, truth, recipe: R
 
 
 def expected_depth(logits: Tensor, bins: Tensor) -> Tensor:
-    """(B, K, h, w), (K,) -> (B, h, w): the sum of p_k bin_k, where p_k is relu(logit_k) + 0.1, normalised (A.4)."""
-    share = logits.relu().permute(0, 2, 3, 1)  # 0.1 is added to the two sums instead of to each share
-    depth, total = (share @ torch.stack([bins, torch.ones_like(bins)], 1)).unbind(-1)
+    """(B, bins, h, w), (bins,) -> (B, h, w): the sum of p_k bin_k, where p_k is relu(logit_k) + 0.1, normalised (A.4;
+    0.1 is the official code's epsilon)."""
+    weight = logits.relu().permute(0, 2, 3, 1)  # 0.1 is added to the two sums below, which saves a copy of all weights
+    depth, total = (weight @ torch.stack([bins, torch.ones_like(bins)], 1)).unbind(-1)
     return (depth + 0.1 * bins.sum()) / (total + 0.1 * len(bins))
 
 
 def sig_loss(depth: Tensor, truth: Tensor) -> Tensor:
     """Scale-invariant error of log depth where truth is known (Eigen et al. 2014): sqrt(mean g^2 - 0.85 (mean g)^2)."""
-    # Differs: A.4 writes "classification loss"; the official code trains with this one (and one of gradients that is
-    # exactly 0 at its batch size of two), and so do we.
+    # Differs: A.4 writes "classification loss"; the official code trains with this one, and so do we.
     g = (depth[truth > 0] + 1e-3).log() - (truth[truth > 0] + 1e-3).log()
     return (g.square().mean() - 0.85 * g.mean().square()).clamp_min(1e-12).sqrt()
 
 
 def depth_probe(tokens: Features, truth, val_tokens: Features, val_truth, recipe: Recipe, with_cls=True):
     """Depth that a linear layer reads -> (depth_metrics of the held-out views, predict). truth (I, H, W)."""
+    # Differs: A.4's bins lie between a mindepth and a maxdepth that it does not give. Here they end at the deepest
+    # truth of the training views, of which --max_depth may cut off what is far; held-out truth is then cut off, too.
     deepest = max(view.max().item() for view in truth)
     bins = torch.linspace(1e-3, deepest, DEPTH_BINS, device=recipe.device)
     head = LinearHead(tokens, DEPTH_BINS, with_cls, recipe.seed)
@@ -248,7 +243,7 @@ def depth_probe(tokens: Features, truth, val_tokens: Features, val_truth, recipe
 
 
 def angular_loss(maps: Tensor, truth: Tensor) -> Tensor:
-    """Minus the log-likelihood of the true normals (Bae et al. 2021, Eq. 3).
+    """Minus the log-likelihood of the true normals, up to a constant (Bae et al. 2021, Eq. 3).
 
     maps (B, 4, H, W): a direction of any length, and the head's certainty kappa before its ELU.
     truth (B, H, W, 3), 0 = unknown.
@@ -280,12 +275,13 @@ def segmentation_probe(tokens: Features, truth, val_tokens: Features, val_truth,
 
     The head has one output for each class of the training views, so a class that is ignored can never be predicted.
     """
-    classes = pixels_of_classes(truth).nonzero()[:, 0]  # (K,) ids
-    output_of = torch.full((NO_CLASS + 1,), -1, device=recipe.device)  # class id -> output of the head
-    output_of[classes] = torch.arange(len(classes), device=recipe.device)
-    loss = lambda scores, truth: F.cross_entropy(scores, output_of[truth.long()], ignore_index=-1)
+    classes = pixels_of_classes(truth).nonzero()[:, 0]  # ids, ascending
     head = LinearHead(tokens, len(classes), False, recipe.seed)
     decode = lambda scores: resize(scores, truth.shape[1:3])
+
+    def loss(scores, truth):
+        output = torch.searchsorted(classes.to(truth.device), truth.long())  # the output that belongs to a pixel's id
+        return F.cross_entropy(scores, output.masked_fill(truth == 255, -1), ignore_index=-1)
     fitted = fit("segmentation", head, decode, loss, tokens, truth, recipe, unknown=255)
 
     def predict(tokens):
@@ -313,51 +309,36 @@ def sample_points(tokens: Tensor, depth: Tensor):
     return points, features[0, :, 0].T, z[z > 0]
 
 
-def nearest_with_ratio(a: Tensor, b: Tensor):
-    """For each unit row of a (M, C): its nearest row of b by cosine, and how sure: 1 - first / second distance."""
-    index, sure = [], []
-    for rows in a.split(max(1, 2**26 // len(b))):  # in blocks that bound memory
-        similarity, nearest = (rows @ b.T).topk(2, dim=1)
-        first, second = (1 - similarity).clamp_min(1e-9).unbind(1)
-        index, sure = index + [nearest[:, 0]], sure + [1 - first / second]
-    return torch.cat(index).cpu(), torch.cat(sure).cpu()
-
-
 def match(a: Tensor, b: Tensor, count=MATCHES):
     """Features (M, C), (L, C) -> indices into both of the `count` surest matches, half of them found from each side."""
     # Differs: Probe3D describes matching both ways, as here, but its published script matches from one image only.
     a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-    (to_b, sure_a), (to_a, sure_b) = nearest_with_ratio(a, b), nearest_with_ratio(b, a)
+    to_b, sure_a = nearest_with_ratio(a, b)  # the nearest by cosine; sure: 1 - first / second distance
+    to_a, sure_b = nearest_with_ratio(b, a)
     best_a, best_b = (sure.topk(min(count // 2, len(sure))).indices for sure in (sure_a, sure_b))
     return torch.cat([best_a, to_a[best_b]]), torch.cat([to_b[best_a], best_b])
 
 
 def match_pair(tokens: Features, views: Views, pair: Pair, device) -> Matches:
-    """Matches of the views pair.a and pair.b, and how wrong they are; pair.measured says whether both have depth."""
-    depths = [views.depth[i] if pair.measured else torch.ones(views.images.shape[2:]) for i in pair[:2]]
-    (points_a, features_a, depth), (points_b, features_b, _) = (
-        sample_points(tokens.patches[i].to(device).float(), z) for i, z in zip(pair[:2], depths))
-    if min(len(points_a), len(points_b)) < 2:
-        (scene, i), (_, j) = (views.where[n] for n in pair[:2])
-        raise ValueError(f"{scene.name}: {scene.frames[i].name} or {scene.frames[j].name} has depth at less than two "
-                         "of the matched points; change --pixels, or remove their depth to score by epipolar lines")
+    """Match the views pair.a and pair.b; pair.measured says whether both have depth. -> Matches: pixels a and b (M, 2),
+    their error (M,) and by_chance (M,), the error of the same points paired at random."""
+    points_a, features_a, depth = points_to_match(pair.a, tokens, views, pair, device)  # the sample_points of a view
+    points_b, features_b, _ = points_to_match(pair.b, tokens, views, pair, device)
     index_a, index_b = match(features_a, features_b)
     a, b, depth = points_a[index_a], points_b[index_b], depth[index_a]
-    K_a, K_b, c2w_a, c2w_b = (x[i] for x in (views.K, views.c2w) for i in pair[:2])
-    a_to_b = torch.linalg.inv(c2w_b) @ c2w_a
-    if pair.measured or only_turned(c2w_a, c2w_b):  # if the camera only turned, any depth gives the same place
-        error = lambda b: reprojection_error(a, b, depth, K_a, K_b, a_to_b)
-    else:
-        error = lambda b: epipolar_error(a, b, K_a, K_b, a_to_b)
-    shuffle = torch.randperm(len(b), generator=torch.Generator().manual_seed(0))
-    return Matches(a, b, error(b), error(b[shuffle]))
+    a_to_b = torch.linalg.inv(views.c2w[pair.b]) @ views.c2w[pair.a]
+    cameras = views.K[pair.a], views.K[pair.b], a_to_b
+    exact = pair.measured or only_turned(views.c2w[pair.a], views.c2w[pair.b])  # turning needs no depth
+    error = reprojection_error if exact else epipolar_error
+    shuffled = b[torch.randperm(len(b), generator=torch.Generator().manual_seed(0))]
+    return Matches(a, b, error(a, b, depth, *cameras), error(a, shuffled, depth, *cameras))
 
 
 def correspondence(tokens: Features, views: Views, pairs: list[Pair], device="cpu"):
     """How many matches are right, without any training -> (scores, scores of random matches, Matches of each pair).
 
-    Scores are % of matches within 5, 10, 20 pixels ("10 px") or spacings of the points ("10 grid"), and 1.5 patches:
-    the mean over pairs, and over the pairs of each range of viewpoint change that has any ("10 px 0-15").
+    Recall is the % of matches within 5, 10, 20 pixels ("10 px") or spacings of the points ("10 grid", the official
+    code's 10 px), and 1.5 patches: the mean over all pairs, and over those of each viewpoint change ("10 px 0-15").
     """
     pixels, points = math.prod(views.images.shape[2:]), 16 * math.prod(tokens.patches.shape[1:3])
     spacing = math.sqrt(pixels / points)  # pixels between matched points
@@ -365,54 +346,42 @@ def correspondence(tokens: Features, views: Views, pairs: list[Pair], device="cp
     limits["1.5 patches"] = 6 * spacing
     bar = tqdm(pairs, desc="correspondence", unit="pair", leave=False)
     matches = [match_pair(tokens, views, pair, device) for pair in bar]
-
-    def recall(errors):
-        rows, scores = [[100 * (e < limit).double().mean() for limit in limits.values()] for e in errors], {}
-        for name, (low, high) in {"": (0, 181), **VIEWPOINTS}.items():
-            if inside := [row for row, p in zip(rows, pairs) if low <= p.angle < high]:
-                scores |= mean_of(inside, (f"{limit} {name}".strip() for limit in limits))
-        return scores
-    return recall([m.error for m in matches]), recall([m.by_chance for m in matches]), matches
+    scores = recall([m.error for m in matches], pairs, limits)
+    return scores, recall([m.by_chance for m in matches], pairs, limits), matches
 
 
-# ------------------------------------------------------------------------------------------------ 7. The table
+# ------------------------------------------------------------------------------------------------ 7. All of them
+
+
+def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> dict:
+    """{name: Probed} of models {name: path}. Heads train on `train` and are scored on `val`.
+
+    The first row is what one gets without features: the mean depth, the mean normal, the most frequent class, random
+    matches. A probe without truth in both splits is left out. The same seed gives the same numbers, on one machine.
+    """
+    maps = truths(train, val)
+    results = {"no features": Probed(baseline(maps))}
+    for name, path in tqdm(models.items(), desc="models", unit="model"):
+        results[name] = probe_model(name, path, train, val, maps, pairs, args)  # extracts features, runs each probe
+        if pairs:  # random matches of the points that the first model matched
+            results["no features"].scores.setdefault("correspondence", results[name].chance)
+    return results
+
+
+# ---- Workshop: not needed to understand the method ----
 
 PROBES = {"depth": depth_probe, "normals": normal_probe, "segmentation": segmentation_probe}
 TRUTH = {"depth": ("depth", 0), "normals": ("normal", 0), "segmentation": ("label", 255)}  # field of Views, "unknown"
 
-
-def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> dict:
-    """{name: Probed} of models {name: path}, after a row "no features". Heads train on `train`, are scored on `val`.
-
-    A probe without truth in both splits is left out. The same args.seed gives the same numbers, on one machine.
-    """
-    maps, out = truths(train, val), Path(args.out)
-    results = {"no features": Probed(baseline(maps), {}, [], None)}
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "log.jsonl", "w") as log:
-        for name, path in tqdm(models.items(), desc="models", unit="model"):
-            log.write(json.dumps(dict(model=name)) + "\n")
-            results[name], chance = probe_model(path, train, val, maps, pairs, args, log)  # extract, then each probe
-            if pairs:  # matches at random, of the points that the first model matched
-                results["no features"].scores.setdefault("correspondence", chance)
-    return results
-
-
-def table(scores: dict, columns):
-    """-> headings, rows of texts, a row a model. The best model is **bold**; a column without a number is left out."""
-    value = lambda model, column: scores[model].get(column[0], {}).get(column[1])
-    columns = [c for c in columns if any(value(m, c) is not None for m in scores)]
-    rows = {m: [m] for m in scores}
-    for c in columns:
-        texts = {m: "" if value(m, c) is None else f"{value(m, c):.{c[3]}f}" for m in scores}
-        judged = [float(text) for text in list(texts.values())[1:] if text]  # the baseline, first, is not judged
-        best = (min if "↓" in c[2] else max)(judged) if len(judged) > 1 else None
-        for n, (m, text) in enumerate(texts.items()):
-            rows[m].append(f"**{text}**" if n and text and float(text) == best else text)
-    return ["", *(c[2] for c in columns)], list(rows.values())
-
-
-# ---- Workshop: not needed to understand the method ----
+# `paper` is A.4. Its ten epochs of normals are over NYUv2's 795 images, its pairs are SuperGlue's 1,500. `tiny` trains
+# the same heads in minutes; its numbers were chosen by score and time on rooms held out of the *training* rooms.
+PRESETS = {
+    "tiny": dict(pixels=96 * 128, views=16, pairs=20, depth=Recipe(1000, 3e-3, 2), normals=Recipe(500, 3e-3, 8),
+                 segmentation=Recipe(500, 1e-2, 8)),
+    "paper": dict(pixels=480 * 640, views=100_000, pairs=1500, depth=Recipe(307_200, 1e-4, 2),
+                  normals=Recipe(1000, 5e-4, 8), segmentation=Recipe(320_000, 1e-3, 2))}
+AT_ONCE = 32  # views that are in memory while views and features are written
+NO_CLASS = 10_000  # class ids are below; larger values are instance ids or colours
 
 # ------------------------------------------------------------------------------------------------ arrays on disk
 
@@ -421,9 +390,8 @@ class Rows:
     """An array (I, ...) in a file, one row a view. rows[views] reads those rows; nothing else of it stays in memory."""
 
     def __init__(self, path, shape, dtype):
-        self.path, self.shape, self.dtype = Path(path), tuple(shape), np.dtype(dtype)
-        self.bytes = math.prod(self.shape[1:]) * self.dtype.itemsize  # of a row
-        self.facts = {}  # what `once` has found
+        self.path, self.shape, self.dtype = Path(path), tuple(shape), dtype
+        self.bytes = math.prod(self.shape[1:]) * dtype.itemsize  # of a row
 
     def __len__(self):
         return self.shape[0]
@@ -433,21 +401,16 @@ class Rows:
 
     def __getitem__(self, which) -> Tensor:
         # Mapped anew each time, because pages of a mapping that stays open count as memory of the process.
-        mapped = np.memmap(self.path, self.dtype, "r", shape=self.shape)
-        plain = lambda x: x.numpy() if isinstance(x, Tensor) else x  # NumPy takes a tensor of one index for a number
-        which = tuple(map(plain, which)) if isinstance(which, tuple) else plain(which)
-        return torch.from_numpy(np.array(mapped[which]))
+        mapped = torch.from_file(str(self.path), size=math.prod(self.shape), dtype=self.dtype)
+        return mapped.view(self.shape)[which].clone()
 
     def whole_rows(self):
         return self.path.stat().st_size // self.bytes if self.path.exists() else 0
 
     def write(self, first, rows: Tensor):
-        content = np.ascontiguousarray(rows.numpy(), self.dtype).tobytes()
         with open(self.path, "r+b" if self.path.exists() else "wb") as file:
             file.seek(first * self.bytes)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(rows.to(self.dtype).contiguous().numpy())
 
 
 class SideBySide(Rows):
@@ -460,76 +423,27 @@ class SideBySide(Rows):
         return torch.cat([x[which] for x in self.parts], -1)
 
 
-def once(array, name, find):
-    """What find() gives. It looks at all of an array, which takes long for one on disk, so that is done only once."""
-    facts = getattr(array, "facts", {})
-    if name not in facts:
-        facts[name] = find()
-    return facts[name]
-
-
-def on_disk(stem, columns, count, make, what) -> dict:
+def on_disk(stem, columns, count, make, what, at_once=AT_ONCE) -> dict:
     """{name: Rows} in the files `stem`.name, of columns {name: (shape of a row, dtype)}.
 
     make(first, last) -> {name: rows of these views}. What is there already is kept, so that a run that was killed goes
     on where it stopped.
     """
-    stem = Path(stem)
     rows = {name: Rows(f"{stem}.{name}", (count, *shape), dtype) for name, (shape, dtype) in columns.items()}
-    progress = Path(f"{stem}.done")  # how many rows are whole, written after they are
-    said = progress.read_text() if progress.exists() else ""
-    done = min(int(said) if said.isdigit() else 0, *(x.whole_rows() for x in rows.values()))
-    missing = (count - done) * sum(x.bytes for x in rows.values())
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    if missing > 1e8:
-        print(f"{what}: {count - done} of {count} views, {missing / 1e9:.1f} GB, go to {stem.parent}")
-    if missing > (free := shutil.disk_usage(stem.parent).free):
-        raise data.DataError(f"{stem.parent}: {what} need {missing / 1e9:.1f} GB and {free / 1e9:.1f} GB free; give "
-                             "another --out, or fewer --views")
-    with tqdm(total=count, initial=done, desc=what, unit="view", leave=False) as bar:
-        while done < count:
-            for name, part in make(done, done + AT_ONCE).items():
-                rows[name].write(done, part)
-            bar.update(len(part))
-            done += len(part)
-            data.write_whole(progress, str(done).encode())
+    done, folder = min(x.whole_rows() for x in rows.values()), Path(stem).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    missing, free = (count - done) * sum(x.bytes for x in rows.values()) / 1e9, shutil.disk_usage(folder).free / 1e9
+    if missing > 0.1:
+        print(f"{what}: {count - done} of {count} views, {missing:.1f} GB, go to {folder} ({free:.1f} GB are free)")
+    if missing > free:
+        raise data.DataError(f"{folder}: {what} do not fit; give another --out, or fewer --views")
+    for first in tqdm(range(done, count, at_once), desc=what, unit=f"{at_once} views", leave=False):
+        for name, part in make(first, first + at_once).items():
+            rows[name].write(first, part)
     return rows
 
 
 # ------------------------------------------------------------------------------------------------ views and their truth
-
-AT_ONCE = 32  # views that are in memory while views and features are written
-NO_CLASS = 10_000  # class ids are below; larger values are instance ids or colours
-
-
-class Recipe(NamedTuple):
-    """All that is needed to train a head the same way again."""
-    steps: int
-    lr: float
-    batch: int
-    seed: int = 0
-    device: str = "cpu"
-    log: object = None  # an open file that gets one JSON line every 50 steps
-
-
-# `paper` is A.4. Its ten epochs of normals are over NYUv2's 795 images, its pairs are SuperGlue's 1,500. `tiny` trains
-# the same heads in minutes; its numbers were chosen by score and time on rooms held out of the *training* rooms.
-PRESETS = {
-    "tiny": dict(pixels=96 * 128, views=16, pairs=20, depth=Recipe(1000, 3e-3, 2), normals=Recipe(500, 3e-3, 8),
-                 segmentation=Recipe(500, 1e-2, 8)),
-    "paper": dict(pixels=480 * 640, views=100_000, pairs=1500, depth=Recipe(307_200, 1e-4, 2),
-                  normals=Recipe(1000, 5e-4, 8), segmentation=Recipe(320_000, 1e-3, 2))}
-
-
-class Views(NamedTuple):
-    """All views of a split at one size. Arrays may lie on disk (`Rows`)."""
-    where: list  # (scene, index of the view in it)
-    images: Tensor | Rows  # (I, 3, H, W) uint8
-    K: Tensor  # (I, 3, 3) pixels
-    c2w: Tensor  # (I, 4, 4), NaN where poses are not known
-    depth: Tensor | Rows  # (I, H, W) z-depth, 0 = unknown
-    normal: Tensor | Rows  # (I, H, W, 3) float16, 0 = unknown
-    label: Tensor | Rows  # (I, H, W) int16, 255 = unknown
 
 
 def chosen_views(scenes, args, part) -> list:
@@ -550,14 +464,14 @@ def store_views(scenes, size, args, part="val") -> Views:
     # Differs: the paper compares truth as it is stored; here it is compared at the size of the views (--pixels), at the
     # nearest stored pixel.
     where = chosen_views(scenes, args, part)
-    columns = {"images": ((3, *size), np.uint8), "K": ((3, 3), np.float32)}
     unknown = dict(depth=torch.zeros(size), normal=torch.zeros(*size, 3).half(), label=torch.full(size, 255).short())
+    columns = {"images": ((3, *size), torch.uint8), "K": ((3, 3), torch.float32)}
     for kind, map in unknown.items():
         if any(getattr(scene.frames[i], kind) for scene, i in where):
-            columns[kind] = map.shape, map.numpy().dtype
+            columns[kind] = map.shape, map.dtype
 
     def make(first, last):
-        rows = [view_row(*place, size, args, part) for place in where[first:last]]
+        rows = [unknown | view_row(*place, size, args, part) for place in where[first:last]]
         return {name: torch.stack([row[name] for row in rows]) for name in columns}
     stem = Path(args.out) / "views" / views_key(where, size, args, part)
     rows = on_disk(stem, columns, len(where), make, f"{part} views")
@@ -569,76 +483,70 @@ def views_key(where, size, args, part) -> str:
     """A name for these views. Another file, camera, size or way to read them gives another."""
     told = [size, args.max_depth, args.ignore_label, args.crop if part == "val" else None]
     told.append(Path(data.__file__).read_text())
-    for scene, i in where:
-        frame = scene.frames[i]
+    for frame, scale in ((scene.frames[i], scene.depth_scale) for scene, i in where):
         files = [f.resolve() for f in (frame.image, frame.depth, frame.normal, frame.label) if f]
-        told += [frame, scene.depth_scale, [(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+        told += [frame, scale, [(f, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
 
 
 def view_row(scene, i, size, args, part) -> dict:
     """A row of `Views`. --max_depth, --ignore_label and --crop make the truth that is not to be used unknown."""
-    v = scene.view(i, size)
-    row = dict(images=(255 * v.image).round().byte(), K=v.K, depth=torch.zeros(size),
-               normal=torch.zeros(*size, 3).half(), label=torch.full(size, 255).short())
-    unused = outside_crop(size, args.crop) if part == "val" else torch.zeros(size, dtype=torch.bool)
+    v, used, (height, width) = scene.view(i, size), torch.zeros(size, dtype=torch.bool), size
+    top, bottom, left, right = args.crop if part == "val" else (0, 1, 0, 1)  # shares of the sides
+    used[round(top * height):round(bottom * height), round(left * width):round(right * width)] = True
+    row = dict(images=(255 * v.image).round().byte(), K=v.K)
     if v.depth is not None:
-        row["depth"] = v.depth.masked_fill(unused | (v.depth > (args.max_depth or math.inf)), 0)
+        row["depth"] = v.depth.where(used & (v.depth <= args.max_depth), 0)
     if v.normal is not None:
-        row["normal"] = v.normal.masked_fill(unused[..., None], 0).half()
+        row["normal"] = v.normal.where(used[..., None], 0).half()
     if v.label is not None:
         ignored = (v.label == args.ignore_label) | (v.label == 65535) | (v.label < 0)
-        label = v.label.masked_fill(unused | ignored, 255)
+        label = v.label.where(used & ~ignored, 255)
         if label.max() >= NO_CLASS:
-            file = scene.frames[i].label
-            raise data.DataError(f"{file}: class {label.max()}; labels are ids from 0 to {NO_CLASS - 1}, 255 "
-                                 "= ignore, in a grey or palette picture")
+            raise data.DataError(f"{scene.frames[i].label}: class {label.max()}; labels are ids from 0 to "
+                                 f"{NO_CLASS - 1}, 255 = ignore, in a grey or palette picture")
         row["label"] = label.short()
     return row
 
 
-def outside_crop(size, crop) -> Tensor:  # crop: top, bottom, left, right in shares of the sides
-    top, bottom, left, right = (round(share * side) for share, side in zip(crop, (size[0], size[0], size[1], size[1])))
-    outside = torch.ones(size, dtype=torch.bool)
-    outside[top:bottom, left:right] = False
-    return outside
+def frame_of(name, image, root, K, c2w, where=""):  # with the maps that lie beside the image
+    frame = data.Frame(name, image, K, c2w, None, **data.maps_beside(image, root))
+    if problem := data.problem_of(frame):
+        raise data.DataError(f"{where}{problem}; mend or remove the file")
+    return frame
+
+
+def plain_frames(root):  # of the images in root/images, without poses
+    files = sorted((f for f in (root / "images").rglob("*") if f.suffix in data.IMAGE_TYPES), key=data.natural)
+    if len(files) < 2:
+        raise data.DataError(f"{root}: {len(files)} images in images/; give at least two")
+    for note in data.left_out((root / "images").rglob("*")):
+        print(f"{root / 'images'}: {note}")
+    K = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # a stand-in: only correspondence uses K
+    frames = [frame_of(f.stem, f, root, K, np.eye(4)) for f in files]
+    for frame in frames:
+        frame.c2w = np.full((4, 4), np.nan)  # unknown: such views make no pairs
+    return frames
 
 
 def plain_folder(folder, args):
-    """Images without poses, `images/` and beside it `depth/ normals/ labels/` -> those to train on, and the held-out.
-
-    They are in the folders `train/` and `val/`. Where these do not exist, every eighth image is held out.
-    """
-    parts = []
-    for root in [folder / "train", folder / "val"] if (folder / "train").is_dir() else [folder]:
-        files = sorted((f for f in (root / "images").rglob("*") if f.is_file()), key=data.natural)
-        others = [f.name for f in files if f.suffix not in data.IMAGE_TYPES]
-        if others:
-            types = " ".join(data.IMAGE_TYPES)
-            print(f"{root / 'images'}: {len(others)} files are left out, e.g. {others[0]}; read are {types}")
-        files = [f for f in files if f.suffix in data.IMAGE_TYPES]
-        K = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # a stand-in: only correspondence uses K
-        frames = [data.Frame(f.stem, f, K, np.eye(4), None, **data.maps_beside(f, root)) for f in files]
-        if len(files) < 2:
-            raise data.DataError(f"{root}: {len(files)} images in images/; give at least two")
-        for frame in frames:
-            if problem := data.problem_of(frame):
-                raise data.DataError(f"{problem}; mend or remove the file")
-            frame.c2w = np.full((4, 4), np.nan)  # unknown: such views make no pairs
-        parts.append(frames)
-    if len(parts) == 1:
-        frames, first = parts[0], min(7, len(parts[0]) - 1)
-        held_out = range(first, len(frames), 8)
-        parts = [[f for i, f in enumerate(frames) if i not in held_out], [frames[i] for i in held_out]]
-    return [[data.Scene(name, frames, depth_scale=args.depth_scale)] for name, frames in zip(("train", "val"), parts)]
+    """Images without poses, in train/ and val/, or in one folder of which every eighth is held out -> both parts."""
+    if (folder / "train").is_dir():
+        train, val = plain_frames(folder / "train"), plain_frames(folder / "val")
+    else:
+        frames = plain_frames(folder)
+        held_out = range(min(7, len(frames) - 1), len(frames), 8)
+        train, val = [f for i, f in enumerate(frames) if i not in held_out], [frames[i] for i in held_out]
+    scene = lambda name, frames: [data.Scene(name, frames, depth_scale=args.depth_scale)]
+    return scene("train", train), scene("val", val)
 
 
-class ListedPair(data.Scene):
-    """Two views that a list of pairs names."""
+class ListedPair(data.Scene):  # two views that a list of pairs names
+    pass
 
 
 def read_pairs(file, args):
-    """SuperGlue's list, a line nameA nameB rotA rotB K_A(9) K_B(9) T_AB(16), with X_B = T_AB X_A -> ListedPairs."""
+    """SuperGlue's list, a line nameA nameB rotA rotB K_A(9) K_B(9) T_AB(16), with X_B = T_AB X_A."""
     root, scenes = file.parent / "images" if (file.parent / "images").is_dir() else file.parent, []
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         if not line.strip():
@@ -654,9 +562,7 @@ def read_pairs(file, args):
         frames = []
         for name, K, c2w in zip(names, values[2:20].reshape(2, 3, 3), poses):
             image = data.inside(root / name, root, str(file))
-            frames.append(data.Frame(name, image, K, c2w, None, **data.maps_beside(image, file.parent)))
-            if problem := data.problem_of(frames[-1]):
-                raise data.DataError(f"{file}: line {number}: {problem}")
+            frames.append(frame_of(name, image, file.parent, K, c2w, f"{file}: line {number}: "))
         scenes.append(ListedPair(f"pair {number}", frames, depth_scale=args.depth_scale))
     if not scenes:
         raise data.DataError(f"{file}: no pairs in it; a line is nameA nameB rotA rotB K_A K_B T_AB")
@@ -677,14 +583,23 @@ def open_split(args):
     return [scenes[0].subset([i for i in range(len(scenes[0])) if i not in hidden])], [scenes[0].subset(hidden)]
 
 
+@lru_cache(16)  # it looks at all of an array, which takes long for one on disk
 def views_with_truth(truth, unknown) -> Tensor:  # indices of the views of which something is known
-    find = lambda: torch.tensor([i for i, view in enumerate(truth) if (view != unknown).any()], dtype=torch.long)
-    return once(truth, "known", find)
+    return torch.tensor([i for i, view in enumerate(truth) if (view != unknown).any()], dtype=torch.long)
 
 
 def truths(train: Views | None, val: Views) -> dict:  # {probe: its maps of both splits}, where both know something
     found = {name: (getattr(train, key), getattr(val, key)) for name, (key, _) in TRUTH.items()} if train else {}
     return {name: both for name, both in found.items() if all(len(views_with_truth(x, TRUTH[name][1])) for x in both)}
+
+
+@lru_cache(16)
+def pixels_of_classes(labels):  # (I, H, W) -> how many pixels each class id has, unknown ones left out
+    return sum(view[view != 255].long().bincount(minlength=NO_CLASS) for view in labels)
+
+
+def class_count(*labels):  # one more than the largest id
+    return 1 + max(int(pixels_of_classes(x).nonzero().max()) for x in labels)
 
 
 # ------------------------------------------------------------------------------------------------ pairs of views
@@ -704,16 +619,12 @@ class Matches(NamedTuple):
     by_chance: Tensor  # (M,) the same when the matched points are paired at random
 
 
-def has_depth(views: Views, i) -> bool:  # enough of it to match points by
-    return (views.depth[i] > 0).float().mean().item() > 0.01
-
-
-def shared_share(views: Views, a, b) -> float:
+def shared_share(views: Views, pair: Pair) -> float:
     """The share of view a that b sees, or of b that a sees: the smaller. By depth if both have it, else by frustums."""
-    if not (has_depth(views, a) and has_depth(views, b)):
-        return data.overlap(views.where[a][0], views.where[a][1], views.where[b][1])
+    if not pair.measured:
+        return data.overlap(views.where[pair.a][0], views.where[pair.a][1], views.where[pair.b][1])
     shares = []
-    for u, v in ((a, b), (b, a)):
+    for u, v in (pair[:2], pair[1::-1]):
         u_to_v = torch.linalg.inv(views.c2w[v]) @ views.c2w[u]
         seen = lift.cross_check(views.depth[u], views.depth[v], views.K[u], views.K[v], u_to_v) > 0.5
         shares.append(seen[views.depth[u] > 0].float().mean().item())
@@ -722,18 +633,18 @@ def shared_share(views: Views, a, b) -> float:
 
 def candidate_pairs(views: Views):
     """All pairs of posed views of one scene -> (N,) each: indices a, b, the angle between them, do both have depth?"""
-    of_scene, a, b = {}, [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
+    of_scene, columns = {}, [(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0))]
     for i in views.c2w.isfinite().all((1, 2)).nonzero()[:, 0].tolist():
         of_scene.setdefault(views.where[i][0], []).append(i)
     for members in of_scene.values():
-        some = torch.tensor(members[::1 + len(members) // 500])  # of a long video an even selection will do
-        pairs = torch.combinations(some)
-        a, b = a + [pairs[:, 0]], b + [pairs[:, 1]]
-    a, b = torch.cat(a), torch.cat(b)
-    R = views.c2w[:, :3, :3].double()
-    trace = torch.cat([(R[i] * R[j]).sum((1, 2)) for i, j in zip(a.split(2**16), b.split(2**16))])  # of R_a' R_b
-    deep = torch.tensor([has_depth(views, i) for i in range(len(views.where))])
-    return a, b, ((trace - 1) / 2).clamp(-1, 1).acos().rad2deg(), deep[a] & deep[b]
+        some = members[::1 + len(members) // 500]  # of a long video an even selection will do
+        a, b = torch.combinations(torch.tensor(some)).unbind(1)
+        R = views.c2w[:, :3, :3].double()
+        trace = (R[a] * R[b]).sum((1, 2))  # of R_a' R_b
+        columns.append((a, b, ((trace - 1) / 2).clamp(-1, 1).acos().rad2deg()))
+    a, b, angle = map(torch.cat, zip(*columns))
+    deep = torch.tensor([(z > 0).float().mean().item() > 0.01 for z in views.depth])  # enough to match points by
+    return a, b, angle, deep[a] & deep[b]
 
 
 def choose_pairs(views: Views, per_range, seed) -> list[Pair]:
@@ -741,30 +652,37 @@ def choose_pairs(views: Views, per_range, seed) -> list[Pair]:
     # Differs: the paper evaluates SuperGlue's list of ScanNet pairs. In posed scenes we draw pairs that share a fifth
     # of what they see, as many in each range of viewpoint change. A list in SuperGlue's format is used as it is.
     generator, (a, b, angle, deep) = torch.Generator().manual_seed(seed), candidate_pairs(views)
+    is_good = lambda p: isinstance(views.where[p.a][0], ListedPair) or shared_share(views, p) >= 0.2
     for measured in (True, False):
         chosen = []
         for low, high in VIEWPOINTS.values():
-            inside, good = ((deep == measured) & (low <= angle) & (angle < high)).nonzero()[:, 0], []
-            for n in inside[torch.randperm(len(inside), generator=generator)[:40 * per_range]].tolist():
-                pair = Pair(a[n].item(), b[n].item(), angle[n].item(), measured)
-                listed = isinstance(views.where[pair.a][0], ListedPair)
-                if len(good) < per_range and (listed or shared_share(views, pair.a, pair.b) >= 0.2):
-                    good.append(pair)
-            chosen += good
+            inside = ((deep == measured) & (low <= angle) & (angle < high)).nonzero()[:, 0]
+            drawn = inside[torch.randperm(len(inside), generator=generator)[:40 * per_range]].tolist()
+            pairs = (Pair(a[n].item(), b[n].item(), angle[n].item(), measured) for n in drawn)
+            chosen += islice(filter(is_good, pairs), per_range)
         if chosen:
             return chosen
     return []
 
 
-def why_no_pairs(views: Views) -> str:
-    """A sentence for people whose posed scenes gave no pair."""
-    a, b, angle, _ = candidate_pairs(views)
-    if not len(a):
-        return "no pairs: no scene has two held-out views with poses, so there is no correspondence"
-    nearest = angle.argsort()[:200].tolist()
-    most = max(shared_share(views, a[n].item(), b[n].item()) for n in nearest)
-    return (f"no pairs: two views of a scene must share 20 % of what they see for correspondence, and no more than "
-            f"{100 * most:.0f} % is shared by any of the {len(nearest)} that turn least")
+def points_to_match(i, tokens: Features, views: Views, pair: Pair, device):  # all points count where there is no depth
+    depth = views.depth[i] if pair.measured else torch.ones(views.images.shape[2:])
+    found = sample_points(tokens.patches[i].to(device).float(), depth)
+    if len(found[0]) < 2:
+        scene, n = views.where[i]
+        raise ValueError(f"{scene.name}: {scene.frames[n].name} has depth at less than two of the matched points; "
+                         "change --pixels, or remove the depth to score by epipolar lines")
+    return found
+
+
+def nearest_with_ratio(a: Tensor, b: Tensor):
+    """For each unit row of a (M, C): its nearest row of b by cosine, and how sure: 1 - first / second distance."""
+    index, sure = [], []
+    for rows in a.split(max(1, 2**26 // len(b))):  # in blocks that bound memory
+        similarity, nearest = (rows @ b.T).topk(2, dim=1)
+        first, second = (1 - similarity).clamp_min(1e-9).unbind(1)
+        index, sure = index + [nearest[:, 0]], sure + [1 - first / second]
+    return torch.cat(index).cpu(), torch.cat(sure).cpu()
 
 
 def only_turned(c2w_a: Tensor, c2w_b: Tensor) -> bool:
@@ -773,7 +691,7 @@ def only_turned(c2w_a: Tensor, c2w_b: Tensor) -> bool:
     return (a - b).norm().item() <= 1e-5 * max(1.0, a.norm().item(), b.norm().item())
 
 
-def epipolar_error(a: Tensor, b: Tensor, K_a: Tensor, K_b: Tensor, a_to_b: Tensor) -> Tensor:
+def epipolar_error(a: Tensor, b: Tensor, depth, K_a: Tensor, K_b: Tensor, a_to_b: Tensor) -> Tensor:
     """For matches without depth: how many pixels of view b each is from the epipolar line of its point of view a, (M,).
 
     The true place lies on that line, so no match is farther from the line than it is wrong: recall is an upper bound.
@@ -785,26 +703,19 @@ def epipolar_error(a: Tensor, b: Tensor, K_a: Tensor, K_b: Tensor, a_to_b: Tenso
     return (F.pad(b, (0, 1), value=1.0) * lines).sum(1).abs() / lines[:, :2].norm(dim=1)
 
 
-# ------------------------------------------------------------------------------------------------ frozen features
+def recall(errors, pairs, limits) -> dict:  # % of each pair's errors below each limit: means over ranges of angles
+    rows, scores = [[100 * (e < limit).double().mean() for limit in limits.values()] for e in errors], {}
+    for name, (low, high) in {"": (0, 181), **VIEWPOINTS}.items():
+        if inside := [row for row, p in zip(rows, pairs) if low <= p.angle < high]:
+            scores |= mean_of(inside, (f"{limit} {name}".strip() for limit in limits))
+    return scores
 
 
-def parts_of(path: str) -> list:
-    """The models of `a+b`, whose channels stand side by side. A + inside a path that exists is part of that path."""
-    pieces = path.split("+")
-    for n in range(len(pieces), 1, -1):
-        if Path("+".join(pieces[:n])).exists():
-            return ["+".join(pieces[:n]), *(parts_of("+".join(pieces[n:])) if n < len(pieces) else [])]
-    return pieces[:1] + (parts_of("+".join(pieces[1:])) if len(pieces) > 1 else [])
+# ------------------------------------------------------------------------------------------------ features and heads
 
 
-def content_key(vit, layer, images) -> str:
-    """A name for the features of these images by these weights. Any change of either gives another."""
-    digest = hashlib.sha256(f"{layer} {vit.patch} {vit.heads} {vit.positions} {tuple(images.shape)}".encode())
-    for x in vit.state_dict().values():
-        digest.update(x.contiguous().numpy())
-    for image in images:
-        digest.update(image.contiguous().numpy())
-    return digest.hexdigest()[:24]
+def parts_of(path: str) -> list:  # the models of `a+b`, whose channels stand side by side
+    return [path] if Path(path).exists() else path.split("+")
 
 
 def extract(path, images, layer, cache, device, mirrored=False) -> Features:
@@ -820,77 +731,91 @@ def extract(path, images, layer, cache, device, mirrored=False) -> Features:
         found = [extract(part, images, layer, cache, device, part in parts[:n]) for n, part in enumerate(parts)]
         return Features(*map(SideBySide, zip(*found)))
     vit = lift.load_vit(path)
-    key = content_key(vit, layer, images) + "-mirrored" * mirrored
+    digest = hashlib.sha256(f"{layer} {vit.patch} {vit.heads} {vit.positions} {tuple(images.shape)}".encode())
+    for tensors in (vit.state_dict().values(), images):
+        for x in tensors:
+            digest.update(x.contiguous().numpy())
+    key = digest.hexdigest()[:24] + "-mirrored" * mirrored  # another image or weight has another key
     if layer == "block":
         vit.norm = nn.Identity()
     vit, grid = vit.to(device), [max(1, round(side / vit.patch)) for side in images.shape[2:]]
+    size, at_once = tuple(n * vit.patch for n in grid), min(AT_ONCE, max(1, 2**14 // math.prod(grid)))
 
     @torch.no_grad()
     def make(first, last):
-        batches = images[first:last].split(max(1, 2**14 // math.prod(grid)))
-        rows = [tokens_of(vit, batch, grid, device, mirrored) for batch in batches]
-        cls, patches = (torch.cat(column) for column in zip(*rows))
+        x = images[first:last].to(device).float() / 255
+        if x.shape[2:] != size:
+            x = F.interpolate(x, size, mode="bilinear", antialias=True)
+        cls, _, patches = vit(x.flip(3) if mirrored else x)
+        patches = patches.unflatten(1, grid)
+        cls, patches = cls.half().cpu(), (patches.flip(2) if mirrored else patches).half().cpu()
         if not (cls.isfinite().all() and patches.isfinite().all()):
             raise ValueError(f"{path}: its tokens are not finite in 16 bits; are the weights whole?")
         return dict(cls=cls, patches=patches)
-    columns = {"cls": ((vit.dim,), np.float16), "patches": ((*grid, vit.dim), np.float16)}
-    return Features(**on_disk(Path(cache) / key, columns, len(images), make, f"features of {path}"))
+    columns = {"cls": ((vit.dim,), torch.float16), "patches": ((*grid, vit.dim), torch.float16)}
+    return Features(**on_disk(Path(cache) / key, columns, len(images), make, f"features of {path}", at_once))
 
 
-def tokens_of(vit, images: Tensor, grid, device, mirrored):
-    """(B, 3, H, W) uint8 -> CLS (B, C), patches (B, h, w, C), float16 on the CPU."""
-    images, size = images.to(device).float() / 255, tuple(n * vit.patch for n in grid)
-    if images.shape[2:] != size:
-        images = F.interpolate(images, size, mode="bilinear", antialias=True)
-    cls, _, patches = vit(images.flip(3) if mirrored else images)
-    patches = patches.unflatten(1, grid)
-    return cls.half().cpu(), (patches.flip(2) if mirrored else patches).half().cpu()
+class Whitening(nn.Module):
+    """Centre, standardise and decorrelate tokens by the statistics of training tokens (I, ..., C).
+
+    Along a principal direction of variance v (1 on average), tokens are scaled by 1 / sqrt(v + floor). A small floor
+    gives all directions a variance near 1, except those that hardly vary: scaling them up would amplify noise.
+    """
+
+    def __init__(self, tokens, floor):
+        super().__init__()
+        total = math.prod(tokens.shape[:-1])
+        some = torch.linspace(0, total - 1, min(total, 2**16), dtype=torch.float64).long()  # spread over all views
+        x = tokens[torch.unravel_index(some, tokens.shape[:-1])].float()
+        mean, deviation = x.mean(0), x.std(0, correction=0)
+        varies = deviation > max(1e-3 * deviation.max(), 1e-6)
+        deviation = torch.where(varies, deviation, 1.0)  # a constant channel (CLS of a single image) is only centred
+        x = (x - mean) / deviation
+        variance, directions = torch.linalg.eigh(x.T @ x / len(x))
+        self.register_buffer("mean", mean)
+        self.register_buffer("map", directions / (variance.clamp_min(0) + floor).sqrt() / deviation[:, None])  # (C, C)
+
+    def forward(self, x):  # (..., C) -> (..., C)
+        return (x - self.mean) @ self.map
 
 
-# ------------------------------------------------------------------------------------------------ what all models share
-
-
-def spread_tokens(x, count=2**16) -> Tensor:
-    """(I, ..., C) -> (M, C) float: at most `count` tokens, evenly spread over all views."""
-    total = math.prod(x.shape[:-1])
-    flat = torch.linspace(0, total - 1, min(total, count), dtype=torch.float64).long()
-    return x[torch.unravel_index(flat, x.shape[:-1])].float()
-
-
-def pixels_of_classes(labels) -> Tensor:  # (I, H, W) -> how many pixels each class id has, unknown ones left out
-    count = lambda view: view[view != 255].long().bincount(minlength=NO_CLASS)
-    return once(labels, "classes", lambda: sum(map(count, labels)))
-
-
-def class_count(*labels):  # one more than the largest id
-    return 1 + max(int(pixels_of_classes(x).nonzero().max()) for x in labels)
+def note_loss(name, step, value, recipe: Recipe, bar):
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: the loss is {value} at step {step}; are the {name} of these views sound?")
+    if recipe.log and (step % 50 == 0 or step + 1 == recipe.steps):
+        bar.set_postfix(loss=f"{value:.4f}")
+        recipe.log.write(json.dumps(dict(head=name, step=step, loss=round(value, 6))) + "\n")
 
 
 class Probed(NamedTuple):
     """What came out for one model: numbers, and what the pictures show."""
     scores: dict  # {"depth": {"AbsRel": ...}, "normals": ..., ...} of the probes that have truth
-    maps: dict  # {"depth": (4, H, W), ...} predictions of the shown views
-    matches: list  # Matches of the shown pairs
-    tokens: Tensor | None  # (4, h, w, C) of the shown views
+    chance: dict | None = None  # recall of random matches
+    maps: dict = {}  # {"depth": (4, H, W), ...} predictions of the shown views
+    matches: list = []  # Matches of the shown pairs
+    tokens: Tensor | None = None  # (4, h, w, C) of the shown views
 
 
-def probe_model(path, train, val, maps, pairs, args, log):  # -> Probed, scores of random matches
+def probe_model(name, path, train, val, maps, pairs, args) -> Probed:
     frozen = lambda views: extract(path, views.images, args.layer, Path(args.out) / "features", args.device)
     tokens, val_tokens = train and frozen(train), frozen(val)
     scores, shown, matches, chance = {}, {}, [], None
-    for kind, (truth, val_truth) in maps.items():
-        recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log)
-        more = [not args.no_cls] if kind == "depth" else []
-        scores[kind], predict = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
-        views = shown_views(val_truth, TRUTH[kind][1])
-        shown[kind] = torch.stack(list(predict(Features(*(x[views] for x in val_tokens)))))
+    with open(Path(args.out) / "log.jsonl", "a") as log:
+        log.write(json.dumps(dict(model=name)) + "\n")
+        for kind, (truth, val_truth) in maps.items():
+            recipe = getattr(args, kind)._replace(seed=args.seed, device=args.device, log=log)
+            more = [not args.no_cls] if kind == "depth" else []
+            scores[kind], predict = PROBES[kind](tokens, truth, val_tokens, val_truth, recipe, *more)
+            views = shown_views(val_truth, TRUTH[kind][1])
+            shown[kind] = torch.stack(list(predict(Features(*(x[views] for x in val_tokens)))))
     if pairs:
         scores["correspondence"], chance, matches = correspondence(val_tokens, val, pairs, args.device)
     if len(parts_of(path)) == 1 < len(val.images):
         norm = nn.Identity() if args.layer == "norm" else lift.load_vit(path).norm
-        scores["place share"] = place_share(val_tokens.patches, norm)  # a prediction, see the workshop
-    drawn = val_tokens.patches[views_of_features(val, pairs)].float()
-    return Probed(scores, shown, [matches[n] for n in shown_pairs(pairs)], drawn), chance
+        scores["place share"] = place_share(val_tokens.patches, norm)
+    drawn = val_tokens.patches[shown_views(val.images)].float()
+    return Probed(scores, chance, shown, [matches[n] for n in shown_pairs(pairs)], drawn)
 
 
 def baseline(maps: dict) -> dict:
@@ -909,15 +834,12 @@ def baseline(maps: dict) -> dict:
     return scores
 
 
-# ------------------------------------------------------------------------------------------------ place share
-
-
 def place_share(patches, norm=nn.Identity()) -> dict:
     """% of the variance of tokens (I, h, w, C) over views that their place in the grid explains: all, its rough part.
 
-    Perspective makes the means of places differ smoothly, as floors are below. The rough part is what a cubic
-    polynomial in row and column leaves of these means: artifacts that are tied to the place in the picture. Both are
-    corrected for the finite number of views, so that tokens of which neither is true have 0. `norm` is applied first.
+    Perspective makes the means of places differ smoothly: floors, for example, are below. The rough part is what a
+    cubic polynomial in row and column leaves of these means: artifacts that are tied to the place in the picture. Both
+    are corrected for the finite number of views, so that tokens of which neither is true have 0. `norm` comes first.
     """
     views, (h, w), squares, total = len(patches), patches.shape[1:3], 0.0, 0.0
     for tokens in patches:
@@ -935,29 +857,20 @@ def place_share(patches, norm=nn.Identity()) -> dict:
     return {"all": share(place), "rough": share(rough)}
 
 
-PLACE_SHARE = (
-    "The rough part is the share of the tokens' variance that is artifacts tied to places in the picture. "
-    "Splatting carries a feature to another place, so Splat and Distill averages such artifacts out: the larger the "
-    "rough part of a start, the more it can gain in depth, normals and segmentation. This was measured on artificial "
-    "artifacts, added to the built-in ViT (rough part 1.3 %: depth gains nothing; 26.5 %: 5.6 %); for any other "
-    "backbone it is a prediction.")
-
-
 def shares_in_words(scores) -> str:
     shares = {m: s["place share"] for m, s in scores.items() if "place share" in s}
     listed = "; ".join(f"{m} {x['all']:.1f} %, rough part {x['rough']:.1f} %" for m, x in shares.items())
-    return f"Place share: {listed}. {PLACE_SHARE}" if shares else ""
+    return (f"Place share: {listed}. The rough part are artifacts that are tied to places in the picture. Splatting "
+            "carries features to other places and so averages them out: the larger it is, the more there is to gain "
+            "(depth on the built-in ViT: nothing at 1.3 %, 5.6 % at 26.5 %).") if shares else ""
 
 
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def four_of(indices: Tensor) -> Tensor:  # evenly spread, always the same
-    return indices[torch.linspace(0, len(indices) - 1, min(4, len(indices))).round().long()]
-
-
-def shown_views(truth, unknown) -> Tensor:  # four views of which something is known
-    return four_of(views_with_truth(truth, unknown))
+def shown_views(truth, unknown=None) -> Tensor:  # four views of which something is known, evenly spread
+    known = views_with_truth(truth, unknown) if unknown is not None else torch.arange(len(truth))
+    return known[torch.linspace(0, len(known) - 1, min(4, len(known))).round().long()]
 
 
 def shown_pairs(pairs) -> list:  # the number of the first pair of each range of viewpoint change
@@ -965,104 +878,52 @@ def shown_pairs(pairs) -> list:  # the number of the first pair of each range of
     return [numbers[0] for numbers in within if numbers]
 
 
-def views_of_features(val: Views, pairs) -> Tensor:  # the views of two shown pairs, or any four
-    views = [i for n in shown_pairs(pairs)[-2:] for i in pairs[n][:2]]
-    return torch.tensor(views) if views else four_of(torch.arange(len(val.images)))
-
-
-def to_tensor(picture) -> Tensor:  # a Pillow image -> (3, H, W) in [0, 1]
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-
-
-def rgb(colour) -> tuple:  # (3,) in [0, 1] -> what Pillow draws with
-    return tuple(round(255 * float(c)) for c in colour)
-
-
-def legend(width, entries) -> Tensor:
-    """Entries (colour (3,) in [0, 1], text) -> (3, h, width), in as many lines as they need."""
-    font, x, y, places = ImageFont.load_default(14), 6, 6, []
-    for colour, text in entries:
-        needed = 30 + font.getlength(text)
-        x, y = (6, y + 24) if x + needed > width and x > 6 else (x, y)
-        places.append((x, y, colour, text))
-        x += needed + 12
-    picture = Image.new("RGB", (width, y + 28), "white")
-    draw = ImageDraw.Draw(picture)
-    for x, y, colour, text in places:
-        draw.rectangle([x, y, x + 20, y + 16], fill=rgb(colour), outline=(120, 120, 120))
-        draw.text((x + 26, y), text, fill="black", font=font)
-    return to_tensor(picture)
-
-
 def colour_map(kind, map: Tensor, like: Tensor) -> Tensor:  # (3, H, W); depth on the scale of `like`, unknown black
     if kind == "depth":
         return data.colour_depth(map, like)
     if kind == "normals":
-        return ((map.float() * torch.tensor([1.0, -1, -1]) + 1) / 2 * (map != 0).any(-1, keepdim=True)).permute(2, 0, 1)
+        return data.colour_normals(map.float()) * (map != 0).any(-1)
     return data.colour_ids(torch.where(map == 255, 0, map.long() + 1))
-
-
-def legend_of(kind, maps, like, class_names) -> list:
-    """What the colours of these maps stand for: [(colour, text)]."""
-    if kind == "depth":
-        levels = torch.linspace(*data.usual_range(like).tolist(), 5).tolist()
-        examples = {f"{z:.1f}": torch.tensor([[z]]) for z in levels}
-        examples["unknown (depth in the data's unit)"] = torch.zeros(1, 1)
-    elif kind == "normals":
-        axes = torch.tensor([1.0, -1, -1]).diag().view(3, 1, 1, 3)
-        examples = dict(zip(("faces right", "faces up", "faces the camera"), axes))
-    else:
-        ids = torch.cat([m.flatten().long() for m in maps]).unique().tolist()
-        name = lambda c: class_names[c] if c < len(class_names) else f"class {c}"
-        examples = {name(c): torch.tensor([[c]]) for c in ids if c != 255}
-    return [(colour_map(kind, pixel, like)[:, 0, 0], text) for text, pixel in examples.items()]
-
-
-def maps_picture(path, kind, results, val: Views, truth, class_names):
-    """Rows are fixed held-out views: image | truth | each model (SnD Fig. 3, 4, 6)."""
-    shown, models = shown_views(truth, TRUTH[kind][1]), [m for m in results if kind in results[m].maps]
-    maps = [truth[shown], *(results[m].maps[kind] for m in models)]
-    like = maps[0].flatten(0, 1)
-    rows = [[val.images[i] / 255, *(colour_map(kind, m[n], like) for m in maps)] for n, i in enumerate(shown.tolist())]
-    below = lambda width: legend(width, legend_of(kind, maps, like, class_names))
-    return data.picture_grid(path, ["image", "truth", *models], rows, below=below)
-
-
-def error_colour(error) -> Tensor:  # pixels -> (3,): green where a match is right, red from the largest threshold on
-    return torch.tensor([0.15, 0.65, 0.15]).lerp(torch.tensor([0.9, 0.1, 0.15]), min(1.0, error / THRESHOLDS[-1]))
 
 
 def draw_matches(image_a, image_b, m: Matches, zoom) -> Tensor:  # both views side by side, 40 of the matches as lines
     picture = Image.fromarray(torch.cat([image_a, image_b], 2).permute(1, 2, 0).numpy())
     picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.BICUBIC)
-    draw, beside = ImageDraw.Draw(picture), torch.tensor([image_a.shape[2], 0])
+    draw, width = ImageDraw.Draw(picture), image_a.shape[2]
     for n in torch.linspace(0, len(m.error) - 1, 40).round().long().tolist():
-        ends, colour = [(zoom * p).tolist() for p in (m.a[n], m.b[n] + beside)], rgb(error_colour(m.error[n].item()))
-        draw.line([*ends[0], *ends[1]], fill=colour)
-        for x, y in ends:
-            draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
-    return to_tensor(picture)
+        (x, y), (u, v), wrong = m.a[n].tolist(), m.b[n].tolist(), min(1, m.error[n].item() / THRESHOLDS[-1])
+        colour = (round(40 + 190 * wrong), round(220 - 195 * wrong), 40)  # green is right, red is wrong
+        draw.line([zoom * x, zoom * y, zoom * (u + width), zoom * v], fill=colour)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-def matches_picture(path, results, val: Views, pairs):
-    """Lines between matched points, coloured by their error (SnD Fig. 5); a pair of each range of viewpoint change."""
-    models, zoom = [m for m in results if results[m].matches], max(1, round(200 / val.images.shape[3]))
-    shown = [pairs[n] for n in shown_pairs(pairs)]
-    draw = lambda p, m: draw_matches(val.images[p.a], val.images[p.b], m, zoom)
-    rows = [[draw(p, results[m].matches[k]) for m in models] for k, p in enumerate(shown)]
-    off = "px off" if shown[0].measured else "px off the epipolar line"
-    entries = [(error_colour(e), f"{e} {off}" + " or more" * (e == 20)) for e in (0, 10, 20)]
-    return data.picture_grid(path, models, rows, scale=1, below=lambda width: legend(width, entries))
-
-
-def features_picture(path, results, val: Views, pairs):
-    """Features as colours, one block a patch (SnD Fig. 13-14): the three directions in which a model's vary most."""
-    models, rows = [m for m in results if results[m].tokens is not None], []
-    bases = {m: lift.pca_basis(results[m].tokens.flatten(0, 2)) for m in models}
-    for n, i in enumerate(views_of_features(val, pairs).tolist()):
-        colours = [lift.pca_colours(results[m].tokens[n], bases[m]) for m in models]
-        rows.append([val.images[i] / 255, *(F.interpolate(c[None], val.images.shape[2:])[0] for c in colours)])
-    return data.picture_grid(path, ["image", *models], rows)
+def draw_all(results, train, val: Views, pairs, out):
+    """-> (title, caption, path) of each picture. Columns are models, rows fixed held-out views or pairs."""
+    models, size = list(results)[1:], val.images.shape[2:]
+    captions = dict(depth="Near is yellow, far is blue", segmentation="One colour a class",
+                    normals="Red faces right, green up, blue the camera")
+    for kind, (_, truth) in truths(train, val).items():  # SnD Fig. 3, 4, 6
+        shown = shown_views(truth, TRUTH[kind][1])
+        maps = [truth[shown], *(results[m].maps[kind] for m in models)]
+        like = maps[0].flatten(0, 1)
+        rows = [[val.images[i] / 255, *(colour_map(kind, m[n], like) for m in maps)] for n, i in enumerate(shown)]
+        below = (lambda width: data.depth_legend(like, width)) if kind == "depth" else None
+        path = data.picture_grid(out / f"{kind}.png", ["image", "truth", *models], rows, below=below)
+        yield kind.capitalize(), f"Held-out views. {captions[kind]}, black is unknown.", path
+    if pairs:  # SnD Fig. 5
+        shown, zoom = [pairs[n] for n in shown_pairs(pairs)], max(1, round(200 / size[1]))
+        rows = [[draw_matches(val.images[p.a], val.images[p.b], results[m].matches[k], zoom) for m in models]
+                for k, p in enumerate(shown)]
+        angles = ", ".join(f"{p.angle:.0f}°" for p in shown)
+        caption = f"40 matches of pairs that turn by {angles}. Green is right, red {THRESHOLDS[-1]} px off or more."
+        yield "Correspondence", caption, data.picture_grid(out / "matches.png", models, rows, scale=1)
+    rows = [[val.images[i] / 255] for i in shown_views(val.images)]  # SnD Fig. 13-14
+    for tokens in (results[m].tokens for m in models):
+        basis = lift.pca_basis(tokens.flatten(0, 2))
+        for row, x in zip(rows, tokens):
+            row.append(F.interpolate(lift.pca_colours(x, basis)[None], size)[0])
+    path = data.picture_grid(out / "features.png", ["image", *models], rows)
+    yield "Features", "The three directions in which a model's features vary most, as colours.", path
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -1074,207 +935,150 @@ COLUMNS = (  # probe, score, heading, digits
     *(("segmentation", name, f"{name} % ↑", 1) for name in ("aAcc", "mIoU", "mAcc")),
     ("correspondence", "10 px", "recall 10 px % ↑", 1), ("correspondence", "10 grid", "10 px of the grid % ↑", 1),
     ("correspondence", "1.5 patches", "1.5 patches % ↑", 1))
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1100px;padding:12px;color:#222}
-h2{margin-top:1.6em}.wide,pre{overflow-x:auto}.wide img{max-width:100%}table{border-collapse:collapse;font-size:14px}
-th,td{border-bottom:1px solid #ccc;padding:4px 7px;text-align:right;vertical-align:bottom}li{overflow-wrap:anywhere}
-th:first-child,td:first-child{text-align:left;white-space:nowrap;position:sticky;left:0;background:#fff}"""
+RECALL = {  # more tables of the report: title -> scores
+    "Recall, %": [f"{t} {unit}" for unit in ("px", "grid") for t in THRESHOLDS] + ["1.5 patches"],
+    "Recall by degrees that the camera turns, %": [f"10 px {name}" for name in VIEWPOINTS],
+    "The same within 1.5 patches, %": [f"1.5 patches {name}" for name in VIEWPOINTS]}
+STYLE = "body{font:16px sans-serif;margin:auto;max-width:1100px;padding:12px}pre{overflow-x:auto}img{max-width:100%}"
 
 
-def markdown(headings, rows) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [headings, ["---"] * len(headings), *rows])
-
-
-def html_table(headings, rows) -> str:
-    lines = [("th", headings), *(("td", row) for row in rows)]
-    lines = ["".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in line) for tag, line in lines]
-    bold = re.sub(r"[*]{2}(.*?)[*]{2}", r"<b>\1</b>", "".join(f"<tr>{line}</tr>" for line in lines))
-    return f'<div class="wide"><table>{bold}</table></div>'
-
-
-def changed_constants(args) -> list:  # what differs from Appendix A.4, in words
-    changed = [f"{name}: {getattr(args, name)} (paper: {paper})" for name, paper in PRESETS["paper"].items()
-               if getattr(args, name) not in (paper, None)]
-    return changed + ["depth reads patch tokens alone (paper: CLS beside each)"] * args.no_cls
-
-
-def draw_all(results, train, val, pairs, args):  # -> (title, caption, path) of each picture
-    out, class_names = Path(args.out), val.where[0][0].class_names or ()
-    columns = ", ".join(list(results)[1:])
-    for kind, (_, truth) in truths(train, val).items():
-        path = maps_picture(out / f"{kind}.png", kind, results, val, truth, class_names)
-        yield kind.capitalize(), f"Held-out views. Columns: image, truth, {columns}. Black is unknown.", path
-    if pairs:
-        angles = ", ".join(f"{pairs[n].angle:.0f}°" for n in shown_pairs(pairs))
-        path = matches_picture(out / "matches.png", results, val, pairs)
-        caption = f"40 of the matches of each pair. Columns: {columns}. Rows: the camera turns by {angles}."
-        yield "Correspondence", caption, path
-    path = features_picture(out / "features.png", results, val, pairs)
-    yield "Features", f"Equal colours of a column are equal features. Columns: image, {columns}.", path
-
-
-def model_links(args) -> str:
-    """The models as a list, each with a link to the README.md of its folder, if there is one."""
-    items = []
-    for name, path in named_models(args).items():
-        cards = [Path(part) / "README.md" for part in parts_of(path) if (Path(part) / "README.md").is_file()]
-        links = [html.escape(os.path.relpath(card, args.out), quote=True) for card in cards]
-        text = f"{html.escape(name)}: {html.escape(path)}" if name != path else html.escape(path)
-        items.append(f"<li>{text}" + "".join(f' (<a href="{link}">model card</a>)' for link in links) + "</li>")
-    return f"<h2>Models</h2><ul>{''.join(items)}</ul>"
-
-
-def web_page(result, columns, figures) -> str:
-    """The report as one file: tables, figures (title, caption, path) with their pictures inside, how it was made."""
-    scores, tables = result["scores"], {}
-    if any("correspondence" in s for s in scores.values()):
-        recall = "Recall" if result["measured"] else "Epipolar recall (an upper bound)"
-        units = [f"{t} {unit}" for unit in ("px", "grid") for t in THRESHOLDS] + ["1.5 patches"]
-        tables[f"{recall}, %"] = [("correspondence", u, u.replace("grid", "px of the grid"), 1) for u in units]
-        for limit in ("10 px", "1.5 patches"):
-            by_viewpoint = [("correspondence", f"{limit} {name}", f"{name}°", 1) for name in VIEWPOINTS]
-            tables[f"{recall} within {limit} by viewpoint, %"] = by_viewpoint
-    page = [f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>Probes of frozen features</title><style>{STYLE}</style><h1>Probes of frozen features</h1>"
-            f"<p>{html.escape(result['about'])} Bold is the best model.</p>", html_table(*table(scores, columns)),
-            f"<p>{html.escape(shares_in_words(scores))}</p>{result['models']}"]
-    page += [f"<h2>{title}</h2>{html_table(*table(scores, columns))}" for title, columns in tables.items()]
-    for title, caption, path in figures:
-        source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        least = min(800, Image.open(path).width * 3 // 4)
-        picture = f'<div class="wide"><img src="{source}" style="min-width:{least}px"></div>'  # phones scroll it
-        page.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(caption)}</p>{picture}")
-    page.append(f"<h2>Command</h2><pre>{html.escape(result['command'])}</pre>")
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in result["changed"])
-    return "".join(page) + f"<h2>Constants that are not the paper's</h2><ul>{lines}</ul>"
+def table(scores: dict, columns) -> str:
+    """In Markdown, a row a model. The best model is **bold**; a column without a number is left out."""
+    value = lambda model, column: scores[model].get(column[0], {}).get(column[1])
+    columns = [c for c in columns if any(value(m, c) is not None for m in scores)]
+    cells = [["", "---", *scores]]
+    for c in columns:
+        texts = ["" if value(m, c) is None else f"{value(m, c):.{c[3]}f}" for m in scores]
+        judged = [float(text) for text in texts[1:] if text]  # the baseline, first, is not judged
+        best = (min if "↓" in c[2] else max)(judged) if len(judged) > 1 else None
+        bold = [f"**{text}**" if text and float(text) == best else text for text in texts[1:]]
+        cells.append([c[2], "---", texts[0], *bold])
+    widths = [max(map(len, column)) for column in cells]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in zip(*cells))
 
 
 def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> str:
     """Writes results.json, the pictures and report.html, which holds them all; returns the table in Markdown."""
-    out, scores = Path(args.out), {m: r.scores for m, r in results.items()}
+    out, scores, columns = Path(args.out), {m: r.scores for m, r in results.items()}, COLUMNS
     about = (f"{len(train.images) if train else 0} training views, {len(val.images)} held-out views, "
              f"{'x'.join(map(str, val.images.shape[2:]))}" + f"; {len(pairs)} pairs" * bool(pairs) + ".")
-    columns, measured = COLUMNS, not pairs or pairs[0].measured
-    if pairs and measured:
+    if pairs and pairs[0].measured:
         about += " Matches are scored by measured depth and the true pose."
     elif pairs:
         about += " No depth: matches are scored by epipolar lines of the true pose, so recall is an upper bound."
         columns = [(*c[:2], c[2].replace("recall", "epipolar recall"), c[3]) for c in COLUMNS]
     about += " Depth RMSE is in the unit of the data." * any("depth" in s for s in scores.values())
-    settings = [f"{key}: {x}" for key, x in vars(args).items() if key != "command"] + [f"torch: {torch.__version__}"]
-    result = dict(command=args.command, about=about, measured=measured, settings=settings,
-                  changed=changed_constants(args), scores=scores)
+    paper, summary = PRESETS["paper"], f"{table(scores, columns)}\n\n{shares_in_words(scores)}\n"
+    settings = [f"{key}: {x}" + f" (paper: {paper.get(key)})" * (paper.get(key, x) != x)
+                for key, x in vars(args).items()]
+    result = dict(command=args.command, about=about, settings=settings, scores=scores)
     data.write_whole(out / "results.json", json.dumps(result, indent=1).encode())
-    page = web_page(result | dict(models=model_links(args)), columns, draw_all(results, train, val, pairs, args))
-    data.write_whole(out / "report.html", page.encode())
-    return f"{about}\n\n{markdown(*table(scores, columns))}\n\n{shares_in_words(scores)}\n"
+    texts = {"Scores": summary}
+    for title, names in RECALL.items() if pairs else ():
+        texts[title] = table(scores, [("correspondence", name, name, 1) for name in names])
+    texts["Settings"] = "\n".join(settings)
+    page = [f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}'
+            f"</style><title>Probes</title><h1>Probes of frozen features</h1><p>{html.escape(about)}</p>"]
+    for title, text in texts.items():
+        page.append(f"<h2>{title}</h2><pre>{html.escape(text)}</pre>")
+    for title, caption, path in draw_all(results, train, val, pairs, out):
+        source = base64.b64encode(path.read_bytes()).decode()
+        page.append(f'<h2>{title}</h2><p>{html.escape(caption)}</p><img src="data:image/png;base64,{source}">')
+    data.write_whole(out / "report.html", "".join(page).encode())
+    return f"{about}\n\n{summary}"
 
 
 # ------------------------------------------------------------------------------------------------ command
 
 LAYOUTS = """
---scene_dir may also be a folder of images with maps, or a list of pairs (below). In --out, the folders views/ and
-features/ can be deleted at any time; without them the next run takes longer.
-
-Several models stand in one table, a row each. Splat and Distill trains two students (Sec. 4.1): one with blending for
-depth, normals and segmentation, one without (04_distill.py --no_blend) for correspondence. Both beside their start:
+The student with blending is for depth, normals and segmentation, the one without (04_distill.py --no_blend) for
+correspondence (Sec. 4.1). Both beside their start:
   python 05_probe.py --models start=tiny dense=out/04_distill/student matching=out/no_blend/student
-
-FiT3D is scored with its features beside the start's, so its heads are twice as wide. The fair comparison has four rows;
-in start+start the second start sees mirrored images, so it is as wide as start+distilled and knows nothing new:
-  python 05_probe.py --models start=tiny snd=out/04_distill/student both=tiny+out/04_distill/student control=tiny+tiny
+FiT3D is scored with its features beside the start's, so its heads are twice as wide. The fair control is start+start,
+where the second start sees mirrored images: as wide, and it knows nothing new.
 
 Images without poses: a folder with images/, and beside it depth/ normals/ labels/ (PNG or .npy, named like the image),
 all of that once in train/ and once in val/, or once alone: then every eighth image is held out.
   depth    16-bit PNG in millimetres, or other units by --depth_scale; 0 = unknown
   normals  unit vectors x right, y down, z forward, towards the camera; .npy, or PNG (-1 to 1 as 0 to 255)
   labels   class ids in a grey or palette PNG; 255 = ignore, and --ignore_label
-docs/reproduce.md converts NYUv2, ScanNet, ADE20K, Pascal VOC and KITTI to it, and has the flags of each.
 Pairs of images: --scene_dir pairs.txt, lines of nameA nameB rotA rotB K_A K_B T_AB as SuperGlue has them, and beside it
 images/ and, if there is one, depth/. Without depth, matches are scored by epipolar distance.
+docs/reproduce.md converts public data sets to these layouts. In --out, views/ and features/ may be deleted at any time.
 """
 
 
-def flags():
+def named(text):  # -> name, path; a path that exists may have a = in it
+    return text.split("=", 1) if "=" in text and not Path(text).exists() else (text, text)
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(description="Probe frozen features: depth, normals, segmentation, correspondence.",
                                      epilog=LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, student = parser.add_argument, "out/04_distill/student"
     data.scene_flags(parser, "out/05_probe", view_memory=0)
-    add("--models", nargs="+", help="'tiny', published names, files, folders; name=a gives a name, a+b puts the "
-        "features of two side by side (a+a: a control of equal width, below); views are sized to the first's patches "
-        "(default: tiny, and out/04_distill/student if it exists)")
+    add("--models", nargs="+", type=named, default=[named(path) for path in ["tiny"] + [student] * Path(student).is_dir()],
+        help="'tiny', published names, files, folders; name=a gives a name, a+b puts the features of two side by side "
+        "(a+a: a control of equal width, below); views are sized to the first's patches (default: tiny, and "
+        "out/04_distill/student if it exists)")
     add("--preset", choices=list(PRESETS), default="tiny", help="how heads train, and flags marked [preset]")
     add("--pixels", type=data.positive, help="pixels a view; raise it for models of larger patches [preset]")
     add("--views", type=data.positive, help="views of each posed scene [preset] or plain folder (default: all)")
     add("--pairs", type=data.positive, help="pairs in each range of viewpoint change [preset]")
-    add("--max_steps", type=data.positive, help="at most so many steps a head, for a quick look")
+    add("--max_steps", type=data.positive, default=10**9, help="at most so many steps a head, for a quick look")
     add("--layer", choices=("block", "norm"), default="block", help="tokens before or after the last LayerNorm")
     add("--no_cls", action="store_true", help="depth reads patch tokens alone")
-    add("--max_depth", type=float, help="truth beyond it is not used (default: all of it is)")
+    add("--max_depth", type=float, default=math.inf, help="truth beyond it is not used, in training and in evaluation")
     add("--crop", type=float, nargs=4, default=(0, 1, 0, 1), metavar=("TOP", "BOTTOM", "LEFT", "RIGHT"),
         help="held-out views are scored inside it; in shares of height and width")
     add("--ignore_label", type=int, help="a class that is not scored, beside 255")
     add("--depth_scale", type=float, default=1e-3, help="unit of stored depth, of plain images and of pairs")
-    return parser
-
-
-def parse(argv):
-    parser = flags()
     args = parser.parse_args(argv)
-    (top, bottom, left, right), deepest = args.crop, args.max_depth
+    top, bottom, left, right = args.crop
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         parser.error("--crop: give shares, 0 <= TOP < BOTTOM <= 1 and 0 <= LEFT < RIGHT <= 1")
-    if deepest is not None and not deepest > 0:
-        parser.error(f"--max_depth: {deepest:g} is not above 0")
+    if len(dict(args.models)) < len(args.models):
+        parser.error("--models: two models have one name; name=path gives another")
+    args.models = dict(args.models)
     for name, value in PRESETS[args.preset].items():
         if isinstance(value, Recipe):
-            value = value._replace(steps=min(value.steps, args.max_steps or value.steps))
+            value = value._replace(steps=min(value.steps, args.max_steps))
         if name != "views":  # depends on what is in --scene_dir
             setattr(args, name, getattr(args, name, None) or value)
-    student = "out/04_distill/student"
-    args.models = args.models or ["tiny"] + [student] * Path(student).is_dir()
     args.command = shlex.join(["python", "05_probe.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
-def named_models(args) -> dict:  # {name: path}; a path that exists may have a = in it
-    split = lambda text: text.split("=", 1) if "=" in text and not Path(text).exists() else (text, text)
-    models = dict(split(text) for text in args.models)
-    if len(models) < len(args.models) or "no features" in models:
-        raise ValueError("--models: two models have one name; name=path gives another")
-    return models
-
-
 def size_of_views(models, scene, pixels):
     """(H, W): about `pixels`, in whole patches of the first model. Loads each model once: a wrong path is found now."""
-    patches = {path: [lift.load_vit(part).patch for part in parts_of(path)] for path in models.values()}
-    size = data.fit_size(scene, pixels, next(iter(patches.values()))[0])
-    for path, of_parts in patches.items():
-        if len(set(of_parts)) > 1:
-            sizes = " and ".join(map(str, of_parts))
-            raise ValueError(f"{path}: patches of {sizes} pixels; channels side by side need one size")
-        if min(size) < 2 * of_parts[0]:
-            raise ValueError(f"--pixels {pixels} leaves {path} fewer than 2x2 patches of {of_parts[0]} px; raise it")
+    size = None
+    for path in models.values():
+        patch, *others = sorted({lift.load_vit(part).patch for part in parts_of(path)})
+        if others:
+            raise ValueError(f"{path}: patches of {patch} and {others[0]} pixels; channels side by side need one size")
+        size = size or data.fit_size(scene, pixels, patch)
+        if min(size) < 2 * patch:
+            raise ValueError(f"--pixels {pixels} leaves {path} fewer than 2x2 patches of {patch} px; raise it")
     return size
 
 
 def open_data(args):
     """-> {name: path} of models, training views or None, held-out views, pairs: what `probe` takes."""
-    models = named_models(args)
     train, val = open_split(args)
-    size = size_of_views(models, val[0], args.pixels)
+    size = size_of_views(args.models, val[0], args.pixels)
     train = store_views(train, size, args, "train") if train else None
     val = store_views(val, size, args, "val")
     for name, (key, unknown) in TRUTH.items() if train else ():
-        in_train, in_val = (len(views_with_truth(getattr(views, key), unknown)) for views in (train, val))
-        if bool(in_train) != bool(in_val):
+        in_train, in_val = (len(views_with_truth(getattr(views, key), unknown)) > 0 for views in (train, val))
+        if in_train != in_val:
             print(f"{name}: left out, as only {'training' if in_train else 'held-out'} views have its truth")
     pairs = choose_pairs(val, args.pairs, args.seed)
     if not pairs and val.c2w.isfinite().all():
-        print(why_no_pairs(val))
+        print("no pairs, so no correspondence: no two held-out views of a scene share 20 % of what they see")
     if not pairs and not truths(train, val):
         raise data.DataError(f"{args.scene_dir}: no depth, normals or labels in both splits, and no pairs of views "
                              "that overlap; --help says where maps go")
-    return models, train, val, pairs
+    return args.models, train, val, pairs
 
 
 def main(argv=None):
