@@ -507,7 +507,7 @@ def train(args, rank, world):
     cached, heldout = cached_parts(args)
     student = new_student(args).to(args.device)
     optimiser = new_optimiser(student, args)
-    run = distill.Run(run_settings(args, cached), {"student": (student, set(distill.trained(student)))}, optimiser,
+    run = distill.Run(run_settings(args, cached), {"student": distill.trained(student)}, optimiser,
                       rank=rank, world=world, name="train")
     model = nn.parallel.DistributedDataParallel(student) if world > 1 else student  # averages gradients over processes
     # All that is random depends on the seed and the step, so that a run which goes on needs no generator's state.
