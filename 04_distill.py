@@ -30,7 +30,6 @@ import contextlib
 import copy
 import hashlib
 import importlib
-import itertools
 import json
 import math
 import os
@@ -559,9 +558,13 @@ def weights_id(network) -> str | None:  # the same for two networks that compute
 
 def ahead(function, items, count=4):
     """function(item) of each item in turn, computed by threads while the ones before are used."""
-    pool, waiting, items = ThreadPoolExecutor(min(count, os.cpu_count() or 1)), deque(), iter(items)
+    pool, waiting = ThreadPoolExecutor(count), deque()
     try:
-        while waiting.extend(pool.submit(function, x) for x in itertools.islice(items, count - len(waiting))) or waiting:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == count:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -599,41 +602,30 @@ def log_depth_error(gaussians, depth: Tensor, c2w: Tensor) -> Tensor:
     return (z.clamp_min(1e-3).log() - depth.clamp_min(1e-3).log()).abs()[depth > 0].mean()
 
 
-def judged_pixels(t: splat.Triplet) -> Tensor:
-    """(H, W) bool, where a novel view is compared with the truth: what a context sees too, as far as depth can tell.
+def view_error(gaussians, colours, t: splat.Triplet) -> tuple[Tensor, Tensor]:
+    """Mean squared error and 1 - SSIM of the target view, splatted with the colours of the context pixels.
 
-    Without depth it is the whole view on black: to leave out what no Gaussian covers would reward holes.
+    It is not divided by alpha: a network that hides what it cannot explain must not gain by it. With depth, what no
+    context sees does not count. Without, the whole view does: to leave out what no Gaussian covers would reward holes.
     """
-    everywhere = torch.ones_like(t.images[2, 0], dtype=torch.bool)
-    seen = everywhere if t.depth is None else covisible_pixels(t.depth, t.K, t.c2w)
-    return seen if seen.any() else everywhere
+    image = splat.render_target(gaussians, colours, t).features.permute(2, 0, 1)
+    where = torch.ones_like(image[0], dtype=torch.bool)
+    if t.depth is not None and (seen := covisible_pixels(t.depth, t.K, t.c2w)).any():
+        where = seen
+    return photometric(image, t.images[2], where)
 
 
 def geometry_loss(net, t: splat.Triplet, depth_weight: float, bf16=False) -> Tensor:
-    """MVSplat's loss: the target view, splatted with the colours of the context pixels, against the picture."""
+    """MVSplat's loss: the splatted target view against the picture."""
     with torch.autocast(t.images.device.type, torch.bfloat16, enabled=bf16):
         gaussians, colours = splat.reconstruct("mvsplat", t, net)
-    # Not divided by alpha: a network that hides what it cannot explain must not gain by it.
-    image = splat.render_target(gaussians, colours, t).features.permute(2, 0, 1)
-    mse, structure = photometric(image, t.images[2], judged_pixels(t))
+    mse, structure = view_error(gaussians, colours, t)
     # Differs: MVSplat adds 0.05 LPIPS to the squared error, which needs a downloaded network; we add 0.05 (1 - SSIM).
     loss = mse + 0.05 * structure
     if depth_weight and t.depth is not None and (t.depth[:2] > 0).any():
         # Differs: MVSplat is never shown depth; --depth_weight adds the log depth error where depth is measured.
         loss = loss + depth_weight * log_depth_error(gaussians, t.depth[:2], t.c2w[:2])
     return loss
-
-
-@torch.no_grad()
-def judge(gaussians, colours, t: splat.Triplet) -> dict:
-    """PSNR of the splatted target view, uncovered pixels black; AbsRel of the contexts' depth where it is measured."""
-    image, covered = splat.divide_by_alpha(splat.render_target(gaussians, colours, t))
-    where, truth = judged_pixels(t), t.images[2].permute(1, 2, 0)
-    scores = {"PSNR": splat.psnr((image * covered[..., None])[where], truth[where])}
-    if t.depth is not None and (known := t.depth[:2] > 0).any():
-        z = lift.view_depth(gaussians, t.c2w[:2], *covered.shape)
-        scores["AbsRel"] = ((z - t.depth[:2]).abs() / t.depth[:2])[known].mean().item()
-    return scores
 
 
 def finetune_geometry(source, scenes, heldout, run):
@@ -682,20 +674,17 @@ def train_geometry(source, scenes, heldout, folder):
 
 @torch.no_grad()
 def report_geometry(networks, triplets, kind, folder):
-    """Prints the mean scores of the networks {name: MVSplat} on the triplets, beside those of measured depth."""
-    scores = {name: [] for name in (*networks, "depth")}
+    """Prints the mean PSNR of the target views as the networks {name: MVSplat} and measured depth splat them."""
+    found = {name: [] for name in (*networks, "depth")}
     for t in triplets:
-        for name, net in networks.items():
-            scores[name].append(judge(*splat.reconstruct("mvsplat", t, net), t))
-        if t.depth is not None:
-            scores["depth"].append(judge(*splat.reconstruct("depth", t), t))
-    print(f"MVSplat on {len(scores['start'])} {kind} triplets  ->  {folder}")
-    table = {}
-    for name, rows in scores.items():
-        columns = {key: [row[key] for row in rows if key in row] for key in ("PSNR", "AbsRel")}
-        table[name] = {key: sum(values) / len(values) for key, values in columns.items() if values}
-        print(f"  {name:<10} {', '.join(f'{key} {value:.3f}' for key, value in table[name].items())}")
-    data.write_whole(folder / "result.json", json.dumps(table, indent=1).encode())
+        ways = {name: splat.reconstruct("mvsplat", t, net) for name, net in networks.items()}
+        ways |= {} if t.depth is None else {"depth": splat.reconstruct("depth", t)}
+        for name, way in ways.items():
+            found[name].append(-10 * view_error(*way, t)[0].log10().item())
+    means = {name: sum(values) / len(values) for name, values in found.items() if values}
+    data.write_whole(folder / "result.json", json.dumps(means, indent=1).encode())
+    shown = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+    print(f"MVSplat on {len(found['start'])} {kind} triplets, PSNR: {shown}  ->  {folder}")
 
 
 # -------------------------------------------------------------------------------- a run that cannot be lost
@@ -997,13 +986,12 @@ def finish(source, before, adapted, teacher, judged, start: Agreement):
     end = agreement(after, judged)
     measured = f"{len(judged)} {source.kind} triplets"
     data.write_whole(out / "student" / "README.md", model_card(args, after, measured, start, end).encode())
-    pictures = [heldout_picture(out / "heldout.png", before, teacher, after, judged, source),
-                curve_picture(out / "curve.png", out / "log.jsonl", start)]
+    picture = heldout_picture(out / "heldout.png", before, teacher, after, judged, source)
     names = [splat.name_of(*t.place) for t in judged]
     result = dict(before=start._asdict(), after=end._asdict(), heldout=names)
     data.write_whole(out / "result.json", json.dumps(result, indent=1).encode())
     print(f"{measured}\n  before: {start}\n  after:  {end}")
-    print("  -> ", ", ".join(map(str, [*pictures, out / "student"])))
+    print(f"  ->  {picture}, {out / 'student'}")
 
 
 CARD = """---
@@ -1027,9 +1015,6 @@ images = torch.rand(1, 3, {height}, {width})  # in [0, 1]; sides are multiples o
 mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 tokens = model(pixel_values=(images - mean) / std).last_hidden_state[:, {skip}:]  # (1, patches, {dim})
 ```
-
-Where a picture has other than {grid}x{grid} patches, transformers interpolates the positions in its own way, which
-moves the tokens by one or two per cent against training (measured with `tiny`).
 """
 
 
@@ -1042,7 +1027,7 @@ def model_card(args, vit, measured, before: Agreement, after: Agreement) -> str:
     return CARD.format(
         **vars(args), licence=licence, measured=measured, before=before, after=after, scenes=Path(args.scene_dir).name,
         settings=", ".join(f"{n} {getattr(args, n)}" for n in names), height=20 * vit.patch, width=30 * vit.patch,
-        patch=vit.patch, skip=1 + registers, dim=vit.dim, grid=vit.grid)
+        patch=vit.patch, skip=1 + registers, dim=vit.dim)
 
 
 @torch.no_grad()
@@ -1079,15 +1064,6 @@ def match_picture(t: Judged, x: Tensor, patch) -> Tensor:
     red = patches.new_tensor([0.7, 0.0, 0.0]).repeat_interleave(patch * patch)[:, None]
     shown[:, wrong] = 0.4 * shown[:, wrong] + 0.6 * red
     return F.fold(shown[None], t.images.shape[-2:], patch, stride=patch)[0]
-
-
-def curve_picture(path, log, before: Agreement):
-    """The loss above the teacher's entropy, and the agreement, over the steps."""
-    lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
-    matching = [(line["step"] + 1, 100 * line["matching"]) for line in lines if "matching" in line]
-    charts = [data.line_chart("over steps", {"loss less entropy": [(line["step"] + 1, line["kl"]) for line in lines]}),
-              data.line_chart("over steps", {"matching, %": [(0, 100 * before.matching), *matching]})]
-    return data.picture_grid(path, [""] * len(charts), [charts], scale=1)
 
 
 # -------------------------------------------------------------------------------- command line
