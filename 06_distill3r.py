@@ -419,7 +419,7 @@ def train(args, rank, world):
     optimiser = new_optimiser(student, args)
     # `Run` counts the steps and keeps log and checkpoints, `schedule` puts the samples in random order, and `ahead`
     # loads them in threads: all as in 04_distill. `rank` of `world` processes (torchrun) takes its part of each step.
-    run = distill.Run(run_settings(args, cached), {"student": (student, set(distill.trained(student)))}, optimiser,
+    run = distill.Run(run_settings(args, cached), {"student": distill.trained(student)}, optimiser,
                       rank=rank, world=world, name="train")
     # All that is random depends on the seed and the step, so that a run which goes on needs no generator's state.
     order = distill.schedule(len(cached), args.max_steps * args.batch, args.seed)

