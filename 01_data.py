@@ -607,7 +607,8 @@ def folders_not_read(folder, frames):  # -> sentences: their maps may be called 
     files = [getattr(frame, kind) for frame in frames for kind in ("image", *MAPS)]
     used = {parent for file in files if file for parent in file.parents}
     homes = {frame.image.parent.parent for frame in frames} | {folder}
-    spare = {d for home in homes for d in home.iterdir() if d.is_dir() and d not in used and d.name[0] != "."}
+    spare = {d for home in homes for d in home.iterdir() if d.is_dir() and d not in used and d.name[0] != "."
+             and d.name != "confidence" and not d.name.startswith("images_")}  # of 06; smaller copies
     names = sorted({d.name for d in spare for file in d.iterdir() if is_picture(file) or file.suffix == ".npy"})
     return [f"ignored: {name}/ (maps are read from depth/ masks/ normals/ labels/, with the names of the images)"
             for name in names]

@@ -901,16 +901,28 @@ def load_operator(path: str | Path) -> SplatOperator:
     try:
         with safe_open(path, "pt") as file:
             about, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
         about = {"format": f"a damaged file: {error}"}
     if about.get("format") != OPERATOR_FORMAT:
         found = f"{about.get('format')!r} where {OPERATOR_FORMAT!r} is read"
         raise ValueError(f"{path}: {found}; remove it, it can be computed again")
-    tokens, masks, matrices = int(about["tokens"]), len(stored["M.count"]), []
-    for name, columns in zip("SLM", (tokens, masks, tokens)):
-        count, column, weight = (stored[f"{name}.{part}"] for part in ("count", "column", "weight"))
-        weight = weight if weight.dtype == torch.float64 else weight.float()
-        matrices.append(sparse(torch.repeat_interleave(count.long()), column.long(), weight, (len(count), columns)))
+    try:
+        tokens, masks, matrices = int(about["tokens"]), len(stored["M.count"]), []
+        for name, columns in zip("SLM", (tokens, masks, tokens)):
+            count, column, weight = (stored[f"{name}.{part}"] for part in ("count", "column", "weight"))
+            count, column = count.long(), column.long()
+            weight = weight if weight.dtype == torch.float64 else weight.float()
+            whole = (count >= 0).all() and count.sum() == len(column) == len(weight) and weight.isfinite().all()
+            if not whole or not ((0 <= column) & (column < columns)).all():
+                raise ValueError(f"matrix {name} does not fit together")
+            matrices.append(sparse(torch.repeat_interleave(count), column, weight, (len(count), columns)))
+        if stored["valid"].dtype != torch.bool or stored["valid"].shape != stored["S.count"].shape:
+            raise ValueError("valid does not fit")
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: no splat operator ({reason}); remove it, it can be computed again") from None
     return SplatOperator(*matrices, stored["valid"])
 
 

@@ -36,7 +36,7 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -271,6 +271,8 @@ def distil(args, rank=0, world=1):
     # again, so that their operators are computed once.
     count = min(args.triplets, args.max_steps * args.batch)
     triplets = draw_triplets(scenes, count, args.seed, args.target == "context")
+    if not rank:
+        say_levels(triplets)
     source.make_missing(triplets, run)
     # The agreement of a ViT with itself: for how many tokens of the held-out targets the most similar splatted token
     # is the one of the same place.
@@ -360,6 +362,8 @@ def prepare(args, rank=0, world=1):
     if rank:
         dist.barrier()  # until rank 0 has made or fetched what is missing
     scenes = whole = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
+    if not rank:
+        say_whose_cameras(args.scene_dir)
     if args.geometry == "depth":
         measured = [[i for i, frame in enumerate(scene.frames) if frame.depth] for scene in scenes]
         scenes = [scene.subset(views) for scene, views in zip(scenes, measured) if len(views) >= 3]
@@ -373,6 +377,35 @@ def prepare(args, rank=0, world=1):
         dist.barrier()
     train, measured, source.kind = hold_out(scenes, args.heldout, args.seed, whole)
     return train, measured, source
+
+
+def say_whose_cameras(scene_dir):
+    """Repeats the verdict on cameras that 06_distill3r.py has estimated: it stands in the scene as `agreement`."""
+    file = Path(scene_dir) / "transforms.json"
+    agreement = json.loads(file.read_text()).get("agreement") if file.exists() else None
+    if agreement:
+        found, still = agreement  # of neighbouring photos through these cameras, and as if no camera had moved
+        trust = "do not trust them" if found < still + 0.02 else "they explain the photos"
+        print(f"{scene_dir}: its cameras were estimated from photos, {trust} (neighbouring photos agree to "
+              f"{100 * found:.0f} % through them, to {100 * still:.0f} % if no camera had moved)")
+
+
+def say_levels(triplets):
+    """How good the contexts are that `sample_triplet` has found: it asks for less where there are no better ones."""
+    levels = Counter(data.best_pairs(scene, target)[0] for scene, (*_, target) in triplets)
+    parts = [f"{levels[n]} with an overlap from {100 * least:.0f} % and a baseline below {widest:g} of the depth"
+             for n, (least, widest) in enumerate(data.LEVELS) if levels[n]]
+    print(f"{len(triplets)} triplets: {', '.join(parts)}")
+
+
+MAX_FEATURES = 2**27  # numbers, 0.5 GB: the features of all Gaussians that are splatted at a time
+
+
+def splat_in_blocks(tokens, gaussians, t, grid, *steps):
+    """`splat_features` of some channels at a time, so that memory does not grow with their number."""
+    channels = max(1, MAX_FEATURES // len(gaussians.means))
+    parts = [splat_features(part, gaussians, t, grid, *steps) for part in tokens.split(channels, -1)]
+    return torch.cat([goal for goal, _ in parts], -1), parts[0][1]
 
 
 def draw_triplets(scenes, count, seed, to_context=False):
@@ -543,7 +576,7 @@ class Source:
         if self.args.target == "image":
             carry = lambda tokens: image_features(tokens[0], t, grid, blend, upscale, downscale)
             return Sample(jitter(t.images[2:], seed), t.images[2:], carry)
-        carry = lambda tokens: splat_features(tokens, self.reconstruct(t), t, grid, *self.steps)
+        carry = lambda tokens: splat_in_blocks(tokens, self.reconstruct(t), t, grid, *self.steps)
         return Sample(t.images[:2], t.images[2:], carry)
 
 
@@ -714,7 +747,7 @@ class Run:
         if world > 1:
             dist.broadcast_object_list(found)  # rank 0's, whatever the other machines have on disk
         self.start, stored = found[0]
-        if stored:
+        if stored is not None:
             self.restore(stored)
             print(f"resumed at step {self.start} of {args.max_steps}")
 
@@ -799,6 +832,9 @@ class Run:
         if self.args.resume and changed:
             raise ValueError(f"{path}: was made with other settings ({', '.join(changed)}); use the old ones or "
                              "another --out")
+        odd = [key for key, x in self.state().items() if key not in tensors or tensors[key].shape != x.shape]
+        if self.args.resume and odd:
+            raise ValueError(f"{path}: does not fit this run ({odd[0]}); remove it to start again")
         return (step, tensors) if self.args.resume else (0, None)
 
     def open_log(self):
@@ -821,7 +857,9 @@ def checkpoint_paths(folder):  # -> the newest one and the one before
 def read_run(path):  # -> step, settings, tensors; None where it is damaged
     with contextlib.suppress(SafetensorError, KeyError, TypeError, ValueError), safe_open(path, "pt") as file:
         meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-        return int(meta["step"]), json.loads(meta["settings"]), tensors
+        step, settings = int(meta["step"]), json.loads(meta["settings"])
+        if 0 < step <= settings["max_steps"]:
+            return step, settings, tensors
 
 
 # -------------------------------------------------------------------------------- more than one process
@@ -1001,12 +1039,18 @@ pipeline_tag: image-feature-extraction
 ---
 # {model}, made 3D-aware by Splat and Distill
 
-A student of Splat and Distill (Shavin and Benaim, ICLR 2026), made by 04_distill.py. It started from `{model}`, whose
-licence it keeps, and was distilled for {max_steps} steps of {batch} triplets on `{scenes}`.
+A student of Splat and Distill (Shavin and Benaim, ICLR 2026), made by 04_distill.py. It started from `{model}` and was
+distilled for {max_steps} steps of {batch} triplets on `{scenes}`.
+{release}
 
-On {measured}, before: {before}; after: {after}.
+| on {measured} | matching across views | cosine | effective rank |
+|---|---|---|---|
+| before | {before} |
+| after | {after} |
 
 Settings: {settings}.
+
+Licence: {rights}
 
 ```python
 import torch
@@ -1016,19 +1060,32 @@ images = torch.rand(1, 3, {height}, {width})  # in [0, 1]; sides are multiples o
 mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 tokens = model(pixel_values=(images - mean) / std).last_hidden_state[:, {skip}:]  # (1, patches, {dim})
 ```
+
+Where a picture has other than {grid}x{grid} patches, transformers interpolates the positions in its own way, which
+moves the tokens by one or two per cent against training (measured with `tiny`).
 """
 
 
-def model_card(args, vit, measured, before: Agreement, after: Agreement) -> str:
-    """What others need to know of the student: where it comes from, how good it is, how to load it."""
-    licence = {"tiny": "mit"}.get(args.model, "apache-2.0" if args.model.startswith("dinov2") else "other")
+def model_card(args, vit, measured, start: Agreement, end: Agreement) -> str:
+    """What others need to know of the student: where it comes from, what it is for, how good it is, how to load it."""
+    row = lambda a: f"{100 * a.matching:.1f} % | {a.cosine:.3f} | {a.rank:.1f}"
+    release = "It is an ablation, and corresponds to neither of the paper's two releases."
+    if (args.target, args.loss, args.upscale, args.frozen_teacher) == ("novel", "distill", "masks", False):
+        use = "without blending, for correspondence" if args.blend == 1 else \
+            "with blending, for depth, normals and segmentation"
+        release = f"It corresponds to the paper's release {use}."
+    licence, rights = "other", f"that of the weights it started from, {args.model}."
+    if args.model.startswith("dinov2"):
+        licence, rights = "apache-2.0", "it started from DINOv2's weights, which are under the Apache License 2.0."
+    if args.model == "tiny":
+        licence, rights = "mit", "the project's own, as its start was trained on built-in rooms."
     names = """geometry finetune_geometry masks blend upscale loss target frozen_teacher full_finetune rank lr head_lr
         prototypes momentum ema_every tau_student tau_teacher seed""".split()
     registers = 0 if vit.register_tokens is None else vit.register_tokens.shape[1]
     return CARD.format(
-        **vars(args), licence=licence, measured=measured, before=before, after=after, scenes=Path(args.scene_dir).name,
-        settings=", ".join(f"{n} {getattr(args, n)}" for n in names), height=20 * vit.patch, width=30 * vit.patch,
-        patch=vit.patch, skip=1 + registers, dim=vit.dim)
+        **vars(args), licence=licence, rights=rights, release=release, measured=measured, before=row(start),
+        after=row(end), scenes=Path(args.scene_dir).name, settings=", ".join(f"{n} {getattr(args, n)}" for n in names),
+        height=20 * vit.patch, width=30 * vit.patch, patch=vit.patch, skip=1 + registers, dim=vit.dim, grid=vit.grid)
 
 
 @torch.no_grad()

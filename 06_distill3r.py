@@ -447,6 +447,7 @@ def train(args, rank, world):
             run.log(show=("total",), samples=names, **loss._asdict(), grad_norm=norm, lr=rate, **measured)
     if run.first:
         save_student(student, Path(args.out, "student"))
+        write_card(args, cached, Path(args.out, "student"))
 
 
 def learn_samples(batch, student, args, seeds) -> list[float]:
@@ -741,6 +742,48 @@ def load_student(path) -> Student:
 def save_student(model: Student, folder):  # {model.safetensors, config.json}, each file whole or not at all
     lift.save_tensors(Path(folder, "model.safetensors"), model.state_dict())
     data.write_whole(Path(folder, "config.json"), json.dumps(model.config._asdict(), indent=1).encode())
+
+
+def write_card(args, cached, folder):
+    """folder/README.md: what the student is made of, for those it is passed on to; `eval` adds its scores."""
+    log = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
+    heldout = [f"{line['heldout']:.4f} after {line['step'] + 1} steps" for line in log if "heldout" in line]
+    names = "max_steps", "batch", "lr", "encoder_share", "weight", "gamma", "mean", "global_target", "seed"
+    made_of = dict(encoder=args.encoder, teacher=cached.settings["teacher"])
+    licences = [words for name, words in LICENCES.items() if any(name in part for part in made_of.values())]
+    card = CARD.format(
+        **made_of, samples=len(cached), views=args.views, size=args.size, heldout=", ".join(heldout) or "not measured",
+        settings=", ".join(f"--{name} {getattr(args, name)}" for name in names),
+        licence="; ".join(licences) or "unknown")
+    data.write_whole(Path(folder, "README.md"), card.encode())
+
+
+def add_scores(folder, table):  # to the card of a student that was trained here
+    card = Path(folder, "README.md")
+    if card.exists():
+        before = card.read_text().partition("\n## Scores\n")[0]
+        data.write_whole(card, f"{before}\n## Scores\n\n```\n{table}\n```\n".encode())
+
+
+LICENCES = {"tiny": "the encoder is this project's, MIT", "dune": "DUNE is NAVER's, non-commercial",
+            "dinov2": "DINOv2 is Meta's, Apache-2.0", "fast3r": "the teacher Fast3R is FAIR's, non-commercial"}
+CARD = """# A pointmap student (Distill3R)
+
+- The encoder starts from: {encoder}. Teacher: {teacher}.
+- Data: {samples} samples of up to {views} views of {size} (H, W).
+- Settings: {settings}.
+- Licences of what it is made of: {licence}.
+- Loss on held-out samples: {heldout}.
+
+```python
+import importlib, torch
+d3r = importlib.import_module("06_distill3r")
+student = d3r.load_student("path/to/this/folder")
+photos = [torch.rand(3, *student.config.size) for _ in range(2)]  # in [0, 1]; the camera of the first one is the world
+with torch.no_grad():
+    cameras = d3r.estimate_cameras(student(photos))
+```
+"""
 
 
 def find_network(path, remedy):  # a file, or a folder's model.safetensors -> that file, and config.json beside it
@@ -1126,7 +1169,7 @@ def photo_agreement(points, colours, photos, focal, c2w) -> float:
 # ------------------------------------------------------------------------------------------------ a scene for others
 
 
-def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
+def write_scene(out, views, maps: list[Pointmap], tau=0.3, photos=None) -> Path:
     """Writes what pointmaps say about their pictures, for 01_data and for other tools, and returns the folder `out`.
 
     images/, depth/ (16-bit PNG, z in the unit that transforms.json names, 0 = not trusted), confidence/ (8-bit PNG of
@@ -1159,6 +1202,7 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3) -> Path:
             for k in np.linspace(0, len(views) - 1, min(5, len(views))).astype(int)]
     data.picture_grid(out / "maps.png", ["image", "depth (black: not trusted)", "confidence 1 - 1/C"], rows)
     meta = dict(camera_model="PINHOLE", depth_unit_scale_factor=unit, agreement=agreement, frames=frames)
+    meta |= {"photos": str(photos)} if photos else {}
     data.write_whole(out / "transforms.json", json.dumps(meta, indent=1).encode())  # last: now it is a scene
     return out
 
@@ -1390,6 +1434,8 @@ def measure(args):
     path = Path(args.out, "result.json")
     data.write_whole(path, json.dumps(results, indent=1).encode())
     print("\n".join(table), f"\n  ->  {path}")
+    if "student" in models:
+        add_scores(args.weights or Path(args.out, "student"), "\n".join(table))
 
 
 def infer(args):
@@ -1407,13 +1453,60 @@ def infer(args):
     network = model_of(args, which)
     sizes = [network.view_size(*scene.frames[i].size) for i in shown]
     views = [scene.view(i, size, maps=False) for i, size in zip(shown, sizes)]
-    maps = network(views, torch.Generator().manual_seed(args.seed))
+    print(f"{network.identity}, {len(shown)} views: {forecast(network.model, sizes, args.device)}")
+    maps = ask_in_groups(network, views, torch.Generator().manual_seed(args.seed))
     for k, (i, (height, width)) in enumerate(zip(shown, sizes)):  # other stages want more pixels than a map has
         if 2 * height <= scene.frames[i].size[0] and 2 * width <= scene.frames[i].size[1]:
             views[k] = scene.view(i, (2 * height, 2 * width), maps=False)
-    write_scene(out, views, maps, args.tau)
+    write_scene(out, views, maps, args.tau, root.resolve())
     meta = json.loads((out / "transforms.json").read_text())
     verdict(f"{scene.name}, {len(shown)} views by {network.identity}", len(shown), meta["agreement"], out)
+
+
+def ask_in_groups(network, views, generator, most=VIEW_IDS) -> list[Pointmap]:
+    """More views than there are ids go in groups that begin with view 0, so that its camera is the frame of all.
+    Each group has a unit of its own; what it says about view 0 tells by how much it has to be scaled."""
+    maps = network(views[:most], generator)
+    for start in range(most, len(views), most - 1):
+        first, *others = network([views[0], *views[start:start + most - 1]], generator)
+        ratio = maps[0].points_global.norm(dim=-1) / first.points_global.norm(dim=-1)
+        unit = ratio[ratio.isfinite()].median()
+        maps += [m._replace(points_global=m.points_global * unit) for m in others]
+    return maps
+
+
+def forecast(model, sizes, device, at_once=8) -> str:
+    """Memory and time of a call, said beforehand: from the sizes of its largest tensors, and from its floating-point
+    operations at the rate of a matrix product on this machine. Memory is right to a tenth, time to a factor of two."""
+    sizes = sizes[:VIEW_IDS]
+    pixels, largest = sum(h * w for h, w in sizes), max(h * w for h, w in sizes)
+    tokens, dim, depth = pixels // model.patch**2, model.decoder.dim, len(model.decoder.dec_blocks)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    features = model.downstream_head["dpt"].head[0].in_channels
+    heads = 1.5 * features * largest * min(at_once, len(sizes)) + 4 * tokens * dim + 8 * pixels
+    gigabytes = 4e-9 * (count(model) + 3 * pixels + max(heads, 15 * tokens * dim))
+    transformers = 2 * tokens * (count(model.encoder) + count(model.decoder)) + 4 * tokens**2 * dim * depth
+    a, times = torch.ones(1024, 1024, device=device), []
+    for _ in range(3):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the GPU
+        times.append(time.perf_counter() - begin)
+    seconds = 2 * min(times) / 2**31 * (transformers + 28 * features**2 * pixels)
+    duration = f"{math.ceil(seconds)} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    return f"about {max(gigabytes, 0.1):.1f} GB and {duration} on {device}"
+
+
+def check_scene_folder(args):  # where infer is going to write, before anything is computed
+    root, out = source_of(args).resolve(), Path(args.out, "scene").resolve()
+    if out.is_relative_to(root) or root.is_relative_to(out):
+        raise ValueError(f"{out}: the scene that infer writes would lie among the pictures of {root}, or over them; "
+                         "give another --out")
+    record = out / "transforms.json"
+    before = json.loads(record.read_bytes()).get("photos") if record.exists() else None
+    if before and before != str(root):
+        if Path(args.out) == Path(OUT):
+            raise ValueError(f"{out}: holds the scene of other photos ({before}); give another --out, or remove it")
+        print(f"{out}: the scene of other photos ({before}) is replaced")
 
 
 def verdict(name, views, agreement, out):  # whether the cameras are to be trusted, and what to do next
@@ -1527,11 +1620,9 @@ def settle_flags(args):  # fills in what the preset sets
 
 
 def run_commands(args):
-    training, out = args.command in (None, "train"), Path(args.out, "scene").resolve()
-    root = source_of(args).resolve()
-    if args.command in (None, "infer") and (out.is_relative_to(root) or root.is_relative_to(out)):
-        raise ValueError(f"{out}: the scene that infer writes would lie among the pictures of {root}, or over them; "
-                         "give another --out")
+    training = args.command in (None, "train")
+    if args.command in (None, "infer"):
+        check_scene_folder(args)
     rank, world = distill.processes(args, args.batch if training else 0)
     if rank:
         sys.stdout = open(os.devnull, "w")  # one voice

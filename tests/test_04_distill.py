@@ -661,7 +661,7 @@ def test_the_script_improves_on_its_start(rooms_dir, tmp_path):
     assert "6 held-out triplets" in printed
     card = (out / "student" / "README.md").read_text()
     for says in ("license: mit", "started from `tiny`", "6 held-out triplets",
-                 f"after: matching {100 * result['after']['matching']:.1f} %", "from transformers import AutoModel"):
+                 f"| after | {100 * result['after']['matching']:.1f} %", "from transformers import AutoModel"):
         assert says in card
     assert [line["step"] for line in log] == list(range(36)) and log[-1]["lr"] < 0.01 * log[0]["lr"]
     assert [line["step"] + 1 for line in log if "matching" in line] == [12, 24, 36]
@@ -1086,3 +1086,13 @@ def test_real_scenes_run_without_flags(name, tmp_path, capsys):
         pytest.skip(f"{folder} is not here")
     main("--scene_dir", folder, "--out", tmp_path, "--operators", tmp_path / "operators", "--max_steps", 2, *SMALL)
     assert "after:" in capsys.readouterr().out
+
+
+def test_channels_in_blocks_are_all_channels(rooms, monkeypatch):
+    source = source_of(rooms)
+    t = source.load(*place_of(rooms))
+    tokens, g = torch.randn(2, 192, 7), source.reconstruct(t, "depth")
+    whole, valid = distill.splat_features(tokens, g, t, GRID)
+    monkeypatch.setattr(distill, "MAX_FEATURES", 3 * len(g.means))  # three channels, three, and one
+    parts, still = distill.splat_in_blocks(tokens, g, t, GRID)
+    assert torch.allclose(parts, whole, atol=1e-6) and torch.equal(valid, still)

@@ -1099,6 +1099,11 @@ def test_the_script_improves_on_its_start_and_infers_a_scene(rooms, rooms_dir, t
     assert result["student"]["scenes"].keys() == {"room_003"}
     assert [line["step"] for line in log] == list(range(60)) and log[-1]["heldout"] < 0.7 * log[9]["heldout"]
     assert sum("heldout" in line for line in log) == 6
+    card = (out / "student/README.md").read_text()
+    for words in ("starts from: tiny", "Teacher: geometry", "--max_steps 60", "MIT", "after 60 steps", "## Scores"):
+        assert words in card
+    exec(re.search(r"```python\n(.*?)```", card, re.S)[1].replace("path/to/this/folder", str(out / "student")), told := {})
+    assert len(told["cameras"].c2w) == 2
     assert log[0]["lr"] < log[10]["lr"] > log[-1]["lr"] and not any("room_003" in line["samples"][0] for line in log)
     assert all(words in printed for words in ("samples written", "accuracy", "room_003, 2 views", "photos agree"))
     main("infer", "--scene_dir", rooms_dir, "--weights", out / "student", "--out", out, *TOY)
@@ -1112,6 +1117,7 @@ def test_the_script_improves_on_its_start_and_infers_a_scene(rooms, rooms_dir, t
     assert (found.view(3).depth > 0).float().mean() > 0.5 and len(set(data.sample_triplet(found, seeded()))) == 3
     infer = ["infer", "--weights", out / "student", "--out", out]
     main(*infer, "--scene_dir", rooms_dir / "room_001", *TOY, "--stride", 5)
+    assert "the scene of other photos" in capsys.readouterr().out
     assert len(json.loads((scene / "transforms.json").read_text())["frames"]) == 3
     assert all(len(list((scene / part).iterdir())) == 3 for part in ("images", "depth", "confidence"))
     for folder in (scene / "images", out):  # it would find its own pictures the next time
@@ -1146,7 +1152,7 @@ def test_fast3r_teaches_through_the_cache_and_infers_by_itself(rooms_dir, tmp_pa
     monkeypatch.setattr(d3r.Fast3R, "forward", lambda self, *a, **k: [ahead(m) for m in forward(self, *a, **k)])
     main("infer", "--images", photos, "--teacher", weights, "--out", tmp_path / "out", "--device", "cpu")
     said, (scene,) = capsys.readouterr().out, data.load_scenes(tmp_path / "out/scene")
-    assert said.startswith("photos, 4 views by fast3r ")
+    assert "photos, 4 views by fast3r " in said and " GB and " in said
     assert len(scene) == 4 and scene.view(0).image.shape == (3, 96, 128)
     assert "agreement" in json.loads((tmp_path / "out/scene/transforms.json").read_text())
 
@@ -1358,3 +1364,27 @@ def test_training_takes_the_size_of_the_cache_and_eval_the_mean_of_it(rooms_dir,
     odd = ["--cache", tmp_path / "odd", "--size", 50, 64, "--views", 2]
     main("cache", *common, *odd, "--scene_dir", rooms_dir)
     assert "multiples of 8" in message("train", *common, *odd, "--max_steps", 1)
+
+
+def test_more_views_than_ids_are_asked_in_groups_of_one_frame_and_unit(rooms):
+    views = views_of(rooms[0], range(12))
+    units = iter([1.0, 3.0, 0.2, 5.0])
+
+    def network(views, generator):
+        unit = next(units)
+        assert len(views) <= 5
+        return [m._replace(points_global=unit * m.points_global) for m in exact_maps(views)]
+    maps = d3r.ask_in_groups(network, views, seeded(), most=5)
+    assert len(maps) == 12 and next(units, None) == 5.0
+    for m, exact in zip(maps, exact_maps(views)):
+        assert (m.points_global - exact.points_global).abs().max() < 1e-4
+
+
+def test_memory_is_foretold():
+    """GB at the peak in fp32, added up from the sizes of all tensors alive: 2.72, 4.67, 4.94 and 8.75."""
+    with torch.device("meta"):
+        networks = {"student": (d3r.Student(), (378, 518)), "Fast3R": (d3r.Fast3R(), (384, 512))}
+    for name, views, measured in (("student", 8, 2.72), ("student", 128, 4.67), ("Fast3R", 8, 4.94), ("Fast3R", 128, 8.75)):
+        model, size = networks[name]
+        said = d3r.forecast(model, [size] * views, "cpu")
+        assert float(re.search(r"about ([\d.]+) GB and \d+ (s|minutes) on cpu", said)[1]) == pytest.approx(measured, rel=0.1)
