@@ -1385,6 +1385,23 @@ def colour_depth(depth: Tensor, like: Tensor | None = None) -> Tensor:
     return torch.from_numpy(colours).float() * known
 
 
+def colour_normals(normal: Tensor) -> Tensor:  # (H, W, 3) -> (3, H, W): red right, green up, blue towards the camera
+    return (normal * torch.tensor([1.0, -1, -1]) + 1).permute(2, 0, 1) / 2
+
+
+def depth_legend(depth: Tensor, width: int) -> Tensor:
+    """(3, 26, width): which colour `colour_depth` gives to which depth of `depth`, and to what is not known."""
+    low, high = usual_range(depth).tolist()
+    ramp = colour_depth(torch.linspace(low, high, 200).clamp_min(1e-9).expand(12, 200), depth)
+    bar = Image.fromarray((255 * ramp).byte().permute(1, 2, 0).numpy())
+    picture = Image.new("RGB", (width, 26), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((6, 7), f"depth: near {low:.3g}", fill="black")
+    picture.paste(bar, (110, 7))
+    draw.text((320, 7), f"{high:.3g} far; black: not known", fill="black")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
 def colour_ids(ids: Tensor) -> Tensor:  # (H, W) -> (3, H, W): one fixed colour an id, unlabelled black
     hue = torch.stack([(ids * step % 97).float() / 97 for step in (37, 59, 83)])
     return (0.15 + 0.85 * hue) * (ids > 0)

@@ -1017,7 +1017,8 @@ def parse(argv):
                                      epilog=LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, student = parser.add_argument, "out/04_distill/student"
     data.scene_flags(parser, "out/05_probe", view_memory=0)
-    add("--models", nargs="+", type=named, default=[named(path) for path in ["tiny"] + [student] * Path(student).is_dir()],
+    default = [named(path) for path in ["tiny"] + [student] * Path(student).is_dir()]
+    add("--models", nargs="+", type=named, default=default,
         help="'tiny', published names, files, folders; name=a gives a name, a+b puts the features of two side by side "
         "(a+a: a control of equal width, below); views are sized to the first's patches (default: tiny, and "
         "out/04_distill/student if it exists)")

@@ -1504,7 +1504,7 @@ def check_scene_folder(args):  # where infer is going to write, before anything 
     record = out / "transforms.json"
     before = json.loads(record.read_bytes()).get("photos") if record.exists() else None
     if before and before != str(root):
-        if Path(args.out) == Path(OUT):
+        if args.out == "out/06_distill3r":
             raise ValueError(f"{out}: holds the scene of other photos ({before}); give another --out, or remove it")
         print(f"{out}: the scene of other photos ({before}) is replaced")
 
