@@ -341,8 +341,10 @@ def write_study(args):
     if "start" in found:
         budget_picture(found, Path(args.scores) / "budget.png")
 
+    place = ""
     if all(f"{kind} artifacts{strength}" in found for kind in THREE for strength in (0, 1, 2, 4)):
-        place_picture(found, Path(args.scores) / "place.png")
+        picture = place_picture(found, Path(args.scores) / "place.png")
+        place = f"\n![the change of each score over the place share of the start]({Path(args.scores).name}/{picture.name})\n"
 
     def when(*names):
         dates, machines = (sorted({record[key] for name in names for record in records.get(name, [])}) for key in ("date", "on"))
@@ -387,9 +389,7 @@ its features depend on their place in the picture; "fresh": it is another one in
 place explains and that perspective does not (`place_share` of 05_probe.py).
 
 {table(ARTIFACTS, found, columns=[*COLUMNS, ("place share", "rough", "rough place share %", 1)])}
-
-![the change of each score over the place share of the start]({Path(args.scores).name}/place.png)
-
+{place}
 ## What the student is taught
 
 {when(TARGETS)} Heads on the targets of the first step in place of features: what a student that learned one round exactly would score.
