@@ -1236,8 +1236,8 @@ def decode_map(path):  # -> (H, W) or (H, W, C) as stored
 
 def decode_ids(path):  # -> (H, W) int64; palette and grey files hold ids, colour files hold ids in base 256
     stored = decode_map(path)
-    if not (np.isfinite(stored).all() and (stored >= 0).all() and (stored < 2**31).all()):
-        raise DataError(f"{path}: holds numbers that are no ids, which are 0 or more; write it again")
+    if not (np.isfinite(stored).all() and (stored >= -1).all() and (stored < 2**31).all()):
+        raise DataError(f"{path}: holds numbers that are no ids (0 or more, -1: none); write it again")
     ids = stored.astype(np.int64)
     if ids.ndim == 2:
         return ids
