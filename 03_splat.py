@@ -271,7 +271,8 @@ def front_to_back(
     alpha: Tensor,  # (S, B, P)
     light: Tensor,  # (B, P) T, overwritten by that behind the last Gaussian; 0 where the pixel has stopped
 ) -> Tensor:
-    """The weights w_k = alpha_k T_k (S, B, P), and 0 from the Gaussian on at which a pixel stops."""
+    """The weights w_k = alpha_k T_k (S, B, P), and 0 from the Gaussian on at which a pixel stops. (So on a GPU; a CPU
+    takes one Gaussian after the other, `front_to_back_in_turn`, which is faster there.)"""
     T = torch.cat([light[None], 1 - alpha]).cumprod(0)  # T_{k+1} = T_k (1 - alpha_k), so it only falls
     F.threshold_(T, MIN_LIGHT, 0.0)  # too little light becomes none, and it stays so
     light.copy_(T[-1])

@@ -217,7 +217,7 @@ class Sample(NamedTuple):
     context: Tensor  # (2, 3, H, W) the views that the teacher sees
     target: Tensor  # (1, 3, H, W) the view that the student sees
     carry: Callable  # the teacher's tokens of the context (2, N, C) -> those of the target (N, C), valid (N,):
-    # the splat operator, or with --online `splat_features`
+    # the splat operator, or with --online `splat_features`, some channels at a time
 
 
 def objective(student, teacher, seen: Tensor, goal: Tensor, args):
@@ -799,9 +799,11 @@ class Run:
         return tensors | ({"generator": self.generator.get_state()} if self.generator else {})
 
     def save(self, step):
+        aside = self.out / "checkpoint.new.safetensors"
+        lift.save_tensors(aside, self.state(), {"step": str(step), "settings": json.dumps(self.settings)})
         if self.path.exists():
-            os.replace(self.path, self.previous)  # killed after this line, the run goes on from the previous one
-        lift.save_tensors(self.path, self.state(), {"step": str(step), "settings": json.dumps(self.settings)})
+            os.replace(self.path, self.previous)
+        os.replace(aside, self.path)  # killed before this line, the run goes on from the previous one
 
     @torch.no_grad()
     def restore(self, stored):
@@ -832,16 +834,25 @@ class Run:
         if self.args.resume and changed:
             raise ValueError(f"{path}: was made with other settings ({', '.join(changed)}); use the old ones or "
                              "another --out")
-        odd = [key for key, x in self.state().items() if key not in tensors or tensors[key].shape != x.shape]
-        if self.args.resume and odd:
+        if self.args.resume and (odd := self.odd_ones(tensors)):
             raise ValueError(f"{path}: does not fit this run ({odd[0]}); remove it to start again")
         return (step, tensors) if self.args.resume else (0, None)
+
+    def odd_ones(self, tensors):  # -> the names of what this run could not go on from
+        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        like = self.state() | {f"optimiser.{i}.{moment}": p for i, p in enumerate(parameters)
+                               for moment in ("exp_avg", "exp_avg_sq") if f"optimiser.{i}.step" in tensors}
+        odd = [key for key, x in like.items() if key not in tensors or (tensors[key].shape, tensors[key].dtype) !=
+               (x.shape, x.dtype) or not tensors[key].isfinite().all()]
+        moments = any(key.startswith("optimiser.") for key in tensors)
+        return odd + ["the optimiser's moments"] * (not moments)
 
     def open_log(self):
         """Keeps the lines of log.jsonl before the step to go on from; removes what is left of other runs."""
         lines, path = [], self.out / "log.jsonl"
-        for line in path.read_text().splitlines() if self.start and path.exists() else []:
-            with contextlib.suppress(ValueError):  # the line that was being written when the power went
+        for line in path.read_text(errors="replace").splitlines() if self.start and path.exists() else []:
+            # What is no line of a log is left out, as the one that was being written when the power went.
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 lines += [line] if json.loads(line)["step"] < self.start else []
         half_written = self.out.glob(".*.[0-9]*.[0-9]*")  # by a run that was killed
         for file in (*half_written, *([] if self.start else checkpoint_paths(self.out))):
@@ -855,7 +866,8 @@ def checkpoint_paths(folder):  # -> the newest one and the one before
 
 
 def read_run(path):  # -> step, settings, tensors; None where it is damaged
-    with contextlib.suppress(SafetensorError, KeyError, TypeError, ValueError), safe_open(path, "pt") as file:
+    damage = SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError
+    with contextlib.suppress(*damage), safe_open(path, "pt") as file:
         meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
         step, settings = int(meta["step"]), json.loads(meta["settings"])
         if 0 < step <= settings["max_steps"]:

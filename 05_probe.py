@@ -408,9 +408,12 @@ class Rows:
         return self.path.stat().st_size // self.bytes if self.path.exists() else 0
 
     def write(self, first, rows: Tensor):
-        with open(self.path, "r+b" if self.path.exists() else "wb") as file:
-            file.seek(first * self.bytes)
-            file.write(rows.to(self.dtype).contiguous().numpy())
+        try:
+            with open(self.path, "r+b" if self.path.exists() else "wb") as file:
+                file.seek(first * self.bytes)
+                file.write(rows.to(self.dtype).contiguous().numpy())
+        except OSError as error:  # a full disk's error does not name the file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 class SideBySide(Rows):

@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 data, lift, splat, distill = (importlib.import_module(n) for n in ("01_data", "02_lift", "03_splat", "04_distill"))
 
+OUT = "out/06_distill3r"
 VIEW_IDS = 1000  # rows in Fast3R's table of view codes, and therefore the most views in one call
 
 PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samples in steps of 16
@@ -734,9 +735,14 @@ def load_student(path) -> Student:
                                 "github.com/TheFourthKaramazov/Distill3R")
     try:
         config = StudentConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
-    except TypeError as error:
-        raise ValueError(f"{path.with_name('config.json')}: not of a student ({error}); copy it again") from None
-    return lift.load_strictly(built(Student, config), network_tensors(path, "student."), path)
+        sizes = [*config[:10], *config.widths, config.features, *config.size]
+        if not all(type(n) is int and 0 <= n < 2**20 for n in sizes) or not all(config.size) or len(config.size) != 2:
+            raise ValueError("its sizes are no sizes")
+        model = built(Student, config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path.with_name('config.json')}: not of a student ({reason}); copy it again") from None
+    return lift.load_strictly(model, network_tensors(path, "student."), path)
 
 
 def save_student(model: Student, folder):  # {model.safetensors, config.json}, each file whole or not at all
@@ -794,7 +800,7 @@ def find_network(path, remedy):  # a file, or a folder's model.safetensors -> th
         raise ValueError(f"{path}: no such weights; {remedy}")
     try:
         return path, json.loads(beside.read_text()) if beside.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{beside}: not JSON ({error}); copy it again") from None
 
 
@@ -918,6 +924,19 @@ def make_manifest(root, views=20, stride=1, skip_bad_frames=False) -> list[dict]
     return lines
 
 
+def read_manifest(path):  # -> the settings of its first line, the lines of the views
+    try:
+        settings, *lines = map(json.loads, path.read_text().splitlines())
+        assert all(type(side) is int for side in settings["size"]) and isinstance(settings["teacher"], str)
+        for line in lines:
+            height, width = line["size"]
+            assert all(isinstance(line[key], str) for key in ("scene", "sample", "path")) and height > 0 < width
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        raise data.DataError(f"{path}: not a whole manifest of a cache; remove it and run the cache command "
+                             "again") from None
+    return settings, lines
+
+
 def samples_of(lines):  # -> {sample: its lines}
     samples = {}
     for line in lines:
@@ -1027,7 +1046,7 @@ def keep_manifest(out, settings, lines, write):
     content = "".join(json.dumps(line) + "\n" for line in [settings, *lines]).encode()
     before = path.read_bytes() if path.exists() else None
     if before not in (None, content) and any(out.rglob("*.safetensors")):
-        old = json.loads(before.splitlines()[0])
+        old, _ = read_manifest(path)
         changed = [f"{key} {old.get(key)} -> {value}" for key, value in settings.items() if old.get(key) != value]
         raise data.DataError(f"{path}: made of other pictures or settings ({', '.join(changed) or 'pictures'}); use "
                              "those or give another --out")
@@ -1043,7 +1062,7 @@ class CachedViews:
         manifest = self.cache / "manifest.jsonl"
         if not manifest.exists():
             raise data.DataError(f"{manifest} does not exist; run the cache command first")
-        self.settings, *lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+        self.settings, lines = read_manifest(manifest)
         self.samples = list(samples_of(line for line in lines if scenes is None or line["scene"] in scenes).items())
         if not self.samples:
             raise data.DataError(f"{cache}: no sample in it is of {root}; cache that folder, with an --out of its own")
@@ -1370,7 +1389,10 @@ class MeanTeacher:
 
 def cached_root(args) -> Path | None:  # the folder whose pictures are cached
     record = args.cache / "root.json"
-    return Path(json.loads(record.read_text())) if record.exists() else None
+    try:
+        return Path(json.loads(record.read_text())) if record.exists() else None
+    except (ValueError, TypeError, RecursionError):
+        raise data.DataError(f"{record}: does not name the cached pictures; run the cache command again") from None
 
 
 def source_of(args) -> Path:  # the pictures' folder: as asked for, or that of the cache
@@ -1504,7 +1526,7 @@ def check_scene_folder(args):  # where infer is going to write, before anything 
     record = out / "transforms.json"
     before = json.loads(record.read_bytes()).get("photos") if record.exists() else None
     if before and before != str(root):
-        if args.out == "out/06_distill3r":
+        if args.out == OUT:
             raise ValueError(f"{out}: holds the scene of other photos ({before}); give another --out, or remove it")
         print(f"{out}: the scene of other photos ({before}) is replaced")
 
@@ -1564,7 +1586,7 @@ def parse(argv):
     add("command", nargs="?", choices=("cache", "train", "eval", "infer", "table"), help="one step, or Table I")
     add("--scene_dir", help="a scene or a folder of scenes; default: what was cached, or built-in rooms")
     add("--images", help="a folder of photos or video frames without poses, in its place")
-    add("--out", default="out/06_distill3r")
+    add("--out", default=OUT)
     add("--preset", choices=list(PRESETS), help="full: the paper's setting, default on CUDA; tiny: minutes on a CPU")
     add("--cache", help="folder of the teacher's pointmaps; default: cache/ in --out")
     add("--teacher", default="geometry", help="Fast3R's weights, for infer too; 'geometry': true depth, disturbed")

@@ -127,9 +127,9 @@ def some_tokens(count=24, channels=6, seed=0):
     return probe.Features(randn(count, channels, seed=seed + 1).half(), randn(count, 3, 4, channels, seed=seed).half())
 
 
-def readable(kind):  # -> tokens and truth that a linear layer can read off them
+def readable(kind, size=(24, 32)):  # -> tokens and truth that a linear layer can read off them
     tokens = some_tokens(96)
-    maps = F.interpolate(tokens.patches.float().permute(0, 3, 1, 2), (24, 32), mode="bilinear")
+    maps = F.interpolate(tokens.patches.float().permute(0, 3, 1, 2), size, mode="bilinear")
     if kind == "depth":
         return tokens, 3 + 0.8 * maps[:, 0].clamp(-2, 2) + 0.8 * tokens.cls[:, 0].float().clamp(-1, 1)[:, None, None]
     if kind == "normals":
@@ -691,3 +691,11 @@ def test_bad_input_is_one_line(rooms_dir, tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         probe.main([x for pair in given.items() if pair[0] not in arguments for x in pair] + arguments)
     assert message in str(stopped.value) and "\n" not in str(stopped.value)
+
+
+def test_a_score_does_not_depend_on_the_resolution_at_which_masks_are_evaluated():
+    scores = []
+    for times in (1, 2, 4):
+        tokens, truth = readable("segmentation", (24 * times, 32 * times))
+        scores.append(probe.segmentation_probe(*halves(tokens, truth), RUNS["segmentation"][1])[0]["mIoU"])
+    assert min(scores) > 85 and max(scores) - min(scores) < 1, scores

@@ -1,12 +1,12 @@
 """Broken inputs: kinds of files x ways to break them, each opened by the function or command that a user takes.
 
-A worker process with little memory opens them. Fine are: `refused` (one line that names the file),
-`same` (the numbers of the good
-input), `noted` (other numbers, and the user is told), `legal` (other numbers,
-and nobody could know better: LEGAL). All else is a
-fault: a traceback, several lines,
-no file's name, a hang, too much memory, changed files, wrong numbers in silence. 
-`python tests/hostile.py WORDS` prints the cases whose names have these words.
+    python tests/test_hostile.py              all cases: what became of each, and the counts by kind of input
+    python tests/test_hostile.py colmap       those whose names have these words
+
+A worker process with little memory opens them. Fine are `refused` (one line that names the file), `same` (the numbers
+of the good input), `noted` (other numbers, and the user is told) and `legal` (other numbers, and nobody could know
+better: LEGAL). All else is a fault: a traceback, several lines, no file's name, a hang, too much memory, changed files,
+wrong numbers in silence. KNOWN has those of today.
 """
 import argparse
 import collections
@@ -41,6 +41,10 @@ STAGES = data, lift, splat, distill, probe, d3r = [importlib.import_module(name)
     "01_data", "02_lift", "03_splat", "04_distill", "05_probe", "06_distill3r")]
 SECONDS, MEMORY = 3, 1.5e9  # of the processor, for a case; of the worker, beyond what its libraries take
 NAN, INF, DEEP = float("nan"), float("inf"), b"[" * 100_000
+KNOWN = {  # pattern of cases: the faults of today
+    "operator / .* / tokens 9{18}": "RuntimeError",  # of a sparse matrix that is far too wide, when it is applied
+    "root.json / (gone|link)": "file not named", "run / two / two at once": "wrong numbers",
+    "rgb-d / made / 300 bytes left": "file not named"}
 FINE = "refused", "same", "noted", "legal"
 LEGAL = (  # other numbers, as good as any: text, numbers and JPEG have no checksum, and depth below 0 is unknown
     r"(transforms.json|001.jpg|bin) / bit|k1 = minus|class_names = (0|list)|more rows",
@@ -473,7 +477,7 @@ def two_runs(folder):  # the second begins while the first goes on, and must ref
 
 def rows(folder):
     make = lambda start, end: {"depth": torch.ones(4, 100, 100)}
-    return probe.on_disk(folder / "views" / "x", {"depth": ((100, 100), np.float32)}, 4, make, "views")["depth"][:]
+    return probe.on_disk(folder / "views" / "x", {"depth": ((100, 100), torch.float32)}, 4, make, "views")["depth"][:]
 
 
 KINDS = "depth", "masks", "normals", "labels"
@@ -532,9 +536,8 @@ TABLE = [  # folder of good files, the one that is broken or written, what is ca
     ("rgb-d", "made", lambda folder: data.make_rooms(folder / "made", 2, 4, (24, 32)), DISKS),
     ("photos", "views", rows, DISKS),
     ("rgb-d", "out", command(data.main, "--scene_dir", "{}", "--out", "{}/out"), DISKS)]
-READERS = "nerfstudio", "instant-ngp", "scannet++", "colmap binary", "colmap text", "rgb-d", "llff", "photos", "plain", "pairs"
 CASES = {f"{folder} / {file} / {name}": (folder, file, door, way)
-         for folder, file, door, ways in TABLE for name, way in ways.items() if folder in READERS}  # the rest is to come
+         for folder, file, door, ways in TABLE for name, way in ways.items()}
 OF_PATHS = [way for ways in (FILES, DISKS, ALONE) for way in ways.values()]
 
 # ------------------------------------------------------------------------------------------- the judge
@@ -656,6 +659,18 @@ def summary(found):
         counts["all"].update([what])
     return "\n".join(f"{kind}: {count.total()} cases, " + ", ".join(f"{n} {what}" for what, n in count.most_common())
                      for kind, count in counts.items())
+
+
+def test_broken_inputs_are_refused_in_one_line_or_harmless(tmp_path, capsys):
+    """Every fourth case, with SLOW=1 all of them."""
+    begin, found = time.monotonic(), judge(tmp_path, list(CASES)[::1 if os.environ.get("SLOW") else 4])
+    with capsys.disabled():
+        print(f"\n{summary(found)}\n{time.monotonic() - begin:.0f} s")
+    assert len(found) >= 250
+    known = lambda name: next((fault for pattern, fault in KNOWN.items() if re.search(pattern, name)), None)
+    odd = {name: (what, said) for name, (what, said) in found.items()
+           if what != known(name) and (known(name) or what not in FINE)}
+    assert not odd, f"{odd}; what is mended is to leave KNOWN"
 
 
 if __name__ == "__main__":
