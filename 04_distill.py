@@ -1119,7 +1119,7 @@ def heldout_picture(path, before, teacher, after, judged: list[Judged], source):
         shown = [F.interpolate(c[None], size)[0] for c in colours]
         rows.append([t.images[2], *shown, *(match_picture(t, x[n], source.patch) for x in tokens)])
     headings = ["target view", "student before (PCA)", "teacher's goal", "student after"]
-    headings += ["matches before", "matches after"]
+    headings += ["matches before (red: wrong)", "matches after (red: wrong)"]
     return data.picture_grid(path, headings, rows)
 
 
