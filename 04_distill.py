@@ -800,7 +800,9 @@ class Run:
 
     def save(self, step):
         aside = self.out / "checkpoint.new.safetensors"
-        lift.save_tensors(aside, self.state(), {"step": str(step), "settings": json.dumps(self.settings)})
+        tensors = self.state()
+        about = {"step": str(step), "settings": json.dumps(self.settings), "tensors": str(len(tensors))}
+        lift.save_tensors(aside, tensors, about)
         if self.path.exists():
             os.replace(self.path, self.previous)
         os.replace(aside, self.path)  # killed before this line, the run goes on from the previous one
@@ -842,10 +844,8 @@ class Run:
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         like = self.state() | {f"optimiser.{i}.{moment}": p for i, p in enumerate(parameters)
                                for moment in ("exp_avg", "exp_avg_sq") if f"optimiser.{i}.step" in tensors}
-        odd = [key for key, x in like.items() if key not in tensors or (tensors[key].shape, tensors[key].dtype) !=
-               (x.shape, x.dtype) or not tensors[key].isfinite().all()]
-        moments = any(key.startswith("optimiser.") for key in tensors)
-        return odd + ["the optimiser's moments"] * (not moments)
+        return [key for key, x in like.items() if key not in tensors or (tensors[key].shape, tensors[key].dtype) !=
+                (x.shape, x.dtype) or not tensors[key].isfinite().all()]
 
     def open_log(self):
         """Keeps the lines of log.jsonl before the step to go on from; removes what is left of other runs."""
@@ -870,7 +870,7 @@ def read_run(path):  # -> step, settings, tensors; None where it is damaged
     with contextlib.suppress(*damage), safe_open(path, "pt") as file:
         meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
         step, settings = int(meta["step"]), json.loads(meta["settings"])
-        if 0 < step <= settings["max_steps"]:
+        if 0 < step <= settings["max_steps"] and len(tensors) == int(meta["tensors"]):
             return step, settings, tensors
 
 
