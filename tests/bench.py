@@ -8,6 +8,8 @@ Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/bench.py
         ... python tests/bench.py --section splat --large      the same with 1.02M Gaussians; 15 minutes, 9 GB
         ... python tests/bench.py --section operator           the splat operator at the paper's size, against the dense path; 2 minutes
         ... python tests/bench.py --section student            memory of training Distill3R's student; 10 minutes, 6 GB
+        ... python tests/bench.py --section peaks              memory of whole runs of 04 at the paper's setting, on a pretended GPU; an hour
+        ... python tests/bench.py --section photos             photos of 13 megapixels with distortion against small ones; 4 minutes
 """
 import argparse
 import ctypes
@@ -27,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 GARDEN = Path(__file__).parents[2] / "shared/fixtures/raster/garden_crop_c3.safetensors"
@@ -283,6 +286,47 @@ def student_section():
         print(f"| {views} | {seconds:.0f} | {gb:.2f} |", flush=True)
 
 
+def peaks_section():
+    """The section `memory` of tests/gpu.py on the pretended CUDA device of shared/tools, which adds up all live tensors."""
+    tool = Path(__file__).parents[2] / "shared/tools/fake_cuda.py"
+    if not tool.exists():
+        sys.exit(f"{tool}, the pretended CUDA device, is not here")
+    root = Path(__file__).parents[1]
+    command = [sys.executable, str(tool), "tests/gpu.py", "--only", "memory", "--budget", "1e6", "--out", os.devnull]
+    subprocess.run(command, cwd=root, check=True, env=os.environ | {"FAKE_CUDA_PROJECT": str(root)})
+
+
+def photos_section(folder, photos=50, size=(3120, 4208)):
+    """A run of 04 on photos as a phone takes them, and on the same ones made small and straight before."""
+    data.make_rooms(folder / "room", scenes=1, views=photos, size=(192, 256))
+    room, = sorted((folder / "room").glob("room_*"))
+    meta = json.loads((room / "transforms.json").read_text())
+    zoom, seconds = size[0] / 192, {}
+    lens = dict(k1=-0.08, k2=0.01, h=size[0], w=size[1], **{key: zoom * meta[key] for key in ("fl_x", "fl_y", "cx", "cy")})
+    for name, settings in (("13 MP, distorted", meta | lens), ("small", meta)):
+        scene = folder / name
+        (scene / "images").mkdir(parents=True)
+        for frame in settings["frames"]:
+            with Image.open(room / frame["file_path"]) as image:
+                image = image.convert("RGB").resize((settings["w"], settings["h"]), Image.BICUBIC)
+            image.save((scene / frame["file_path"]).with_suffix(".jpg"), quality=90)
+        frames = [dict(file_path=str(Path(frame["file_path"]).with_suffix(".jpg")), transform_matrix=frame["transform_matrix"]) for frame in meta["frames"]]
+        (scene / "transforms.json").write_text(json.dumps(settings | {"frames": frames}))
+        for steps in (2, 27):  # the views are prepared in both
+            begin = time.perf_counter()
+            distill.main(["--preset", "tiny", "--scene_dir", str(scene), "--max_steps", str(steps), "--triplets", "50", "--eval_every", "1000",
+                          "--out", str(folder / f"{name} {steps}"), "--operators", str(folder / f"operators {name} {steps}")])
+            seconds[name, steps] = time.perf_counter() - begin
+    print(f"{photos} photos\n\n| | all but the steps, s | 25 steps, s |\n|---|---|---|")
+    for name in ("13 MP, distorted", "small"):
+        print(f"| {name} | {seconds[name, 2]:.1f} | {seconds[name, 27] - seconds[name, 2]:.1f} |")
+    scene, = data.load_scenes(folder / "13 MP, distorted")
+    begin = time.perf_counter()
+    for i in range(len(scene)):
+        scene.view(i, (574, 868))
+    print(f"\npreparing {photos} of them at 574x868: {time.perf_counter() - begin:.1f} s")
+
+
 def step_section(preset, rounds, device, folder):
     """One step of 04_distill as it runs, part by part; what of it no implementation could leave out; and what was paid before."""
     tiny = preset == "tiny"
@@ -351,7 +395,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Medians of the parts of a training step.")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--section", choices=["step", "mvsplat", "splat", "tricks", "operator", "student"], default="step")
+    parser.add_argument("--section", choices=["step", "mvsplat", "splat", "tricks", "operator", "student", "peaks", "photos"], default="step")
     parser.add_argument("--preset", choices=["tiny", "vits", "vitb"], default="tiny", help="step: whose")
     parser.add_argument("--large", action="store_true", help="splat: also 1.02M Gaussians in 584x876")
     args = parser.parse_args(argv)
@@ -361,12 +405,14 @@ def main(argv=None):
         return splat_section(min(args.rounds, 5), args.large)
     if args.section == "tricks":
         return tricks_section(min(args.rounds, 5))
-    if args.section == "student":
-        return student_section()
+    if args.section in ("student", "peaks"):
+        return student_section() if args.section == "student" else peaks_section()
     device = torch.device(args.device)
     if args.section == "operator":
         return operator_section(min(args.rounds, 5), device)
     with tempfile.TemporaryDirectory() as folder:
+        if args.section == "photos":
+            return photos_section(Path(folder))
         step_section(args.preset, args.rounds, device, Path(folder))
 
 

@@ -464,12 +464,11 @@ def memory(report, args):
         data.make_rooms(rooms, scenes=1, views=8 if toy else 12, size=(48, 64) if toy else (584, 876))
         geometry = lift.MVSplat(lift.MVSplatConfig.tiny if toy else lift.MVSplatConfig())
         save_file({name: p.contiguous() for name, p in geometry.state_dict().items()}, weights)
-        steps = "1" if toy else "3"
-        few = ["--max_steps", steps, "--triplets", steps, "--heldout", steps, *["--pixels", "3072"] * toy]
+        few = ["--max_steps", "2", "--triplets", "1", "--heldout", "1", *["--pixels", "3072"] * toy]
         for name, (size, flags, goal) in list(MEMORY.items())[: 1 if toy else None]:
             model = "tiny" if toy else bench.published_size(size, Path(folder))
             torch.cuda.reset_peak_memory_stats()
-            report.row(f"04, {name}, 3 steps", lambda: command(distill, [
+            report.row(f"04, {name}, 2 steps", lambda: command(distill, [
                 "--preset", "tiny" if toy else "vits", "--model", model, "--mvsplat", str(weights), "--scene_dir", str(rooms),
                 "--device", args.device.type, "--out", str(Path(folder, name)), "--operators", str(Path(folder, "operators")),
                 *few, *flags]) | in_all(), f"goal: {goal} GB")

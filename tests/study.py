@@ -21,10 +21,12 @@ from unittest import mock
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
 import torch
 
 data, lift, distill, probes, distill3r = (importlib.import_module(n) for n in ("01_data", "02_lift", "04_distill", "05_probe", "06_distill3r"))
 
+SHARED = Path(__file__).parents[2] / "shared/data"
 PLAIN = ["--no_blend", "--upscale", "bilinear"]
 MAIN = {  # name -> what 04_distill is told; "start" is the backbone as it is
     "start": None,
@@ -36,6 +38,7 @@ MAIN = {  # name -> what 04_distill is told; "start" is the backbone as it is
     "the same beside the start's": ["--loss", "feature", "--frozen_teacher"],
     "SnD": []}
 BESIDE = {"the same beside the start's": "feature rendering (G)"}  # whose channels stand beside the start's, as FiT3D is scored
+BESIDE |= {"SnD beside the start's artifacts4": "SnD artifacts4", "start beside itself artifacts4": None}  # the latter sees mirrored images
 TABLE5 = {
     "without blending (A)": ["--no_blend"],
     "bilinear upscaling (B)": ["--upscale", "bilinear"],
@@ -82,13 +85,18 @@ ARTIFACTS = {  # name -> run, standard deviations of the noise on the start's po
     f"{kind.partition(' (')[0]} {noise}{strength}": (kind, strength, noise == "fresh")
     for noise, strength, kinds in (
         ("artifacts", 0, THREE), ("artifacts", 1, THREE), ("artifacts", 2, THREE),
-        ("artifacts", 4, [kind for kind in MAIN | TABLE5 if kind not in BESIDE]), ("fresh", 4, THREE)) for kind in kinds}
+        ("artifacts", 4, [kind for kind in MAIN | TABLE5 if kind not in BESIDE]), ("fresh", 4, THREE),
+        ("artifacts", 4, ["SnD beside the start's", "start beside itself"])) for kind in kinds}
+REAL = {  # name -> run, folder of shared/data: RGB-D scenes, of which every eighth view is held out
+    f"{kind}, {words}": (kind, folder)
+    for words, folder in (("kitchen", "rgbd_7scenes_redkitchen"), ("shelf", "rgbd_instances_apc_shelf")) for kind in THREE}
 TARGETS = "targets"
 KEPT, NOT_YET = "<!-- what follows is written by hand -->", "Not run yet."
 NO_CLS = "depth of patches"  # a probe beside those of 05_probe.py: its depth, without the CLS token, which no loss of 04_distill.py holds
 COLUMNS = [("depth", "AbsRel", "depth AbsRel ↓", 4), ("depth", "RMSE", "RMSE ↓", 4), (NO_CLS, "RMSE", "RMSE, no CLS ↓", 4), ("normals", "RMSE", "normals RMSE ° ↓", 2),
            ("segmentation", "mIoU", "mIoU % ↑", 2),
            *(("correspondence", f"1.5 patches{bin}", f"recall{bin or ', all'} % ↑", 1) for bin in ("", *(f" {b}" for b in probes.VIEWPOINTS)))]
+REAL_COLUMNS = [column for column in COLUMNS if column[0] != "segmentation" and "-" not in column[1]]  # nothing is labelled there
 
 
 def folder_of(name, seed, args):
@@ -113,9 +121,11 @@ def remembered(name, args, seed="[0-9]") -> list:
 def score_run(name, seed, args, flags, start="tiny"):
     """Train, probe, remember {probe: {score: value}}. `flags` None: the backbone `start` as it is."""
     folder = folder_of(name, seed, args)
-    student, trained = start, folder_of(BESIDE.get(name, name), seed, args)
-    if flags is not None:
-        student = f"tiny+{trained / 'student'}" if name in BESIDE else str(trained / "student")
+    student, trained = start, folder_of(BESIDE.get(name) or name, seed, args)
+    if name in BESIDE and flags is None:
+        student = f"{start}+{start}"
+    elif flags is not None:
+        student = f"{start}+{trained / 'student'}" if name in BESIDE else str(trained / "student")
         if not (trained / "result.json").exists():
             with undivided() if name == UNDIVIDED else contextlib.nullcontext():
                 distill.main(["--preset", "tiny", "--model", start, "--scene_dir", args.scene_dir, "--out", str(trained), "--operators",
@@ -158,10 +168,31 @@ def score_artifacts(name, seed, args):
     kind, strength, fresh = ARTIFACTS[name]
     args = argparse.Namespace(**vars(args) | dict(scene_dir=f"{args.scene_dir}_200"))
     data.make_rooms(args.scene_dir, scenes=200)
-    flags = None if kind == "start" else [*LONG, *RUNS[kind]]
+    flags = None if kind.startswith("start") else [*LONG, *RUNS.get(kind, [])]
     torch.manual_seed(seed)
     with fresh_noise(strength) if fresh else contextlib.nullcontext():
         score_run(name, seed, args, flags, "tiny" if fresh else start_with_artifacts(strength, args))
+
+
+def score_real(name, seed, args):
+    """On a scene of measured depth: the heads see its training views, and are scored on its held-out ones. Its normals are those of
+    depth that is averaged over 8x8 pixels."""
+    kind, source = REAL[name]
+    folder = Path(args.out) / "real" / source
+    if not folder.exists():
+        aside = folder.with_name(f".{source}")
+        shutil.copytree(SHARED / source, aside, dirs_exist_ok=True)
+        (aside / "normals").mkdir(exist_ok=True)
+        scene, = data.load_scenes(aside)
+        for i, frame in enumerate(scene.frames):
+            view = scene.view(i)
+            known = torch.nn.functional.avg_pool2d((view.depth > 0)[None].float(), 8)[0]
+            depth = torch.nn.functional.avg_pool2d(view.depth[None], 8)[0] / known.clamp_min(1e-9) * (known > 0.9)
+            normals = lift.surface_normals(depth, view.K / view.K.new_tensor([[8], [8], [1]])) * (depth > 0)[..., None]
+            np.save(aside / "normals" / f"{frame.image.name}.npy", normals.repeat_interleave(8, 0).repeat_interleave(8, 1).numpy())
+        aside.rename(folder)
+    args = argparse.Namespace(**vars(args) | dict(scene_dir=str(folder), views=100))
+    score_run(name, seed, args, RUNS[kind])
 
 
 def undivided():
@@ -332,7 +363,7 @@ def in_words(name) -> str:
 
 def write_study(args):
     """All that is finished so far; what was written by hand below `KEPT` stays."""
-    study, names = Path(args.study), (*RUNS, *ARTIFACTS, TARGETS, *TABLE3, *CIRCLE)
+    study, names = Path(args.study), (*RUNS, *ARTIFACTS, *REAL, TARGETS, *TABLE3, *CIRCLE)
     records = {name: found for name in names if (found := remembered(name, args))}
     found = {name: [record["scores"] for record in records[name]] for name in records}
     targets = {name: [scores] for name, scores in found.get(TARGETS, [{}])[0].items()}
@@ -390,6 +421,13 @@ place explains and that perspective does not (`place_share` of 05_probe.py).
 
 {table(ARTIFACTS, found, columns=[*COLUMNS, ("place share", "rough", "rough place share %", 1)])}
 {place}
+## Real pictures
+
+{when(*REAL).replace(f"{args.rooms} rooms", "../shared/data")} Two RGB-D scenes, the kitchen of 7-Scenes (26 training views, 4 held-out ones) and a shelf (13 and 2). Each is distilled
+on and probed alone, by the preset's 200 steps. Normals are those of the measured depth.
+
+{table(REAL, found, columns=REAL_COLUMNS)}
+
 ## What the student is taught
 
 {when(TARGETS)} Heads on the targets of the first step in place of features: what a student that learned one round exactly would score.
@@ -431,7 +469,7 @@ def check_settings(args):
 
 def main(argv=None):
     parts = {name: functools.partial(score_run, flags=flags) for name, flags in RUNS.items()}
-    parts |= dict.fromkeys(ARTIFACTS, score_artifacts) | {TARGETS: score_targets} | dict.fromkeys(TABLE3, score_pointmaps) | dict.fromkeys(CIRCLE, score_circle)
+    parts |= dict.fromkeys(ARTIFACTS, score_artifacts) | dict.fromkeys(REAL, score_real) | {TARGETS: score_targets} | dict.fromkeys(TABLE3, score_pointmaps) | dict.fromkeys(CIRCLE, score_circle)
     parser = argparse.ArgumentParser(description="Train and probe every variant; write docs/study.md.")
     parser.add_argument("--scene_dir", default="out/study/rooms", help="made if it is missing")
     parser.add_argument("--rooms", type=int, default=400)
