@@ -865,7 +865,7 @@ def shares_in_words(scores) -> str:
     listed = "; ".join(f"{m} {x['all']:.1f} %, rough part {x['rough']:.1f} %" for m, x in shares.items())
     return (f"Place share: {listed}. The rough part are artifacts that are tied to places in the picture. Splatting "
             "carries features to other places and so averages them out: the larger it is, the more there is to gain "
-            "(depth on the built-in ViT: nothing at 1.3 %, 5.6 % at 26.5 %).") if shares else ""
+            "(depth on the built-in ViT: nothing at 1.3 %, 3 % at 26.5 %; docs/study.md).") if shares else ""
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -960,6 +960,11 @@ def table(scores: dict, columns) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in zip(*cells))
 
 
+def model_cards(models) -> list:  # [(name, README.md)] of those of {name: path} that have one in their folder
+    cards = [(name, Path(part, "README.md")) for name, path in models.items() for part in parts_of(path)]
+    return [(name, card) for name, card in cards if card.is_file()]
+
+
 def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> str:
     """Writes results.json, the pictures and report.html, which holds them all; returns the table in Markdown."""
     out, scores, columns = Path(args.out), {m: r.scores for m, r in results.items()}, COLUMNS
@@ -982,6 +987,8 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
     texts["Settings"] = "\n".join(settings)
     page = [f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}'
             f"</style><title>Probes</title><h1>Probes of frozen features</h1><p>{html.escape(about)}</p>"]
+    for name, card in model_cards(args.models):
+        page.append(f'<p>Model card of <a href="{html.escape(card.resolve().as_uri())}">{html.escape(name)}</a></p>')
     for title, text in texts.items():
         page.append(f"<h2>{title}</h2><pre>{html.escape(text)}</pre>")
     for title, caption, path in draw_all(results, train, val, pairs, out):
