@@ -1,4 +1,4 @@
-"""Posed multi-view scenes: what Splat and Distill trains on, and how it draws two context views and a target.
+"""Posed multi-view scenes: what Splat and Distill trains on, and how a step draws two context views and a target.
 
 Paper   Splat and Distill (SnD) Sec. 3.1: a scene is S = {(I_i, P_i)}; a step draws two context views and a target.
 In      a folder: nerfstudio / instant-ngp `transforms*.json` (also ScanNet++ and FiT3D preprocessing), a COLMAP
@@ -8,11 +8,11 @@ Out     `load_scenes(path) -> [Scene]`, `Scene.view(i, size) -> View`; a report 
 Run     python 01_data.py                        built-in rooms -> data/, 20 s on a 2-core CPU
         python 01_data.py --scene_dir my_scene   what is in a folder, before anything is trained
 Copy    01_data.py (and tiny/rooms.py, if rooms are to be made)
-Read    View, Frame, Scene, regions, find_depth_range, into_picture, frustum_points, overlap, context_pairs,
-        sample_triplet, split
-Try     In LEVELS (section 4) keep (0.9, 0.4) alone, then `python 01_data.py --rooms 9 --scene_dir nine/`: the median
-        distance of two contexts falls from 0.54 to 0.37 m, and the overlap of target and contexts rises from 0.88 to
-        0.96. With (0.1, 2.0) alone they are 1.2 m and 0.73.
+Read    View, Frame, Scene, regions, into_picture, unproject, find_depth_range, frustum_points, overlap, LEVELS,
+        context_pairs, best_pairs, sample_triplet, split, held_out_views
+Try     LEVELS = ((0.9, 0.4),) in section 3, then `python 01_data.py --rooms 9 --scene_dir nine/`: the median distance
+        of two contexts falls from 0.54 to 0.37 m, and the overlap of target and contexts rises from 0.88 to 0.96. With
+        LEVELS = ((0.1, 2.0),) they are 1.2 m and 0.73.
         `--scene_dir nine/ --near 0.1 --far 1` stops at the first room; four of the nine have no triplet left.
 Not     fisheye cameras, images without poses, video files.
 Words   V views, H W pixels, K (3, 3) intrinsics, c2w camera-to-world, w2c its inverse, target / context as in SnD.
@@ -88,12 +88,12 @@ class Frame:
     depth: Path | None = None
     normal: Path | None = None
     label: Path | None = None
+    seen: object = ...  # indices of the sparse points found in this picture; points[...] is all of them
     # The rest is for the workshop.
     two_regions: bool = False  # the mask says which pixels are valid: its two sides are two regions
-    seen: object = ...  # indices of the sparse points that were found in this picture; `...`: nobody says, perhaps all
     upright: bool = False  # the camera is that of the picture turned as its EXIF tag says
     notes: tuple = ()  # what was changed to make the camera fit
-    kept: dict = field(default_factory=dict, init=False, repr=False)  # decoded views, see `kept`
+    cache: dict = field(default_factory=dict, init=False, repr=False)  # decoded views, see `decoded_once`
 
 
 class Scene:
@@ -120,11 +120,12 @@ class Scene:
         """
         frame = self.frames[i]
         size = tuple(size or frame.size)
-        scale, (left, top, *_) = covering_crop(frame.size, size)  # the part of the picture that stays
-        to_view = np.array([[scale, 0, -scale * left], [0, scale, -scale * top], [0, 0, 1]])  # pixels -> pixels
+        # Scale and crop act on pixels, x_view = scale * (x - left), so they multiply K from the left.
+        scale, (left, top, *_) = covering_crop(frame.size, size)
+        to_view = np.array([[scale, 0, -scale * left], [0, scale, -scale * top], [0, 0, 1]])
         K = torch.from_numpy(to_view @ undistorted_K(frame)).float()
-        image = kept(("image", size), frame, lambda: read_image(frame, size))  # decoded once, while memory lasts
-        found = kept(("maps", size), frame, lambda: read_maps(self, frame, size)) if maps else {}
+        image = decoded_once(("image", size), frame, lambda: read_image(frame, size))
+        found = decoded_once(("maps", size), frame, lambda: read_maps(self, frame, size)) if maps else {}
         found = {kind: values.clone() for kind, values in found.items()}  # the caller may change them
         return View(frame.name, image.float() / 255, K, self.c2w[i], **found)
 
@@ -147,7 +148,25 @@ def regions(view: View, count=64) -> Tensor:  # (H, W) int64
     return view.mask if view.mask is not None else superpixels(view.image, count)
 
 
-# ------------------------------------------------------------------------------------- 2. How deep do the cameras see?
+# ------------------------------------------------------------------------------------------- 2. What does a view see?
+
+
+def into_picture(points, frame):
+    """(M, 3) world -> x, y in pixels of the frame, z-depth; z is 0 for points outside of its picture.
+
+    Lens distortion is left out, as a few pixels do not matter here.
+    """
+    local = (points - frame.c2w[:3, 3]) @ frame.c2w[:3, :3]  # R' (p - t), as rows
+    z = local[:, 2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        x, y = frame.K[0, 0] * local[:, 0] / z + frame.K[0, 2], frame.K[1, 1] * local[:, 1] / z + frame.K[1, 2]
+    inside = (x > 0) & (x < frame.size[1]) & (y > 0) & (y < frame.size[0])
+    return x, y, np.where((z > 0) & inside, z, 0)
+
+
+def unproject(x, y, z, frame):  # pixels and z-depth -> (M, 3) world
+    rays = np.stack([(x - frame.K[0, 2]) / frame.K[0, 0], (y - frame.K[1, 2]) / frame.K[1, 1], np.ones_like(x)], -1)
+    return (rays * z[..., None]).reshape(-1, 3) @ frame.c2w[:3, :3].T + frame.c2w[:3, 3]
 
 
 def find_depth_range(scene):  # -> near, far, where they come from
@@ -158,29 +177,12 @@ def find_depth_range(scene):  # -> near, far, where they come from
     measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]  # every seventh pixel
     sparse = [into_picture(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
     for depths, source in ((measured, "measured depth"), (sparse, "sparse points")):
-        seen = np.concatenate(depths) if depths else np.zeros(0)
-        seen = seen[seen > 0]
-        if len(seen) > 50:
-            near, far = np.percentile(seen, [1, 99])  # without outliers, but with a fifth of margin
+        known = np.concatenate(depths) if depths else np.zeros(0)
+        known = known[known > 0]
+        if len(known) > 50:
+            near, far = np.percentile(known, [1, 99])  # 1 % are dropped at each end, then a fifth is added as a margin
             return float(0.8 * near), float(1.2 * far), source
     return *layout_depth_range(np.stack([frame.c2w for frame in scene.frames])), "the camera layout"
-
-
-# ---------------------------------------------------------------------------------- 3. Which views see the same place?
-
-
-def into_picture(points, frame):
-    """(M, 3) world -> x, y in pixels of the frame, z-depth; z is 0 for points outside of its picture."""
-    seen = (points - frame.c2w[:3, 3]) @ frame.c2w[:3, :3]  # world -> camera
-    z = seen[:, 2]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        x, y = frame.K[0, 0] * seen[:, 0] / z + frame.K[0, 2], frame.K[1, 1] * seen[:, 1] / z + frame.K[1, 2]
-    return x, y, np.where((z > 0) & (x > 0) & (x < frame.size[1]) & (y > 0) & (y < frame.size[0]), z, 0)
-
-
-def unproject(x, y, z, frame):  # pixels and z-depth -> (M, 3) world
-    rays = np.stack([(x - frame.K[0, 2]) / frame.K[0, 0], (y - frame.K[1, 2]) / frame.K[1, 1], np.ones_like(x)], -1)
-    return (rays * z[..., None]).reshape(-1, 3) @ frame.c2w[:3, :3].T + frame.c2w[:3, 3]
 
 
 def frustum_points(scene, i):
@@ -188,7 +190,7 @@ def frustum_points(scene, i):
     frame, (near, far) = scene.frames[i], scene.depth_range
     height, width = frame.size
     x, y, inverse = np.meshgrid((np.arange(8) + 0.5) / 8 * width, (np.arange(6) + 0.5) / 6 * height,
-                                np.linspace(1 / far, 1 / near, 5)[1:-1], indexing="ij")
+                                np.linspace(1 / far, 1 / near, 5)[1:-1], indexing="ij")  # neither near nor far itself
     return unproject(x, y, 1 / inverse, frame)
 
 
@@ -197,39 +199,42 @@ def overlap(scene, i, j):
 
     Walls are not considered: two cameras with a wall between them still overlap if they look the same way.
     """
-    share = lambda a, b: (into_picture(frustum_points(scene, a), scene.frames[b])[2] > 0).mean()
+    def share(a, b):
+        _, _, z = into_picture(frustum_points(scene, a), scene.frames[b])
+        return (z > 0).mean()
     return min(share(i, j), share(j, i))
 
 
-# ---------------------------------------------------------------------------------------- 4. Two contexts and a target
+# ---------------------------------------------------------------------------------------- 3. Two contexts and a target
 
 
-# What is asked of two contexts: the least overlap with the target, and the widest baseline (their distance, as a
-# fraction of the typical depth). If a target has no such pair, the next level asks for less.
+# What is asked of two contexts: (least overlap with the target, widest baseline). The baseline is the distance of the
+# two cameras as a fraction of the typical depth. If a target has no such pair, the next level asks for less.
 LEVELS = ((0.5, 0.4), (0.5, 0.8), (0.25, 1.0), (0.1, 2.0))
 
 
 def context_pairs(scene, target, least, widest):
     """Pairs of views from which stereo can reconstruct what `target` sees: [(a, b), ...].
 
-    They are chosen among the 24 views nearest to the target. Each overlaps the target by at least `least`, and the
-    other by three quarters of that. The target lies between them, and their baseline is 0.02 to `widest` times the
-    typical depth.
+    They are chosen among the 24 views nearest to the target. Each overlaps the target by at least `least`, and the two
+    overlap each other by three quarters of that. Their baseline is 0.02 to `widest` times the typical depth. The target
+    lies between them: beyond both it would see surfaces that neither sees, where nothing can be splatted.
     """
     if (target, least, widest) in scene.pairs:
         return scene.pairs[target, least, widest]
     centre = np.stack([frame.c2w[:3, 3] for frame in scene.frames])  # (V, 3)
     near, far = scene.depth_range
     typical = 2 / (1 / near + 1 / far)  # the harmonic mean: half way in disparity
-    close = np.argsort(np.linalg.norm(centre - centre[target], axis=1))[:25]  # the target is one of them
+    close = np.argsort(np.linalg.norm(centre - centre[target], axis=1))[:25]  # the target itself and 24 others
     seeing = [j for j in close if j != target and overlap(scene, target, j) >= least]
     pairs = []
     for a, b in combinations(seeing, 2):
         baseline = np.linalg.norm(centre[a] - centre[b]) / typical
-        between = (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0  # over 90 degrees apart, seen from it
+        between = (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0  # seen from it, over 90 degrees apart
         if 0.02 < baseline < widest and between and overlap(scene, a, b) >= 0.75 * least:
             pairs.append((int(a), int(b)))
-    return scene.pairs.setdefault((target, least, widest), pairs)
+    scene.pairs[target, least, widest] = pairs  # the same target is asked for again and again
+    return pairs
 
 
 def best_pairs(scene, target):  # -> the first of LEVELS that has pairs, and its pairs; None, [] where no level has any
@@ -256,7 +261,7 @@ def sample_triplet(scene, generator, targets=None):
                     "add views in between, or drop the scene")
 
 
-# ---------------------------------------------------------------------------------------------- 5. What is held out
+# ---------------------------------------------------------------------------------------------- 4. What is held out
 
 
 def split(scenes, part):
@@ -267,13 +272,14 @@ def split(scenes, part):
     # Differs: the official code trains on every scene folder, the validation scenes included; here every eighth scene
     # is held out, of a single scene every eighth view.
     assert part in ("train", "val"), f"split takes 'train' or 'val', not {part!r}"
-    last = [len(scenes) - 1] if len(scenes) > 1 else []
-    held_out = range(7, len(scenes), 8) or last
+    held_out = range(7, len(scenes), 8)
+    if 1 < len(scenes) < 8:
+        held_out = [len(scenes) - 1]
     return [s for i, s in enumerate(scenes) if (i in held_out) == (part == "val")]
 
 
 def held_out_views(scene) -> list[int]:
-    """Every eighth view, from the third on, so that the first one, too, has neighbours on both sides."""
+    """Every eighth view, from the third on, so that the first that is held out has neighbours on both sides too."""
     return list(range(min(2, len(scene) - 1), len(scene), 8))
 
 
@@ -287,14 +293,16 @@ UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3",
 MAPS = dict(mask=("instance_segmentation", "masks"), depth=("depth",), normal=("normals",), label=("labels",))
 CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
 DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
-BUILT_IN = {"data": DEFAULT_ROOMS, "data_small": DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))}  # the latter for 06
+BUILT_IN = {  # folders that are made where they are missing: to train on; other rooms, for 05; small ones, for 06
+    "data": DEFAULT_ROOMS, "data_probe": DEFAULT_ROOMS | dict(scenes=200, views=4, seed=1),
+    "data_small": DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))}
 
 
 # ----------------------------------------------------------------------------------------- finding and checking scenes
 
 
 def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
-    """What every stage does first: read `scene_dir`, where data/ and data_small/ are made if they are missing.
+    """What every stage does first: read `scene_dir`, where the built-in rooms are made if they are missing.
 
     `near` and `far` replace what `find_depth_range` would find in a scene.
     """
@@ -1092,16 +1100,16 @@ def stored_position(frame, size, scale, corner=(0, 0)):
 VIEWS_IN_MEMORY = {"bytes": 0, "most": 2e9}  # of all scenes together; --view_memory
 
 
-def kept(what, frame, make):
+def decoded_once(what, frame, make):
     """What `make()` gives, made once and kept with its frame as long as there is memory for it."""
-    if what in frame.kept:
-        return frame.kept[what]
+    if what in frame.cache:
+        return frame.cache[what]
     made = make()
     tensors = [made] if isinstance(made, Tensor) else made.values()
     size = sum(tensor.nbytes for tensor in tensors)
     if VIEWS_IN_MEMORY["bytes"] + size <= VIEWS_IN_MEMORY["most"]:
         VIEWS_IN_MEMORY["bytes"] += size
-        frame.kept[what] = made
+        frame.cache[what] = made
     return made
 
 
@@ -1323,10 +1331,10 @@ def positive(text):  # the type of a flag that counts
     return int(text)
 
 
-def scene_flags(parser, out, view_memory=2):
+def scene_flags(parser, out, view_memory=2, scenes="data"):
     """The flags that all stages have. A stage that looks at each view once has no use for `view_memory`: it gives 0."""
     add = parser.add_argument
-    add("--scene_dir", default="data", help="a scene or a folder of scenes; default: data/, made if it is missing")
+    add("--scene_dir", default=scenes, help=f"a scene or a folder of scenes; default: {scenes}/, made if it is missing")
     add("--out", default=out, help=f"where everything is written; default: {out}/")
     add("--skip_bad_frames", action="store_true", help="leave out frames that have a problem, and list them")
     add("--near", type=float, help="nearest depth, in the scene's unit; default: from depth, sparse points or cameras")

@@ -10,17 +10,18 @@ Run     python 04_distill.py --preset tiny            built-in rooms, no downloa
         torchrun --nproc_per_node=4 04_distill.py --batch 4                     four GPUs, one triplet each
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py tiny/rooms.py tiny/vit.safetensors tiny/mvsplat.safetensors
 Read    DINOHead, distill_loss, LoRALinear, add_lora, Network, ema_update, networks_of, lift_weights, splat_features,
-        Sample, objective, learn, distil
+        Sample, objective, learn, distil, set_rates
 Try     --preset tiny alone: matching of held-out views 58.5 -> 69.3 %, effective rank of the tokens 99 -> 91; then
-        --target image --no_blend --upscale bilinear, no 3D: 59.3 %. So it is the splatting that teaches.
+        --target image --no_blend --upscale bilinear: 59.3 %. There the teacher sees the target itself, jittered:
+        neither 3D nor masks. docs/study.md tells what each of the two brings.
         --no_blend: 69.2 %, rank 95. Blending adds nothing to matching, and makes the tokens of an object alike.
 Not     centering or temperature schedules (the paper has none either); the head is not sharded over GPUs.
 Words   context views: the two that the teacher sees and that are splatted; target view: what the student sees.
-        Tokens are a ViT's patch features (N, C), N = h w of the grid. Prototypes are the K directions of the head.
+        Tokens are a ViT's patch features (N, C), N = h w of the grid. Prototypes are the P directions of the head.
 
-The geometry and the masks of a triplet never change. So all of Sec. 3.2-3.4 is a linear map of the teacher's tokens,
-the splat operator (03_splat), made of sparse matrices. It is computed once per triplet and kept on disk. `--online`
-takes the plain path in each step, `splat_features` below: the same loss to rounding.
+The geometry and the masks of a triplet never change. So all of Sec. 3.2-3.4 is a linear map of the context views'
+tokens, the splat operator (03_splat), made of sparse matrices. It is computed once per triplet and kept on disk.
+`--online` takes the plain path in each step, `splat_features` below: the same loss to rounding.
 """
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_l
 
 
 class DINOHead(nn.Module):
-    """A three-layer MLP to D channels; the cosine of the result with each of K prototypes, times a learned gain."""
+    """A three-layer MLP to E channels, then the cosine with each of P prototypes, times a learned gain: DINO's head,
+    whose last layer is a weight-normalised linear one."""
 
     def __init__(self, in_dim, hidden=2048, bottleneck=256, prototypes=65536):
         super().__init__()
@@ -73,23 +75,25 @@ class DINOHead(nn.Module):
         for layer in layers:
             nn.init.zeros_(layer.bias)
 
-    def embed(self, tokens):  # (N, C) -> (N, D), in float32: bfloat16 would move a sharp softmax by several per cent
+    def embed(self, tokens):  # (N, C) -> (N, E), in float32; in bfloat16 a sharp softmax changes by several per cent
         return F.normalize(self.mlp(tokens).float(), dim=-1)
 
-    def directions(self):  # (K, D)
+    def directions(self):  # (P, E)
         return self.gain[:, None] * F.normalize(self.prototypes, dim=-1)
 
-    def forward(self, tokens):  # (N, C) -> (N, K) logits
+    def forward(self, tokens):  # (N, C) -> (N, P) logits
         return self.embed(tokens) @ self.directions().T
 
 
 def distill_loss(
-    student_logits: Tensor,  # (N, K)
-    teacher_logits: Tensor,  # (N, K)
+    student_logits: Tensor,  # (N, P)
+    teacher_logits: Tensor,  # (N, P)
     tau_student,
     tau_teacher,
 ) -> Tensor:
     """Cross-entropy between the two distributions over prototypes, mean over tokens."""
+    # Differs: the paper does not give its temperatures, and its code has 1.0 for both, which leaves both distributions
+    # nearly uniform; preset `tiny` has 0.1 and 0.05, chosen by a study (docs/study.md).
     target = (teacher_logits.detach() / tau_teacher).softmax(-1)  # detach is sg(.), the stop-gradient
     return -(target * (student_logits / tau_student).log_softmax(-1)).sum(-1).mean()  # SnD Eq. 5
 
@@ -98,7 +102,7 @@ def distill_loss(
 
 
 class LoRALinear(nn.Module):
-    """W x + (alpha / r) B A x with W frozen. B starts at 0, so that training starts at the pretrained network."""
+    """W x + (alpha / r) B A x; `add_lora` freezes W. B starts at 0, so training starts at the pretrained network."""
 
     def __init__(self, base: nn.Linear, rank, alpha):
         super().__init__()
@@ -136,7 +140,8 @@ class Network(nn.Module):
 def ema_update(teacher, student, momentum):
     """theta_t <- lambda theta_t + (1 - lambda) theta_s for each parameter that is trained (Sec. 3.5).
 
-    With LoRA the averages are those of A and of B, not of their product.
+    lambda is 0.999, every ten steps (A.3; preset `tiny`: 0.99). With LoRA the averages are those of A and of B, not of
+    their product.
     """
     for theirs, ours in zip(teacher.parameters(), student.parameters()):
         if ours.requires_grad:
@@ -145,15 +150,17 @@ def ema_update(teacher, student, momentum):
 
 def networks_of(args):
     """-> the pretrained ViT, which is kept to compare with; student, teacher, and the student's optimiser."""
+    # Differs: the paper trains adapters; preset `tiny`, whose ViT has 1.9 million parameters, trains the whole ViT
+    # (--full_finetune), which gains more in 200 steps (docs/study.md).
     before = lift.load_vit(args.model).to(args.device)
-    torch.manual_seed(args.seed)  # here, so that the new weights depend on the seed and not on what loading has drawn
+    torch.manual_seed(args.seed)  # set here, as loading may draw random numbers
     vit = copy.deepcopy(before) if args.full_finetune else add_lora(copy.deepcopy(before), args.rank, args.rank)
     vit.mask_token.requires_grad_(False)  # takes no part
     head = None
     if args.loss == "distill":
         head = DINOHead(before.dim, args.hidden, args.bottleneck, args.prototypes)
     student = Network(vit, head).to(args.device)
-    teacher = copy.deepcopy(student).requires_grad_(False)  # starts as the student does, and only ever follows it
+    teacher = copy.deepcopy(student).requires_grad_(False)  # starts equal to the student, then follows it
     # Differs: Sec. 3.5 has one shared head. By default the teacher's head is an EMA like its ViT, as in the official
     # code; `--shared_head` does what the paper writes.
     teacher.head = student.head if args.shared_head else teacher.head
@@ -161,13 +168,15 @@ def networks_of(args):
     # Differs: the paper has one learning rate; preset `tiny` has a lower one for the head, which would otherwise learn
     # the task in place of the ViT in so short a run.
     groups = [(student.vit, args.lr)] + ([(student.head, args.head_lr)] if head else [])
-    optimiser = torch.optim.Adam([dict(params=list(trained(part).values()), lr=lr, peak=lr) for part, lr in groups])
+    groups = [dict(params=list(trained(part).values()), lr=lr, peak=lr) for part, lr in groups]  # peak: for `set_rates`
+    optimiser = torch.optim.Adam(groups)
     return before, student, teacher, optimiser
 
 
 # ------- 3. The 3D-aware teacher: what it saw in two views, carried into a third
 
-# A `splat.Triplet` holds images, masks, depth, K and c2w of three views, stacked: context, context, target.
+# A `splat.Triplet` holds three views: images (3, 3, H, W), masks (3, H, W), depth (3, H, W) or None, K (3, 3, 3) and
+# c2w (3, 4, 4). Rows 0 and 1 are the contexts, row 2 is the target.
 
 
 def lift_weights(t: splat.Triplet, grid, upscale="masks", drop_unmatched=False):
@@ -175,7 +184,7 @@ def lift_weights(t: splat.Triplet, grid, upscale="masks", drop_unmatched=False):
 
     -> the tokens' indices (G, 4) and their weights (G, 4); there is one Gaussian a context pixel.
     """
-    masks = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2])  # SnD Table 5 B: plain bilinear
+    masks = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2])  # one object: bilinear, SnD Table 5 B
     (index_a, weight_a), (index_b, weight_b) = (lift.upscale_weights(mask, grid, drop_unmatched) for mask in masks)
     N = grid[0] * grid[1]  # the second view's tokens come after those of the first
     return torch.cat([index_a, index_b + N]), torch.cat([weight_a, weight_b])
@@ -193,8 +202,8 @@ def splat_features(
     downscale="bilinear",
 ):
     """SnD Fig. 2 from left to right: the teacher's tokens of the target view (N, C), and which are valid (N,)."""
-    # Lift: each Gaussian gets a feature. With --drop_unmatched, a pixel without a token of its own object has weights
-    # of 0: its Gaussian becomes transparent.
+    # Lift: each Gaussian gets a feature, as in `lift.lift_features`, of both views at once. With --drop_unmatched, a
+    # pixel without a token of its own object has weights of 0: its Gaussian becomes transparent.
     index, weight = lift_weights(t, grid, upscale, drop_unmatched)
     features = sum(weight[:, k, None] * tokens.flatten(0, 1).float()[index[:, k]] for k in range(4))  # SnD Eq. 2
     opacities = gaussians.opacities * (weight.sum(1) > 0)
@@ -216,14 +225,15 @@ class Sample(NamedTuple):
 
     context: Tensor  # (2, 3, H, W) the views that the teacher sees
     target: Tensor  # (1, 3, H, W) the view that the student sees
-    carry: Callable  # the teacher's tokens of the context (2, N, C) -> those of the target (N, C), valid (N,):
-    # the splat operator, or with --online `splat_features`, some channels at a time
+    # The teacher's tokens of the context (2, N, C) -> those of the target (N, C), valid (N,): the splat operator, or
+    # with --online `splat_features`, some channels at a time.
+    carry: Callable
 
 
 def objective(student, teacher, seen: Tensor, goal: Tensor, args):
     """-> the loss of the student's tokens (N, C) against the teacher's splatted ones (N, C), and the teacher's entropy.
 
-    The entropy is the part of a cross-entropy that nothing can learn; the log has the rest of it as `kl`.
+    Cross-entropy is the teacher's entropy plus KL. No student can lower the first; the log has the second as `kl`.
     """
     if args.loss != "distill":
         return token_loss(args.loss, seen.float(), goal), goal.new_zeros(())  # the ablations
@@ -233,14 +243,14 @@ def objective(student, teacher, seen: Tensor, goal: Tensor, args):
             y = teacher.head.embed(goal)
     with torch.no_grad():
         prototypes = teacher.head.directions()
-    # `distill_loss` of the two heads' logits, without ever holding all of them.
+    # `distill_loss` of the two heads' logits, without ever holding all of them (workshop).
     return blocked_loss(x, student.head.directions(), y, prototypes, args.tau_student, args.tau_teacher)
 
 
 def learn(batch: list[Sample], student, teacher, args) -> list[float]:
-    """Sec. 3.2-3.5: leaves the gradient of the mean loss. -> means of loss, teacher's entropy, share of valid tokens.
+    """Sec. 3.2-3.5: adds the gradient of the batch's mean loss to the student's parameters.
 
-    `batch` are the step's samples, of several processes those of this one. They take turns, as memory is for one.
+    -> the means of loss, teacher's entropy and share of valid tokens. Samples take turns, as memory is for one.
     """
     autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
     measured = []
@@ -253,44 +263,24 @@ def learn(batch: list[Sample], student, teacher, args) -> list[float]:
             seen = student(sample.target)[0]  # Sec. 3.5: the student sees the target image alone
         # Differs: the official code sets invalid tokens to 0 on both sides and keeps them in the mean; here they leave
         # the loss.
-        at = valid.nonzero()[:, 0]
+        at = valid.nonzero()[:, 0]  # of none at all the loss is 0
         loss, entropy = objective(student, teacher, seen[at], goal[at], args)
         (loss / len(batch)).backward()
         measured.append(torch.stack([loss.detach(), entropy, valid.float().mean()]))
     return torch.stack(measured).double().mean(0).tolist()
 
 
-def distil(args, rank=0, world=1):
-    """Sec. 3.1: the student learns from the teacher, and the teacher follows the student."""
-    scenes, heldout, source = prepare(args, rank, world)  # `source` makes a Sample of a triplet
-    before, student, teacher, optimiser = networks_of(args)
-    run = Run(args, what_changes(student, teacher, args), optimiser, rank, world)  # counts the steps, writes files
-    if args.finetune_geometry:
-        finetune_geometry(source, scenes, heldout, run)  # A.3, before anything is distilled
-    # Differs: the paper draws a fresh triplet for each step; here --triplets of them are drawn and taken again and
-    # again, so that their operators are computed once.
-    count = min(args.triplets, args.max_steps * args.batch)
-    triplets = draw_triplets(scenes, count, args.seed, args.target == "context")
-    if not rank:
-        say_levels(triplets)
-    source.make_missing(triplets, run)
-    # The agreement of a ViT with itself: for how many tokens of the held-out targets the most similar splatted token
-    # is the one of the same place.
-    judged = judged_triplets(source, heldout)
-    start = agreement(before, judged)
-    # All that is random is a function of the seed and the step, so a run that goes on needs no generator's state.
-    order = schedule(count, args.max_steps * args.batch, args.seed)
+def distil(batches, student, teacher, optimiser, judged, run, args):
+    """Sec. 3.1: the student learns from the teacher, and the teacher follows the student.
 
-    def batch_of(step):  # this process's share of it
-        draws = range(step * args.batch, (step + 1) * args.batch)[rank::world]
-        return [source.sample(*triplets[order[n]], args.seed + n) for n in draws]
-
-    for step, batch in zip(run, ahead(batch_of, range(run.start, args.max_steps))):  # loads while a step runs
+    `batches` gives for each step the names of its triplets, and their Samples; of several processes, this one's share.
+    `run` (workshop) counts the steps and keeps log and checkpoints. `judged` are held-out triplets.
+    """
+    for step, (names, batch) in zip(run, batches):
         set_rates(optimiser, step, args.max_steps)
         optimiser.zero_grad(set_to_none=True)
-        loss, entropy, valid = averaged(learn(batch, student, teacher, args), world, args.device)
-        average_gradients(student, world)
-        names = [splat.name_of(*triplets[n]) for n in order[step * args.batch:(step + 1) * args.batch]]
+        loss, entropy, valid = averaged(learn(batch, student, teacher, args), run.world, args.device)  # over processes
+        average_gradients(student, run.world)
         run.check(loss, ", ".join(names))  # stops where it is not finite
         optimiser.step()
         # Differs: the official code updates the teacher before the optimiser's step, here it is after it.
@@ -300,8 +290,6 @@ def distil(args, rank=0, world=1):
         scores = agreement(student.vit, judged)._asdict() if due else {}
         run.log(triplets=names, valid=round(valid, 4), loss=round(loss, 6), kl=round(loss - entropy, 6),
                 lr=optimiser.param_groups[0]["lr"], **scores, show=("loss", "kl"))
-    if run.first:
-        finish(source, before, student.vit, teacher.vit, judged, start)
 
 
 def set_rates(optimiser, step, max_steps):  # cosine (SnD A.3), to 0
@@ -310,6 +298,35 @@ def set_rates(optimiser, step, max_steps):  # cosine (SnD A.3), to 0
 
 
 # ---- Workshop: not needed to understand the method ----
+
+
+def run_distillation(args, rank=0, world=1):
+    """All that stands around `distil`: triplets and their operators before it, what is measured and saved after it."""
+    scenes, heldout, source = prepare(args, rank, world)  # `source` makes a Sample of a triplet
+    before, student, teacher, optimiser = networks_of(args)
+    run = Run(args, what_changes(student, teacher, args), optimiser, rank, world)
+    if args.finetune_geometry:
+        finetune_geometry(source, scenes, heldout, run)  # A.3, before anything is distilled
+    # Differs: the paper draws a fresh triplet for each step; here --triplets of them are drawn and taken again and
+    # again, so that their operators are computed once.
+    count = min(args.triplets, args.max_steps * args.batch)
+    triplets = draw_triplets(scenes, count, args.seed, args.target == "context")
+    if not rank:
+        say_levels(triplets)
+    source.make_missing(triplets, run)
+    judged = judged_triplets(source, heldout)
+    start = agreement(before, judged)
+    # All that is random is a function of the seed and the step, so a resumed run needs no saved generator.
+    order = schedule(count, args.max_steps * args.batch, args.seed)
+
+    def batch_of(step):
+        draws = range(step * args.batch, (step + 1) * args.batch)
+        names = [splat.name_of(*triplets[order[n]]) for n in draws]
+        return names, [source.sample(*triplets[order[n]], args.seed + n) for n in draws[rank::world]]
+    batches = ahead(batch_of, range(run.start, args.max_steps))  # loads while a step runs
+    distil(batches, student, teacher, optimiser, judged, run, args)
+    if run.first:
+        finish(source, before, student.vit, teacher.vit, judged, start)
 
 
 def token_loss(name, seen: Tensor, goal: Tensor) -> Tensor:
@@ -325,17 +342,17 @@ def token_loss(name, seen: Tensor, goal: Tensor) -> Tensor:
 
 
 def blocked_loss(
-    x: Tensor,  # (N, D) student's embeddings
-    W: Tensor,  # (K, D) its prototypes
-    y: Tensor,  # (N, D) teacher's
-    V: Tensor,  # (K, D)
+    x: Tensor,  # (N, E) student's embeddings
+    W: Tensor,  # (P, E) its prototypes
+    y: Tensor,  # (N, E) teacher's
+    V: Tensor,  # (P, E)
     tau_student: float,
     tau_teacher: float,
     max_elements: int = 2**24,  # of a block of logits
 ):
     """`distill_loss` of the logits x W' and y V', a block of tokens at a time, and the teacher's entropy.
 
-    No (N, K) tensor ever exists, which would take 0.7 GB at the paper's size: the backward pass computes each block's
+    No (N, P) tensor ever exists, which would take 0.7 GB at the paper's size: the backward pass computes each block's
     logits again.
     """
     def one(x, y, W):
@@ -997,7 +1014,8 @@ def relative_tokens(vit, triplets):
 
 @torch.no_grad()
 def agreement(vit, triplets: list[Judged]) -> Agreement:
-    """How well `vit` agrees with itself across views: its tokens of the target against those splatted into it.
+    """How well `vit` agrees with itself across views: its tokens of the target against those splatted into it. Matching
+    is the share of target tokens whose most similar splatted token lies within one patch of the right place.
 
     Only what is in the picture counts, as tokens are taken relative to the mean token of their place. Features that
     know their place alone would match in 2 of 3 cases, as views move little, and a part that all tokens share would
@@ -1139,10 +1157,6 @@ def match_picture(t: Judged, x: Tensor, patch) -> Tensor:
 # -------------------------------------------------------------------------------- command line
 
 # `vits` and `vitb` are the paper's setting (A.3); `tiny` fits the same loop into minutes on a CPU.
-# Differs: the paper does not give its temperatures, and its code has 1.0 for both, which leaves both distributions
-# nearly uniform; preset `tiny` has 0.1 and 0.05, chosen by a study (docs/study.md).
-# Differs: the paper trains adapters; preset `tiny`, whose ViT has 1.9 million parameters, trains the whole ViT, which
-# gains more in 200 steps (docs/study.md).
 # Differs: the official code renders at 584x876 and the ViT sees 574x868, to which the images are resized; we load,
 # splat and look at 574x868, which is 41x62 patches, so that nothing is resampled twice.
 SETTINGS = {  # name: (tiny, the paper's, help)
@@ -1245,7 +1259,7 @@ def main(argv=None):
         weights = f" ({args.mvsplat} weights)" if args.geometry == "mvsplat" else ""
         print(f"preset {args.preset} ({args.because}): {args.model} ViT at about {args.pixels} pixels, "
               f"{args.max_steps} steps, {args.geometry} geometry{weights}, on {args.device}")
-        distil(args, rank, world)
+        run_distillation(args, rank, world)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ Paper   Splat and Distill (SnD) Sec. 4.1 and Appendix A.4, Fig. 3-7 and 13-14. N
 In      ViTs (02_lift), and scenes (01_data) with depth, normals or labels. Also a plain folder of images with such maps
         (--help has the layout, docs/reproduce.md converts NYUv2 and others), or a list of pairs in SuperGlue's format.
 Out     a table with one row per model. In out/05_probe/: results.json, report.html (opens offline), features/, views/.
-Run     python 05_probe.py      the built-in ViT and out/04_distill/student if it exists: ~1 minute a model, 2-core CPU
+Run     python 05_probe.py      the built-in ViT and out/04_distill/student if it exists: ~1 minute a model, 2-core CPU,
+                                on 200 rooms that no student has seen, as the paper probes on other data sets
         python 05_probe.py --models start=tiny snd=out/04_distill/student both=tiny+out/04_distill/student
         python 05_probe.py --scene_dir nyuv2/ --models dinov2_vits14 --preset paper --max_depth 10
 Copy    01_data.py 02_lift.py 05_probe.py tiny/vit.safetensors
-Read    depth_metrics normal_metrics segmentation_metrics reprojection_error LinearHead fit expected_depth depth_probe
-        normal_probe segmentation_probe sample_points match match_pair correspondence probe
+Read    depth_metrics, normal_metrics, segmentation_metrics, reprojection_error, Views, Features, LinearHead, fit,
+        expected_depth, sig_loss, depth_probe, angular_loss, normal_probe, segmentation_probe, sample_points, match,
+        nearest_with_ratio, match_pair, correspondence, recall, place_share
 Try     --no_cls: depth RMSE 0.526 -> 0.561 m (default rooms), so CLS seems to know something of the size of a room.
         --layer norm (default: before the last LayerNorm): mIoU 26.6 -> 25.3 %; the LayerNorm removes a little.
         --models tiny+tiny: depth RMSE 0.526 -> 0.551 m, mIoU 26.6 -> 26.3 %; width alone does not help.
@@ -123,7 +125,7 @@ def reprojection_error(
 
 
 class Views(NamedTuple):
-    """All views of a split, at one size. `Rows` are arrays on disk that are indexed like tensors (workshop)."""
+    """All views of a split, at one size. `Rows` (workshop) are arrays on disk that are indexed like tensors."""
     where: list  # (scene, index of the view in it)
     images: Tensor | Rows  # (I, 3, H, W) uint8
     K: Tensor  # (I, 3, 3) pixels
@@ -134,7 +136,7 @@ class Views(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Frozen tokens of all views of a split."""
+    """Frozen tokens of all views of a split, from before the ViT's last LayerNorm (--layer)."""
     cls: Tensor | Rows  # (I, C) float16
     patches: Tensor | Rows  # (I, h, w, C) float16
 
@@ -155,7 +157,7 @@ class LinearHead(nn.Module):
     def __init__(self, tokens: Features, channels, with_cls, seed):
         super().__init__()
         # Differs: A.4 feeds raw tokens to the head; here they are whitened by the training views (CLS less strongly,
-        # as an image has just one). A linear layer can read the same from both, but learns it in fewer steps.
+        # as an image has just one). A linear layer can represent the same on both, but learns it in fewer steps.
         self.patch = Whitening(tokens.patches, floor=0.01)
         self.cls = Whitening(tokens.cls, floor=1.0)
         self.with_cls = with_cls
@@ -175,8 +177,7 @@ def resize(maps: Tensor, size) -> Tensor:  # (B, C, h, w) -> (B, C, *size); a pa
 
 
 def four_times(maps: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, 4h, 4w)
-    # A.4 upscales tokens before the linear layer. The result is the same, as bilinear weights sum to 1, and this is
-    # cheaper.
+    # A.4 upscales tokens before the linear layer. That gives the same, as bilinear weights sum to 1; this is cheaper.
     return resize(maps, [4 * side for side in maps.shape[2:]])
 
 
@@ -194,8 +195,9 @@ def fit(name, head: LinearHead, decode, loss, tokens: Features, truth, recipe: R
         views = usable[torch.randint(len(usable), (recipe.batch,), generator=generator)]
         value = loss(read(views, tokens), truth[views].to(device))
         # Differs: A.4 gives a schedule (linear warm-up, cosine decay) for normals alone; here all three heads have it.
+        # The rate rises over a twentieth of the steps.
         warm_up, cosine = 20 * (step + 1) / recipe.steps, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
-        optimiser.param_groups[0]["lr"] = recipe.lr * min(warm_up, cosine)  # it rises over a twentieth of the steps
+        optimiser.param_groups[0]["lr"] = recipe.lr * min(warm_up, cosine)
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         optimiser.step()
@@ -221,7 +223,7 @@ def expected_depth(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 def sig_loss(depth: Tensor, truth: Tensor) -> Tensor:
-    """Scale-invariant error of log depth where truth is known (Eigen et al. 2014): sqrt(mean g^2 - 0.85 (mean g)^2)."""
+    """Error of log depth that counts a wrong scale less (Eigen et al. 2014): sqrt(mean g^2 - 0.85 (mean g)^2)."""
     # Differs: A.4 writes "classification loss"; the official code trains with this one, and so do we.
     g = (depth[truth > 0] + 1e-3).log() - (truth[truth > 0] + 1e-3).log()
     return (g.square().mean() - 0.85 * g.mean().square()).clamp_min(1e-12).sqrt()
@@ -243,7 +245,8 @@ def depth_probe(tokens: Features, truth, val_tokens: Features, val_truth, recipe
 
 
 def angular_loss(maps: Tensor, truth: Tensor) -> Tensor:
-    """Minus the log-likelihood of the true normals, up to a constant (Bae et al. 2021, Eq. 3).
+    """Minus the log-likelihood of the true normals, up to a constant (Bae et al. 2021, Eq. 3): with the angle a between
+    normal and truth, kappa a + log(1 + exp(-pi kappa)) - log(kappa^2 + 1), mean over known pixels.
 
     maps (B, 4, H, W): a direction of any length, and the head's certainty kappa before its ELU.
     truth (B, H, W, 3), 0 = unknown.
@@ -273,7 +276,7 @@ def normal_probe(tokens: Features, truth, val_tokens: Features, val_truth, recip
 def segmentation_probe(tokens: Features, truth, val_tokens: Features, val_truth, recipe: Recipe):
     """Classes that a linear layer tells apart -> (segmentation_metrics, predict). truth (I, H, W) int, 255 = unknown.
 
-    The head has one output for each class of the training views, so a class that is ignored can never be predicted.
+    The head has one output for each class of the training views, so what is ignored there can never be predicted.
     """
     classes = pixels_of_classes(truth).nonzero()[:, 0]  # ids, ascending
     head = LinearHead(tokens, len(classes), False, recipe.seed)
@@ -300,7 +303,8 @@ def sample_points(tokens: Tensor, depth: Tensor):
     """
     # Differs: the official code samples 120x160 points whatever the patch size, and its "10 px" are spacings of these
     # points, 40 pixels of a 480x640 image. Here a patch's side has four points, and recall is given in both units.
-    rows, cols = (((torch.arange(4 * n) + 0.5) * side / (4 * n)).long() for n, side in zip(tokens.shape, depth.shape))
+    sides = zip(tokens.shape[:2], depth.shape)
+    rows, cols = (((torch.arange(4 * n) + 0.5) * side / (4 * n)).long() for n, side in sides)
     z = depth[rows[:, None], cols]
     points = torch.stack(torch.meshgrid(cols, rows, indexing="xy"), -1)[z > 0] + 0.5
     grid = (2 * points / torch.tensor(depth.shape[::-1]) - 1).to(tokens)
@@ -310,19 +314,31 @@ def sample_points(tokens: Tensor, depth: Tensor):
 
 
 def match(a: Tensor, b: Tensor, count=MATCHES):
-    """Features (M, C), (L, C) -> indices into both of the `count` surest matches, half of them found from each side."""
+    """Features (M, C), (L, C) -> indices into both of the `count` surest matches, half of them found from each side
+    (what both find counts twice)."""
     # Differs: Probe3D describes matching both ways, as here, but its published script matches from one image only.
     a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
-    to_b, sure_a = nearest_with_ratio(a, b)  # the nearest by cosine; sure: 1 - first / second distance
+    to_b, sure_a = nearest_with_ratio(a, b)
     to_a, sure_b = nearest_with_ratio(b, a)
     best_a, best_b = (sure.topk(min(count // 2, len(sure))).indices for sure in (sure_a, sure_b))
     return torch.cat([best_a, to_a[best_b]]), torch.cat([to_b[best_a], best_b])
 
 
+def nearest_with_ratio(a: Tensor, b: Tensor):
+    """For each unit row of a (M, C): its nearest row of b by cosine, and how sure: 1 - first / second distance."""
+    index, sure = [], []
+    for rows in a.split(max(1, 2**26 // len(b))):  # in blocks that bound memory
+        similarity, nearest = (rows @ b.T).topk(2, dim=1)
+        first, second = (1 - similarity).clamp_min(1e-9).unbind(1)
+        index, sure = index + [nearest[:, 0]], sure + [1 - first / second]
+    return torch.cat(index).cpu(), torch.cat(sure).cpu()
+
+
 def match_pair(tokens: Features, views: Views, pair: Pair, device) -> Matches:
     """Match the views pair.a and pair.b; pair.measured says whether both have depth. -> Matches: pixels a and b (M, 2),
-    their error (M,) and by_chance (M,), the error of the same points paired at random."""
-    points_a, features_a, depth = points_to_match(pair.a, tokens, views, pair, device)  # the sample_points of a view
+    their error (M,) and by_chance (M,), the error of the same points paired at random. Without depth, the error is the
+    distance from the epipolar line (workshop), which is never the larger one."""
+    points_a, features_a, depth = points_to_match(pair.a, tokens, views, pair, device)  # `sample_points` of a view
     points_b, features_b, _ = points_to_match(pair.b, tokens, views, pair, device)
     index_a, index_b = match(features_a, features_b)
     a, b, depth = points_a[index_a], points_b[index_b], depth[index_a]
@@ -343,29 +359,45 @@ def correspondence(tokens: Features, views: Views, pairs: list[Pair], device="cp
     pixels, points = math.prod(views.images.shape[2:]), 16 * math.prod(tokens.patches.shape[1:3])
     spacing = math.sqrt(pixels / points)  # pixels between matched points
     limits = {f"{t} px": t for t in THRESHOLDS} | {f"{t} grid": t * spacing for t in THRESHOLDS}
-    limits["1.5 patches"] = 6 * spacing
+    limits["1.5 patches"] = 6 * spacing  # there are four points a patch
     bar = tqdm(pairs, desc="correspondence", unit="pair", leave=False)
     matches = [match_pair(tokens, views, pair, device) for pair in bar]
     scores = recall([m.error for m in matches], pairs, limits)
     return scores, recall([m.by_chance for m in matches], pairs, limits), matches
 
 
-# ------------------------------------------------------------------------------------------------ 7. All of them
+def recall(errors, pairs, limits) -> dict:  # % of each pair's errors below each limit: means over ranges of angles
+    rows, scores = [[100 * (e < limit).double().mean() for limit in limits.values()] for e in errors], {}
+    for name, (low, high) in {"": (0, 181), **VIEWPOINTS}.items():
+        if inside := [row for row, p in zip(rows, pairs) if low <= p.angle < high]:
+            scores |= mean_of(inside, (f"{limit} {name}".strip() for limit in limits))
+    return scores
 
 
-def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> dict:
-    """{name: Probed} of models {name: path}. Heads train on `train` and are scored on `val`.
+# ----------------------------------------------------------------------- 7. Before training: is there anything to gain?
 
-    The first row is what one gets without features: the mean depth, the mean normal, the most frequent class, random
-    matches. A probe without truth in both splits is left out. The same seed gives the same numbers, on one machine.
+
+def place_share(patches, norm=nn.Identity()) -> dict:
+    """% of the variance of tokens (I, h, w, C) over views that their place in the grid explains: all, its rough part.
+
+    Perspective makes the means of places differ smoothly: floors, for example, are below. The rough part is what a
+    cubic polynomial in row and column leaves of these means: artifacts that are tied to the place in the picture. Both
+    are corrected for the finite number of views, so that tokens of which neither is true have 0. `norm` comes first.
     """
-    maps = truths(train, val)
-    results = {"no features": Probed(baseline(maps))}
-    for name, path in tqdm(models.items(), desc="models", unit="model"):
-        results[name] = probe_model(name, path, train, val, maps, pairs, args)  # extracts features, runs each probe
-        if pairs:  # random matches of the points that the first model matched
-            results["no features"].scores.setdefault("correspondence", results[name].chance)
-    return results
+    views, (h, w), squares, total = len(patches), patches.shape[1:3], 0.0, 0.0
+    for tokens in patches:
+        x = norm(tokens.float()).detach().double()
+        total, squares = total + x, squares + x.square().mean().item()
+    place = (total / views).flatten(0, 1)  # (N, C)
+    around = squares / views - place.square().mean()  # variance of tokens around the mean of their place
+    place = place - place.mean(0)
+    chance = around / (views - 1)  # what a mean over so few views varies by itself
+    y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
+    cubic = torch.stack([(x**a * y**b).flatten() for a in range(4) for b in range(4 - a)], 1).double()  # (N, 10)
+    rough = place - cubic @ torch.linalg.lstsq(cubic, place, driver="gelsd").solution
+    everything = around + place.square().mean()
+    share = lambda x: (100 * (x.square().mean() - chance) / everything).item()
+    return {"all": share(place), "rough": share(rough)}
 
 
 # ---- Workshop: not needed to understand the method ----
@@ -678,16 +710,6 @@ def points_to_match(i, tokens: Features, views: Views, pair: Pair, device):  # a
     return found
 
 
-def nearest_with_ratio(a: Tensor, b: Tensor):
-    """For each unit row of a (M, C): its nearest row of b by cosine, and how sure: 1 - first / second distance."""
-    index, sure = [], []
-    for rows in a.split(max(1, 2**26 // len(b))):  # in blocks that bound memory
-        similarity, nearest = (rows @ b.T).topk(2, dim=1)
-        first, second = (1 - similarity).clamp_min(1e-9).unbind(1)
-        index, sure = index + [nearest[:, 0]], sure + [1 - first / second]
-    return torch.cat(index).cpu(), torch.cat(sure).cpu()
-
-
 def only_turned(c2w_a: Tensor, c2w_b: Tensor) -> bool:
     """Whether both views are from one place, up to the rounding of positions."""
     a, b = c2w_a[:3, 3], c2w_b[:3, 3]
@@ -704,14 +726,6 @@ def epipolar_error(a: Tensor, b: Tensor, depth, K_a: Tensor, K_b: Tensor, a_to_b
     fundamental = torch.linalg.inv(K_b).T @ essential @ torch.linalg.inv(K_a)
     lines = F.pad(a, (0, 1), value=1.0) @ fundamental.T
     return (F.pad(b, (0, 1), value=1.0) * lines).sum(1).abs() / lines[:, :2].norm(dim=1)
-
-
-def recall(errors, pairs, limits) -> dict:  # % of each pair's errors below each limit: means over ranges of angles
-    rows, scores = [[100 * (e < limit).double().mean() for limit in limits.values()] for e in errors], {}
-    for name, (low, high) in {"": (0, 181), **VIEWPOINTS}.items():
-        if inside := [row for row, p in zip(rows, pairs) if low <= p.angle < high]:
-            scores |= mean_of(inside, (f"{limit} {name}".strip() for limit in limits))
-    return scores
 
 
 # ------------------------------------------------------------------------------------------------ features and heads
@@ -800,6 +814,21 @@ class Probed(NamedTuple):
     tokens: Tensor | None = None  # (4, h, w, C) of the shown views
 
 
+def probe(models: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> dict:
+    """{name: Probed} of models {name: path}. Heads train on `train` and are scored on `val`.
+
+    The first row is what one gets without features: the mean depth, the mean normal, the most frequent class, random
+    matches. A probe without truth in both splits is left out. The same seed gives the same numbers, on one machine.
+    """
+    maps = truths(train, val)
+    results = {"no features": Probed(baseline(maps))}
+    for name, path in tqdm(models.items(), desc="models", unit="model"):
+        results[name] = probe_model(name, path, train, val, maps, pairs, args)  # extracts features, runs each probe
+        if pairs:  # random matches of the points that the first model matched
+            results["no features"].scores.setdefault("correspondence", results[name].chance)
+    return results
+
+
 def probe_model(name, path, train, val, maps, pairs, args) -> Probed:
     frozen = lambda views: extract(path, views.images, args.layer, Path(args.out) / "features", args.device)
     tokens, val_tokens = train and frozen(train), frozen(val)
@@ -835,29 +864,6 @@ def baseline(maps: dict) -> dict:
             most = pixels_of_classes(truth).argmax()
             scores[name] = segmentation_metrics(most.expand(val.shape), val, class_count(truth, val))
     return scores
-
-
-def place_share(patches, norm=nn.Identity()) -> dict:
-    """% of the variance of tokens (I, h, w, C) over views that their place in the grid explains: all, its rough part.
-
-    Perspective makes the means of places differ smoothly: floors, for example, are below. The rough part is what a
-    cubic polynomial in row and column leaves of these means: artifacts that are tied to the place in the picture. Both
-    are corrected for the finite number of views, so that tokens of which neither is true have 0. `norm` comes first.
-    """
-    views, (h, w), squares, total = len(patches), patches.shape[1:3], 0.0, 0.0
-    for tokens in patches:
-        x = norm(tokens.float()).detach().double()
-        total, squares = total + x, squares + x.square().mean().item()
-    place = (total / views).flatten(0, 1)  # (N, C)
-    around = squares / views - place.square().mean()  # variance of tokens around the mean of their place
-    place = place - place.mean(0)
-    chance = around / (views - 1)  # what a mean over so few views varies by itself
-    y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
-    cubic = torch.stack([(x**a * y**b).flatten() for a in range(4) for b in range(4 - a)], 1).double()  # (N, 10)
-    rough = place - cubic @ torch.linalg.lstsq(cubic, place, driver="gelsd").solution
-    everything = around + place.square().mean()
-    share = lambda x: (100 * (x.square().mean() - chance) / everything).item()
-    return {"all": share(place), "rough": share(rough)}
 
 
 def shares_in_words(scores) -> str:
@@ -1026,7 +1032,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Probe frozen features: depth, normals, segmentation, correspondence.",
                                      epilog=LAYOUTS, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, student = parser.add_argument, "out/04_distill/student"
-    data.scene_flags(parser, "out/05_probe", view_memory=0)
+    data.scene_flags(parser, "out/05_probe", view_memory=0, scenes="data_probe")
     default = [named(path) for path in ["tiny"] + [student] * Path(student).is_dir()]
     add("--models", nargs="+", type=named, default=default,
         help="'tiny', published names, files, folders; name=a gives a name, a+b puts the features of two side by side "
