@@ -8,17 +8,17 @@ Run     python 02_lift.py     held-out rooms: depth and features as pictures, Ga
         python 02_lift.py --scene_dir photos/ --model dinov2_vits14 --mvsplat re10k.ckpt     published weights
 Copy    02_lift.py alone; its command needs 01_data.py and 03_splat.py too, `tiny` its weights in tiny/vit.safetensors
         and tiny/mvsplat.safetensors.
-Read    Gaussians, pixel_rays, upscale_weights, mask_aware_upscale, lift_features, depth_gaussians. This is the method;
-        the two networks that it stands on may be read later: VisionTransformer, Block, Attention, MVSplat.forward,
-        cost_volume, gaussian_adapter, mvsplat_gaussians.
-Try     Four held-out pairs of rooms; MVSplat's mean error of depth is 6.5 %, one plane at the median depth has 25.9 %.
-        --near 0.3 --far 20: the D candidate depths spread over far more than a room, 12.7 %.
+Read    Gaussians, pixel_rays, bilinear_axis, upscale_weights, mask_aware_upscale, bilinear_upscale, lift_features,
+        depth_gaussians: this is the method. Later, the two networks that it stands on: Tokens, VisionTransformer,
+        MVSplatConfig, MVSplat.forward, MVSplat.match, cost_volume, gaussian_adapter, mvsplat_gaussians
+Try     Four pairs of views of held-out rooms; MVSplat's mean error of depth is 6.5 %, one plane at the median depth has
+        25.9 %. --near 0.3 --far 20: the D candidate depths spread over far more than a room, 12.7 %.
         --pixels 3072: half the resolution, 10.5 %; --pixels 49152: twice the resolution, 6.4 %.
         In MVSplat.forward, `coarse` in place of `coarse + delta` (no step 4): 9.2 %.
-Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT;
-        more than two views.
-Words   F_low tokens, F_high features of the pixels, w_uv upscaling weights; mu, Sigma, alpha: mean, covariance and
-        opacity of a Gaussian; V views, C channels, D candidate depths, h x w the small grid of tokens or features.
+Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT. The
+        code takes any number of views from two on; the method uses two.
+Words   tokens, features of pixels: the paper's F_low, F_high; mu, Sigma, alpha: mean, covariance, opacity of a
+        Gaussian; V views, C channels, D candidate depths, h x w the small grid of tokens or features.
 """
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,8 +66,7 @@ def pixel_rays(K: Tensor, height, width) -> Tensor:
     return torch.stack([x, y, torch.ones_like(x)], -1).to(K) @ torch.linalg.inv(K).T
 
 
-# ----------------------------------------------------------------------- 2. From tokens to pixels: mask-aware upscaling
-#
+# ------------------------------------------------------------------------ 2. From tokens to pixels: inside the masks
 # The ViT (section 4) gives one token per patch, and the Gaussians need one feature per pixel. Bilinear interpolation
 # between the four nearest tokens would mix the features of an object with those of whatever stands behind it. SnD
 # therefore uses only those of the four that lie on the same instance as the pixel, and scales their weights so that
@@ -74,9 +74,9 @@ def pixel_rays(K: Tensor, height, width) -> Tensor:
 
 
 def bilinear_axis(size, count, device):
-    """One axis of bilinear interpolation from `count` patches, whose tokens sit at their centres, to `size` pixels ->
-    the two patches around each pixel and their weights, both (size, 2), and the pixel at each patch's centre (count,).
-    """
+    """Bilinear interpolation along one axis, from `count` patches, whose tokens sit at their centres, to `size` pixels.
+    -> for each pixel the two patches around it and their weights, both (size, 2); for each patch the pixel at its
+    centre (count,)."""
     pixel = torch.arange(size, device=device, dtype=torch.float64) + 0.5
     position = (pixel * count / size - 0.5).clamp(0, count - 1)  # on an axis on which patch i has its centre at i
     first = position.floor()
@@ -84,16 +84,16 @@ def bilinear_axis(size, count, device):
     patches = torch.stack([first, (first + 1).clamp_max(count - 1)], -1).long()
     weights = torch.stack([1 - fraction, fraction], -1)
     centres = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) * size / count
-    return patches, weights, centres.long()
+    return patches, weights, centres.long()  # on a patch of an even size: the first pixel behind the centre
 
 
 def upscale_weights(
     mask: Tensor,  # (H, W) int64 instance ids; 0, unlabelled, counts as an id like any other
     grid,  # (h, w) of the tokens
-    drop_unmatched=False,  # True: a pixel without a token of its id gets weights of 0, instead of bilinear ones
+    drop_unmatched=False,  # True: a pixel without a token of its id gets weights of 0, not bilinear ones
 ):
     """SnD Eq. 3 in sparse form: each pixel is a weighted sum of four tokens -> index (H*W, 4) int64 into the h*w
-    tokens, and weight (H*W, 4), both row-major."""
+    tokens, and weight (H*W, 4). Pixel (row, col) is u = row * W + col, and tokens are numbered alike."""
     (H, W), (h, w) = mask.shape, grid
     rows, row_weight, centre_row = bilinear_axis(H, h, mask.device)
     cols, col_weight, centre_col = bilinear_axis(W, w, mask.device)
@@ -105,10 +105,10 @@ def upscale_weights(
     token_ids = mask[centre_row[:, None], centre_col].flatten()
     same_id = token_ids[index] == mask.reshape(H * W, 1)  # mask(v) = mask(u)
     shared = bilinear * same_id
-    total = shared.sum(1, keepdim=True)
+    total = shared.sum(1, keepdim=True)  # below 1e-9 it is 0 but for rounding
     # Differs: where none of the four tokens has the pixel's id, Eq. 3 is 0/0. The official code gives such a pixel a
-    # zero feature and lifts it all the same. We keep its bilinear weights. With 04's `--drop_unmatched` its weights are
-    # 0, by which 04 knows not to lift the pixel.
+    # zero feature and lifts it all the same. We keep its bilinear weights, or with `drop_unmatched` give it weights of
+    # 0, by which the caller knows not to lift it (an option of 04).
     unmatched = torch.zeros_like(bilinear) if drop_unmatched else bilinear
     weight = torch.where(total > 1e-9, shared / total.clamp_min(1e-9), unmatched)  # SnD Eq. 3
     return index, weight.float()
@@ -134,13 +134,12 @@ def lift_features(gaussians: Gaussians, tokens: Tensor, masks: Tensor, grid) -> 
 
 
 # ------------------------------------------------------------------------ 3. Gaussians from measured depth
-#
-# The simplest geometry, and what a network that has to find the depth should come close to. A pixel of known depth sees
-# a small piece of surface. Its Gaussian lies on that surface like a coin: as wide as the pixel's footprint, and thin.
+# The simplest geometry. A network that must find the depth should come close to it. A pixel of known depth sees a small
+# piece of surface. Its Gaussian lies on that surface like a coin: as wide as the pixel's footprint, and thin.
 
 
 def depth_gaussians(
-    depth: Tensor,  # (V, H, W) z-depth; 0 = not measured: the Gaussian keeps its place, with opacity 0
+    depth: Tensor,  # (V, H, W) z-depth; 0 = not measured: the Gaussian keeps its slot, with opacity 0
     K: Tensor,  # (V, 3, 3) pixels
     c2w: Tensor,  # (V, 4, 4)
     opacity=0.95,
@@ -150,27 +149,26 @@ def depth_gaussians(
     parts = []
     for z, k, pose in zip(depth, K, c2w):
         known, rays = z > 0, pixel_rays(k, *z.shape)
-        # From differences of depth; at most 75 degrees off the ray, as the footprint would get too long beyond that.
+        # From differences of depth (workshop). Beyond 75 degrees from the ray, a footprint would be too long.
         normal = limit_slant(surface_normals(z, k), rays)
         z = torch.where(known, z, 1.0)[..., None]  # any depth will do where the opacity is 0
-        # The point p = z r stays on its tangent plane, where n . p is constant. If a step of one pixel (x or y) changes
-        # the ray r by d (a column of K^-1), then z changes by -z (n . d) / (n . r), and therefore
+        # A step of one pixel (x or y) changes the ray r by d, a column of K^-1, and the point p = z r by
+        # dp = dz r + z d. It stays on its tangent plane: n . dp = 0, so dz = -z (n . d) / (n . r), and therefore
         # dp = z (d - slope r) with slope = (n . d) / (n . r).
         d_ray = torch.linalg.inv(k)[:, :2].T  # (2, 3)
         slope = (normal @ d_ray.T) / (normal * rays).sum(-1, keepdim=True)  # (H, W, 2)
         d_point = z[..., None] * (d_ray - slope[..., None] * rays[..., None, :])  # (H, W, 2, 3)
-        thickness = 0.1 * z / k[0, 0] * normal  # a tenth of a pixel
-        axes = torch.cat([spread * d_point, thickness[..., None, :]], -2).mT  # (H, W, 3, 3), an axis in each column
+        third = 0.1 * z / k[0, 0] * normal  # (H, W, 3) a tenth of a pixel along the normal
+        axes = torch.cat([spread * d_point, third[..., None, :]], -2).mT  # (H, W, 3, 3), an axis in each column
         axes = pose[:3, :3] @ axes  # to the world frame
         covariances = axes @ axes.mT  # the sum of a a^T over the three axes a
         means = (rays * z) @ pose[:3, :3].T + pose[:3, 3]
-        parts.append((means.flatten(0, 1), covariances.flatten(0, 1), (opacity * known).to(z).flatten()))
+        parts.append((means.flatten(0, 1), covariances.flatten(0, 1), torch.where(known, opacity, 0.0).to(z).flatten()))
     return Gaussians(*(torch.cat(column) for column in zip(*parts)))
 
 
 # ------------------------------------------------------------------------ 4. Where the features come from: the ViT
-#
-# Sections 1 to 3 are the method. This section and the next are the two networks that it stands on.
+# Sections 1 to 3 are the method; sections 4 and 5 are the networks under it. `Block` is the usual one (workshop).
 
 
 class Tokens(NamedTuple):
@@ -192,15 +190,15 @@ class VisionTransformer(nn.Module):
         grid=37,  # side of the square patch grid that the position embedding was trained for
         mlp_ratio=4,
         layer_scale=1.0,
-        swiglu=False,  # True in ViT-g: a gated MLP
-        positions=None,  # how positions are interpolated to other grids (see `interpolate_positions`); None: as Meta
+        swiglu=False,  # True in ViT-g: a gated MLP. This and the next matter to published weights alone
+        positions=None,  # how positions are interpolated to other grids: see `interpolate_positions` (workshop)
     ):
         super().__init__()
         self.patch, self.dim, self.heads, self.grid = patch, dim, heads, grid
         self.mlp_ratio, self.swiglu = mlp_ratio, swiglu
-        self.positions = positions or ("antialiased" if registers else "scale")
+        self.positions = positions or ("antialiased" if registers else "scale")  # else as in Meta's code
         self.checkpointing = False  # True: the backward pass computes each block again, which saves most of its memory
-        self.patch_embed = PatchEmbed(patch, dim)  # a convolution whose stride is its size
+        self.patch_embed = PatchEmbed(patch, dim)  # (workshop) a convolution whose stride is its size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, dim))  # for pretraining alone, but part of the published weights
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
@@ -209,15 +207,15 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, images: Tensor) -> Tokens:
-        """images (B, 3, H, W) in [0, 1], both sides multiples of the patch -> tokens after the final norm."""
-        x, R = self.embed(images), 0  # (B, 1 + N, C)
-        if self.register_tokens is not None:  # they have no position, and go between the class token and the patches
-            R = self.register_tokens.shape[1]
+        """images (B, 3, H, W) in [0, 1], sides multiples of the patch -> tokens after the final norm."""
+        x = self.embed(images)  # (B, 1 + N, C)
+        R = 0 if self.register_tokens is None else self.register_tokens.shape[1]
+        if R:  # registers have no position, and go between the class token and the patches
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
         for block in self.blocks:
             again = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
-        x = self.norm(x)
+        x = self.norm(x)  # 05 probes the tokens before it
         return Tokens(x[:, 0], x[:, 1:1 + R], x[:, 1 + R:])
 
     def embed(self, images: Tensor) -> Tensor:
@@ -225,41 +223,12 @@ class VisionTransformer(nn.Module):
         B, _, H, W = images.shape
         P = self.patch
         assert H % P == 0 and W % P == 0, f"image {H}x{W} is no multiple of the patch size {P}"
-        patches = self.patch_embed(normalised(images))  # normalised: minus ImageNet's mean, over its deviation
+        patches = self.patch_embed(normalised(images))  # (workshop) minus ImageNet's mean, over its deviation
         x = torch.cat([self.cls_token.expand(B, -1, -1), patches], 1)
         return x + interpolate_positions(self.pos_embed, (H // P, W // P), self.positions)
 
 
-class Block(nn.Module):
-    def __init__(self, dim, heads, mlp_ratio=4, layer_scale=1.0, swiglu=False):
-        super().__init__()
-        hidden = mlp_ratio * dim
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.mlp = SwiGLU(dim, (int(hidden * 2 / 3) + 7) // 8 * 8) if swiglu else Mlp(dim, hidden)
-        self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)  # a factor per channel
-
-    def forward(self, x):  # (B, N, C)
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class Attention(nn.Module):
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x):
-        B, N, C = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, C / heads)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(B, N, C))
-
-
 # ------------------------------------------------------------------------ 5. Geometry from two views: MVSplat
-#
 # Chen et al. 2024, "MVSplat", Sec. 3. This is the published network, quirks included, without its colours. Five steps:
 #
 #   1  features         a CNN sees each view alone; a transformer then compares each view with itself and the other
@@ -268,7 +237,7 @@ class Attention(nn.Module):
 #   4  refined depth    a second U-Net, at full resolution, corrects the coarse depth by what the images show
 #   5  Gaussians        the mean lies on the pixel's ray at that depth; shape and opacity are read off the features
 #
-# The CNN, the transformer and the U-Nets are built of standard parts, and come near the end of this file.
+# `FeatureCNN`, `MultiViewTransformer`, `UNet`, `conv` and `group_norm` are standard parts (workshop).
 
 
 class MVSplatConfig(NamedTuple):
@@ -289,7 +258,7 @@ MVSplatConfig.tiny = MVSplatConfig(
 
 
 class MVSplat(nn.Module):
-    """Two or more posed images -> one Gaussian per pixel, in one pass. Its modules have the official names."""
+    """Posed images, two or more -> one Gaussian per pixel, in one pass. Its modules have the official names."""
 
     def __init__(self, config=MVSplatConfig()):
         super().__init__()
@@ -304,7 +273,7 @@ class MVSplat(nn.Module):
             "corr_refine_net": nn.Sequential(conv(D + C, m1), group_norm(m1), nn.GELU(), UNet(m1, 3), conv(m1, D)),
             "regressor_residual": conv(D + C, D, 1),
             "depth_head_lowres": nn.Sequential(conv(D, 2 * D), nn.GELU(), conv(2 * D, D)),
-            # step 4; U-Net 2 sees the image (3 channels), the coarse depth, its certainty, and m2 channels of features
+            # step 4; U-Net 2 has 3 channels of the image, the coarse depth, its certainty, and m2 channels of features
             "upsampler": nn.Sequential(conv(2 * C, C), nn.UpsamplingBilinear2d(scale_factor=4), nn.GELU()),
             "proj_feature": conv(C, m2),
             "refine_unet": nn.Sequential(conv(m2 + 5, m2), group_norm(m2, 4), nn.GELU(), UNet(m2, 5)),
@@ -325,35 +294,36 @@ class MVSplat(nn.Module):
         # The U-Nets halve the image four times, so it is padded to multiples of 16. The padding is cut off in step 5.
         images = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
         near, far = (torch.as_tensor(bound).to(images).expand(V) for bound in (near, far))
-        planes = torch.linspace(0, 1, self.config.num_depth_candidates).to(images)
-        disparities = 1 / far[:, None] + planes * (1 / near - 1 / far)[:, None]  # (V, D): 1 / depth, far first
+        planes = torch.linspace(0, 1, self.config.num_depth_candidates).to(images)  # at even steps of 1 / depth
+        disparities = 1 / far[:, None] + planes * (1 / near - 1 / far)[:, None]  # (V, D) 1 / depth, far first
 
         # Steps 1 to 3, at a quarter of the resolution
         cnn, features, _, probability = self.match(images, K, c2w, disparities)
         coarse = (probability * disparities[:, :, None, None]).sum(1, keepdim=True)  # expected disparity (V, 1, h, w)
         certainty = probability.amax(1, keepdim=True)
 
-        # Step 4
+        # Step 4: U-Net 2 sees the image, the features, the coarse depth and how certain it is. From what it finds come
+        # `delta`, which is added to the coarse disparity, and the logit of the opacity.
         net = self.depth_predictor
         coarse = F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)
         certainty = F.interpolate(certainty, scale_factor=4, mode="nearest")
         upsampled = net["upsampler"](torch.cat([features, cnn], 1))  # (V, C, H, W)
         x = torch.cat([images, net["proj_feature"](upsampled), coarse, certainty], 1)
-        hints = net["refine_unet"](x)  # what U-Net 2 finds, (V, m2, H, W)
+        hints = net["refine_unet"](x)  # (V, m2, H, W)
         delta, logit = net["to_disparity"](hints).chunk(2, 1)
         depth = 1 / (coarse + delta).clamp((1 / far).view(V, 1, 1, 1), (1 / near).view(V, 1, 1, 1))
 
         # Step 5
         first, gelu, last = net["to_gaussians"]
         raw = []
-        for maps in zip(hints.split(1), images.split(1), upsampled.split(1)):  # no other tensors are as wide as these
+        for maps in zip(hints.split(1), images.split(1), upsampled.split(1)):  # a view at a time: the widest tensors
             raw.append(gelu(first(torch.cat(maps, 1))))
         # Differs: MVSplat predicts colours as spherical harmonics, and SnD throws them away (Sec. 3.2). We keep their
         # rows in the last layer, so that the published weights load to the last tensor, but do not compute them.
         raw = [F.conv2d(x, last.weight[:9], last.bias[:9], padding=1) for x in raw]  # offset, scales and quaternion
         crop = lambda x: x[:, :, :height, :width].permute(0, 2, 3, 1).to(images)
         depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(torch.cat(raw))  # (V, height, width, 1 or 9)
-        with no_autocast(images):
+        with no_autocast(images):  # (workshop) in float32, as in `match`
             means, scales, quaternions = gaussian_adapter(depth, raw, K, c2w)
             rotation = c2w[:, None, None, :3, :3] @ rotation_matrix(quaternions)  # to the world frame
             axes = rotation * scales[..., None, :]  # the columns are the axes of the Gaussian
@@ -385,15 +355,15 @@ def cost_volume(
     """
     V, C, h, w = features.shape
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    pixels = torch.stack([x, y, torch.ones_like(x)], -1).to(features)  # (h, w, 3); whole numbers, as published
+    pixels = torch.stack([x, y, torch.ones_like(x)], -1).to(features)  # (h, w, 3); as published, without the + 0.5
     volume = torch.zeros(V, disparities.shape[1], h, w).to(features)
-    for r, s in ((r, s) for r in range(V) for s in range(V) if s != r):
+    for r, s in permutations(range(V), 2):  # view r is matched with view s
         to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
-        rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # K of view r for both, as published
+        rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # as published, as if both had one K
         correlations = []
         for disparity in disparities[r].split(8):  # 8 candidates at a time, to bound the memory
             point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (8, h, w, 3)
-            uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)
+            uv = point[..., :2] / point[..., 2:].clamp_min(1e-3)  # behind camera s: far outside of its view
             grid = 2 * uv / uv.new_tensor([w - 1, h - 1]) - 1
             warped = F.grid_sample(features[s].expand(len(disparity), -1, -1, -1), grid, align_corners=True)
             correlations.append((warped * features[r]).sum(1) / C**0.5)
@@ -414,10 +384,11 @@ def gaussian_adapter(
     rays = torch.stack([pixel_rays(k, H, W) for k in K])
     rays = rays + (raw[..., :2].sigmoid() - 0.5) @ inverse[:, None, :, :2].mT  # anywhere in the pixel
     unit = F.normalize(rays, dim=-1) @ c2w[:, None, :3, :3].mT
-    # As published, the depth is taken as a distance along the ray here, although step 2 searched z-depth.
+    # As published, the depth is a distance along the ray here, although step 2 searched z-depth. So a point is too near
+    # by the length of its ray, 1.4 at the edge of a view of 90 degrees; the network was trained with that.
     means = c2w[:, None, None, :3, 3] + depth * unit
     pixel = inverse[:, :2, :2].sum((1, 2)).view(V, 1, 1, 1)  # width + height of a pixel at depth 1, as published
-    scales = (0.5 + 14.5 * raw[..., 2:5].sigmoid()) * depth * 0.1 * pixel  # 0.05 to 1.5 times that
+    scales = (0.5 + 14.5 * raw[..., 2:5].sigmoid()) * depth * 0.1 * pixel  # 0.05 to 1.5 times `pixel` at its depth
     quaternions = raw[..., 5:9] / (raw[..., 5:9].norm(dim=-1, keepdim=True) + 1e-8)
     return means, scales, quaternions
 
@@ -431,7 +402,7 @@ def mvsplat_gaussians(
     far: float,
 ) -> Gaussians:
     """MVSplat on a scene of any unit. It was trained where the nearest depth is 1, so the scene is scaled to that, and
-    the Gaussians are scaled back."""
+    the Gaussians are scaled back. (The triplets of 03 and 04 have near = 1 already.)"""
     # Differs: SnD gives MVSplat near = 1 and far = 100 in the data set's unit, so that nothing nearer than a metre
     # exists. We take the near and far of the scene and scale the scene so that near is 1.
     poses = c2w.clone()
@@ -534,6 +505,34 @@ def interpolate_positions(pos_embed: Tensor, size, way) -> Tensor:
     else:
         square = F.interpolate(square, size=(h, w), mode="bicubic", antialias=way == "antialiased")
     return torch.cat([cls, square.permute(0, 2, 3, 1).reshape(1, h * w, -1)], 1)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, mlp_ratio=4, layer_scale=1.0, swiglu=False):
+        super().__init__()
+        hidden = mlp_ratio * dim
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.mlp = SwiGLU(dim, (int(hidden * 2 / 3) + 7) // 8 * 8) if swiglu else Mlp(dim, hidden)
+        self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)  # a factor per channel
+
+    def forward(self, x):  # (B, N, C)
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, C / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(B, N, C))
 
 
 class PatchEmbed(nn.Module):

@@ -1,24 +1,24 @@
-"""Splats Gaussians of any number of channels into a new view, blends the result by masks and reads patch tokens off.
+"""Splats Gaussians of any number of channels into a new view, blends the result within masks, samples it as tokens.
 
-Paper  Splat and Distill (SnD) Sec. 3.4: rasterised features, blending (Eq. 4); Sec. 3.5: from pixels to tokens.
-       3D Gaussian Splatting (Kerbl et al. 2023) Sec. 4-6: projection and compositing.
-In     Gaussians in the world (means, covariances, opacities, a row of features each) and a camera (w2c, K).
-Out    features (H, W, C), alpha (H, W) and depth (H, W); after the blend, tokens (N, C) that a student can learn from.
-       Or all of this as one linear map of the context views' tokens, kept as sparse matrices: the splat operator.
-Run    python 03_splat.py             held-out views, splatted from two others, as a picture; 6 s on a 2-core CPU
-       python 03_splat.py --flight    an animated flight between two views
-Copy   03_splat.py alone; its command also needs 01_data.py, 02_lift.py and tiny/.
-Read   rasterize_plainly divide_by_alpha semantic_blend bilinear_taps splat_to_tokens rasterize Composite polynomial
-       front_to_back SplatOperator splat_operator
-Try    set DILATION to 0.0001: by measured depth psnr 22.6 -> 27.6, since what blurs thin splats blurs the picture too
-       --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6, since the same blur is half as wide on finer views
-Not    no view-dependent colour (one row of features a Gaussian, the same from all sides), no second derivatives.
-Words  G Gaussians, C channels, H W pixels, N = h*w tokens. alpha_k: how much of the light Gaussian k stops at a pixel;
-       T_k = (1 - alpha_1) ... (1 - alpha_{k-1}): the light that is left for it; w_k = alpha_k T_k: its weight there.
-       A block is 8x8 pixels, and its list the Gaussians that reach it, nearest first. A step works on B blocks, S
-       Gaussians of each list and the P pixels of a block.
+Paper   Splat and Distill (SnD) Sec. 3.4: rasterised features, blending (Eq. 4); Sec. 3.5: from pixels to tokens.
+        3D Gaussian Splatting (3DGS, Kerbl et al. 2023) Sec. 4-6: projection and compositing.
+In      Gaussians in the world (means, covariances, opacities, a row of features each) and a camera (w2c, K).
+Out     features (H, W, C), alpha (H, W) and depth (H, W); after the blend, tokens (N, C) that a student can learn from.
+        Or all of this as one linear map of the context views' tokens, kept as sparse matrices: the splat operator.
+Run     python 03_splat.py             held-out views, splatted from two others, as a picture; 6 s on a 2-core CPU
+        python 03_splat.py --flight    an animated flight between two views
+Copy    03_splat.py alone; its command also needs 01_data.py, 02_lift.py and tiny/.
+Read    Render, rasterize_plainly, divide_by_alpha, semantic_blend, bilinear_taps, splat_to_tokens, over_valid_taps:
+        this is the method. Then monomials, polynomial, front_to_back (why it is fast), Triplet, render_target,
+        splat_operator_plainly, SplatOperator
+Try     DILATION = 0.0001: the PSNR of splatted colours against the photo, by measured depth, 22.6 -> 27.6, since what
+        blurs thin splats blurs the picture too.
+        --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6, since the same blur is half as wide on finer views.
+Not     colour that depends on the view (a Gaussian has one row of features for all sides), second derivatives.
+Words   G Gaussians, C channels, H W pixels, N = h*w tokens. alpha_k: how much of the light Gaussian k stops at a pixel;
+        T_k = (1 - alpha_1) ... (1 - alpha_{k-1}): the light that is left for it; w_k = alpha_k T_k: its weight there.
+        The alpha of Eq. 4 is called `blend`.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -40,9 +40,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-NEAR = 0.01  # what is nearer to the camera is not drawn; in units of the world
+NEAR = 0.01  # what is nearer to the camera is not drawn; in units of the world (of a `Triplet`: the nearest depth)
 DILATION = 0.3  # px^2, added to the variance of every splat: none is thinner than about a pixel
-MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # a smaller alpha is skipped, a larger one is cut to 0.99
+MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # as in 3DGS. A smaller alpha is skipped; a larger one is cut, so 1 - alpha > 0
 MIN_LIGHT = 1e-4  # a pixel stops BEFORE the Gaussian that would leave no more light than this
 COVERED = 0.5  # a pixel of the target view is valid from this alpha on
 
@@ -50,10 +50,10 @@ COVERED = 0.5  # a pixel of the target view is valid from this alpha on
 class Render(NamedTuple):
     features: Tensor  # (H, W, C) sum of w f over all Gaussians, not divided by alpha
     alpha: Tensor  # (H, W) sum of w, between 0 and 1
-    depth: Tensor  # (H, W) sum of w z / sum of w, 0 where nothing is hit
+    depth: Tensor  # (H, W) sum of w z / sum of w, a mean over all surfaces that shine through; 0 where nothing is hit
 
 
-# ---------------------------------------------------------------------------------------------------- 1. The definition
+# ------------------------------------------------------------------------ 1. The definition
 
 
 def rasterize_plainly(
@@ -74,25 +74,30 @@ def rasterize_plainly(
     p = means @ w2c[:3, :3].T + w2c[:3, 3]  # (G, 3) in the frame of the camera
     order = p[:, 2].argsort(stable=True)
     order = order[(p[order, 2] > NEAR) & (opacities[order] >= MIN_ALPHA)]
-    p, z, features = p[order], p[order, 2], features[order]
+    p, covariances, opacities, features = (x[order] for x in (p, covariances, opacities, features))
+    z = p[:, 2]
     mean = p[:, :2] / z[:, None] @ K[:2, :2].T + K[:2, 2]  # (G, 2) pixels
-    # EWA: around its mean a projection is nearly linear, d pixel = M d world with M = K [I | -(x, y) / z] R / z, and so
-    # a Gaussian stays a Gaussian: Sigma_2d = M Sigma M'. That fails far outside the view. As in gsplat, (x, y) / z is
-    # taken at most 15 % of the view's size beyond its border.
+    # EWA: around its mean a projection is nearly linear, and so a Gaussian stays a Gaussian. The derivative of (x, y) /
+    # z by (x, y) is I / z, and by z it is -(x, y) / z^2. So d pixel = J d world with J = K [I | -(x, y) / z] R / z, and
+    # Sigma_2d = J Sigma J'. That fails far outside the view. As in gsplat, (x, y) / z is taken at most 15 % of the
+    # view's size beyond its border.
     focal, centre = K.diagonal()[:2], K[:2, 2]
     slope = (p[:, :2] / z[:, None]).clamp(-(centre + 0.15 * size) / focal, (1.15 * size - centre) / focal)
-    J = torch.cat([torch.eye(2).to(p).expand(len(p), 2, 2), -slope[..., None]], 2)  # (G, 2, 3)
-    M = K[:2, :2] @ J @ w2c[:3, :3] / z[:, None, None]
-    inverse = torch.linalg.inv(M @ covariances[order] @ M.mT + DILATION * torch.eye(2).to(p))
+    J = torch.cat([torch.eye(2).to(p).expand(len(p), 2, 2), -slope[..., None]], 2)
+    J = K[:2, :2] @ J @ w2c[:3, :3] / z[:, None, None]  # (G, 2, 3)
+    # Differs: the official code takes Sigma apart into scales and a rotation for its rasteriser. It passes variances as
+    # scales, which squares them again, and where the eigenvectors form a reflection it sets the rotation to the
+    # identity. We use Sigma itself.
+    inverse = torch.linalg.inv(J @ covariances @ J.mT + DILATION * torch.eye(2).to(p))
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     pixels = torch.stack([x, y], -1).to(p) + 0.5  # (H, W, 2) their centres
     image, total, depth = p.new_zeros(height, width, features.shape[1]), p.new_zeros(height, width), 0.0
     light, stopped = torch.ones_like(total), torch.zeros_like(total, dtype=torch.bool)
     for k in range(len(p)):  # front to back
         d = pixels - mean[k]
-        alpha = opacities[order[k]] * torch.exp(-0.5 * (d @ inverse[k] * d).sum(-1))  # (H, W)
+        alpha = opacities[k] * torch.exp(-0.5 * (d @ inverse[k] * d).sum(-1))  # (H, W)
         alpha = alpha.where(alpha >= MIN_ALPHA, 0.0).clamp(max=MAX_ALPHA)
-        stopped = stopped | (light * (1 - alpha) <= MIN_LIGHT)
+        stopped = stopped | (light * (1 - alpha) <= MIN_LIGHT)  # before this Gaussian: it does not count
         weight = (alpha * light).where(~stopped, 0.0)  # w_k = alpha_k T_k
         light = light - weight  # T_{k+1} = (1 - alpha_k) T_k
         image, total, depth = image + weight[..., None] * features[k], total + weight, depth + weight * z[k]
@@ -102,13 +107,13 @@ def rasterize_plainly(
     return Render(image.to(dtype), total.to(dtype), depth.to(dtype))
 
 
-# ---------------------------------------------------------------------------------- 2. From the rendered view to tokens
+# ------------------------------------------------------------------------ 2. From the rendered view to tokens
 
 
 def divide_by_alpha(render: Render) -> tuple[Tensor, Tensor]:
     """The mean of the features that a pixel sees (H, W, C), and which pixels see enough to be believed (H, W)."""
-    # Differs: the official code does not divide the rendered features by alpha, so they fade where Gaussians are thin.
-    # We divide, and a pixel counts as valid from alpha = 0.5 on.
+    # Differs: the official code does not divide the rendered features by alpha, so they fade at holes and where
+    # Gaussians are thin. We divide, and a pixel counts as valid from alpha = 0.5 on.
     return render.features / render.alpha.clamp(min=1e-6)[..., None], render.alpha >= COVERED
 
 
@@ -116,23 +121,24 @@ def semantic_blend(
     features: Tensor,  # (H, W, C), divided by alpha
     mask: Tensor,  # (H, W) int64 instance ids, 0 = unlabelled
     blend: float = 0.5,  # the alpha of Eq. 4: how much of its own features a pixel keeps
-    valid: Tensor | None = None,  # (H, W) bool, the pixels that enter the means
+    valid: Tensor | None = None,  # (H, W) bool, pixels that enter the means; the others are blended with them too
 ) -> Tensor:
     """Draws each pixel's features towards the mean of its instance, which evens out small errors of the geometry."""
     H, W, C = features.shape
     valid = torch.ones_like(mask, dtype=torch.bool) if valid is None else valid
     assert mask.shape == valid.shape == (H, W), f"mask and valid must be ({H}, {W}) like the features"
     ids, segment = torch.unique(mask, return_inverse=True)  # ids may be huge; from here on they are 0, 1, ...
-    mean, known = segment_means(features, segment, valid, len(ids))  # (ids, C), and which have any valid pixel
+    mean, known = segment_means(features, segment, valid, len(ids))  # (workshop) (ids, C), and which have a valid pixel
     # Differs: the official code averages over holes too, and blends unlabelled pixels as if 0 were an instance. Here
     # only valid pixels enter a mean, and unlabelled pixels stay as they are.
-    blended = ((ids != 0) & known)[segment][..., None]
-    return torch.where(blended, blend * features + (1 - blend) * mean[segment], features)  # SnD Eq. 4
+    blended = (ids != 0) & known  # (ids,)
+    mixed = blend * features + (1 - blend) * mean[segment]  # SnD Eq. 4
+    return torch.where(blended[segment][..., None], mixed, features)
 
 
 def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Along one side of the view, the two pixels around each patch centre: index and weight (count, 2). The same pixels
-    as in F.interpolate(mode="bilinear", align_corners=False)."""
+    """Along one side of the view, the two pixels around each patch centre: index and weight (count, 2), as in
+    F.interpolate(mode="bilinear", align_corners=False)."""
     centre = (torch.arange(count, dtype=torch.float64) + 0.5) * size / count - 0.5  # pixel i has its centre at i here
     centre = centre.clamp(0, size - 1)  # with more patches than pixels, the outermost pixel counts alone
     first = centre.floor()
@@ -149,8 +155,9 @@ def splat_to_tokens(
     """The features at the patch centres: tokens (N, C), 0 where not valid, and which of them are valid (N,)."""
     H, W, C = features.shape
     assert valid.shape == (H, W), f"valid must be ({H}, {W}) like the features, not {tuple(valid.shape)}"
+    # TAPS (workshop): `bilinear_taps` or `area_taps`. Two rows and two columns make four taps, (h, w, 2, 2) -> (N, 4)
     (y, wy), (x, wx) = (TAPS[downscale](size, count) for size, count in zip((H, W), grid))
-    index = (y[:, None, :, None] * W + x[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)  # (N, taps)
+    index = (y[:, None, :, None] * W + x[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)
     weight = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)
     hit = valid.flatten()[index]
     scale, token_valid = over_valid_taps(weight, hit)
@@ -163,7 +170,7 @@ def over_valid_taps(
     weight: Tensor,  # (N, taps) that sum to 1
     hit: Tensor,  # (N, taps) bool, which taps are valid pixels
 ) -> tuple[Tensor, Tensor]:
-    """The factor (N,) that makes the weights of the valid taps sum to 1 again; and which tokens are valid (N,)."""
+    """The factor (N,) that makes the weights of the valid taps sum to 1 again, or 0; which tokens are valid (N,)."""
     # Differs: the official code sets a token to zeros only where the rendered colour is exactly black, and keeps it in
     # the loss. Here a token is valid if valid pixels make up half of its weight; the others leave the loss.
     total = (weight * hit).sum(1)
@@ -171,23 +178,127 @@ def over_valid_taps(
     return valid / total.clamp(min=0.5), valid
 
 
-# ------------------------------------------------------------------------------ 3. Why that is too slow, and what helps
-# The definition visits every Gaussian at every pixel: 36 s for a view of 73x110 pixels and 16,000 Gaussians, of which
-# `rasterize` makes 0.05 s, with the same result. It has four tricks. Each number is the time without a trick over the
-# time with it, on one core (python tests/bench.py --section tricks):
-#   1. Blocks with lists, 87 times. A Gaussian reaches few pixels. The view is cut into blocks of 8x8 pixels, and each
-#      has a list of the Gaussians that reach it, nearest first (`BlockLists`). `walk` goes down the lists of many
-#      blocks at the same time: a step takes the next 32 Gaussians of each, until its list ends or its light is used up.
-#   2. log2 alpha is a polynomial of second degree in the position of a pixel, so one matrix product evaluates it at all
-#      pixels of all blocks: 2.8 times (`polynomial`, `front_to_back`).
-#   3. Weights do not depend on features. They are found once, then all channels in one matrix product, instead of the
-#      geometry again for every 32 channels: 6.7 times for 384 channels (`Composite`).
-#   4. Nothing is kept for the backward pass but inputs and images; it goes down the lists again. Blocks with lists in
-#      plain autograd need 870 MB where this needs 140, and 3.3 times as long (`Composite`, `gradients`).
+# ------------------------------------------------------------------------ 3. Why that is too slow, and what helps
+# The definition visits every Gaussian at every pixel: 36 s for a view of 73x110 pixels and 16,000 Gaussians.
+# `rasterize` (workshop) gives the same, value and gradient, in 0.05 s. It has four tricks, each with its speed-up on
+# one core (python tests/bench.py --section tricks):
+#   1. Blocks with lists, 87 times. A Gaussian reaches few pixels. So the view is cut into blocks of 8x8 pixels, each
+#      with a list of the Gaussians that reach it, nearest first. `walk` goes down the lists of many blocks at the same
+#      time, 32 Gaussians of each in a step, until a list ends or the light of its block is used up.
+#   2. One matrix product for the alphas, 2.8 times. log2 alpha is a polynomial of second degree in the position of a
+#      pixel. For all Gaussians of a step and all pixels of a block it is `polynomial(...).T @ monomials(...)`, and
+#      `front_to_back` makes weights of 2 to that power.
+#   3. Weights first, 6.7 times for 384 channels. They do not depend on the features. So they are found once for a whole
+#      list, and then `weights.T @ features[list]` is the block, instead of the geometry again for every 32 channels.
+#   4. Nothing is kept for the backward pass but inputs and images; it goes down the lists again. Plain autograd on the
+#      same blocks needs 870 MB where this needs 140, and 3.3 times as long.
+
+
+def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
+    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, pixels)."""
+    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
+    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
+
+
+def polynomial(dx: Tensor, dy: Tensor, l11: Tensor, l21: Tensor, l22: Tensor, lo: Tensor) -> Tensor:
+    """log2 alpha = lo - (l11 (dx + x) + l21 (dy + y))^2 - (l22 (dy + y))^2 of each Gaussian: its coefficients (6, ...)
+    of the `monomials` of x, y. (dx, dy) leads from the mean to the centre of the block, (x, y) on to a pixel."""
+    u, v = l11 * dx + l21 * dy, l22 * dy  # log2 alpha = lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
+    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
+
+
+def front_to_back(
+    alpha: Tensor,  # (n, ...) of the next n Gaussians of each list, at each pixel
+    light: Tensor,  # (...) T, overwritten by that behind the last Gaussian; 0 where the pixel has stopped
+) -> Tensor:
+    """The weights w_k = alpha_k T_k (n, ...), and 0 from the Gaussian on at which a pixel stops. (Used on a GPU. On a
+    CPU `front_to_back_in_turn`, one Gaussian after the other, is faster.)"""
+    T = torch.cat([light[None], 1 - alpha]).cumprod(0)  # T_{k+1} = T_k (1 - alpha_k), so it only falls
+    F.threshold_(T, MIN_LIGHT, 0.0)  # too little light becomes none, and it stays so
+    light.copy_(T[-1])
+    return (alpha * T[:-1]).where(T[1:] > 0, 0.0)
+
+
+# ------------------------------------------------------------------------ 4. Two views and a third
+
+
+class Triplet(NamedTuple):
+    """What one training step sees, made by `load_triplet` (workshop): rows 0 and 1 are the context views, row 2 is the
+    target. The unit of length is the scene's nearest depth (01's `Scene.depth_range`), so one NEAR suits any scene."""
+
+    name: str
+    images: Tensor  # (3, 3, H, W) in [0, 1]
+    masks: Tensor | None  # (3, H, W) int64 instance ids or superpixels, 0 = unlabelled; None where not asked for
+    depth: Tensor | None  # (3, H, W) measured z-depth, 0 = unknown; None unless all three views have it
+    K: Tensor  # (3, 3, 3) pixels
+    c2w: Tensor  # (3, 4, 4)
+    far: float  # the scene's farthest depth; the nearest is 1
+
+
+def render_target(gaussians, features: Tensor, triplet: Triplet) -> Render:  # features (G, C)
+    camera = torch.linalg.inv(triplet.c2w[2]), triplet.K[2], *triplet.images.shape[-2:]
+    return rasterize(gaussians.means, gaussians.covariances, gaussians.opacities, features, *camera)
+
+
+# ------------------------------------------------------------------------ 5. The splat operator
+# 04 visits each triplet many times while only the teacher changes. Geometry and masks stay as they are, so the whole
+# way from the context views' tokens x to the target's tokens y is linear: a matrix, computed once a triplet.
+#   Gaussian g has the feature f_g = sum_t u_gt x_t, where only four weights u_gt are not 0 (SnD Eq. 2-3). Pixel p has
+#     F_p = sum_g w_pg f_g / alpha_p = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha_p.
+#   The blend (Eq. 4) takes it to F'_p = a_p F_p + (1 - a_p) F_m. F_m is the mean of F over the valid pixels of its mask
+#   m, and a_p is `blend`, but 1 where p is unlabelled.
+#   Token n is y_n = sum_p b_np F'_p over its taps p, where b_np is the weight of a tap, made to sum to 1 over the valid
+#   ones by `over_valid_taps`. All in all,
+#     y = S x + L (M x),  S_nt = sum_p b_np a_p A_pt,  L_nm = sum_{p in m} b_np (1 - a_p),  M_mt = mean_{p in m} A_pt.
+# A mask's mean depends on thousands of tokens, a target token on few masks: so L and M are sparse, but not L M.
+
+
+def splat_operator_plainly(
+    means: Tensor, covariances: Tensor, opacities: Tensor,  # of G Gaussians, as in `rasterize_plainly`
+    index: Tensor,  # (G, 4) int64, the context tokens that each Gaussian's feature is made of
+    weight: Tensor,  # (G, 4) their weights u; float32 or float64, in which the operator is computed
+    tokens: int,  # V*N, how many context tokens there are
+    w2c: Tensor, K: Tensor, height: int, width: int,  # the target view
+    grid: tuple[int, int],  # (h, w) of the target
+    mask: Tensor | None = None,  # (H, W) int64 instance ids of the target, 0 = unlabelled; None: no blending
+    blend: float = 0.5,
+    downscale: str = "bilinear",  # or "area"
+) -> tuple[Tensor, Tensor]:
+    """The definition: the matrix S + L M (N, V*N), and which tokens are valid (N,). Column t is what becomes of the
+    context tokens if token t is 1 and all others are 0; here the columns are the channels of one render."""
+    u = weight.new_zeros(len(index), tokens).scatter_add(1, index, weight)  # (G, V*N)
+    A, valid = divide_by_alpha(rasterize(means, covariances, opacities, u, w2c, K, height, width))  # (H, W, V*N)
+    if mask is not None:
+        A = semantic_blend(A, mask, blend, valid)
+    return splat_to_tokens(A, valid, grid, downscale)
+
+
+class SplatOperator(NamedTuple):
+    """The same matrix in sparse parts, made by `splat_operator` (workshop): y = operator(x) takes the context views'
+    tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid."""
+
+    S: Tensor  # (N, V*N) sparse, like the next two
+    L: Tensor  # (N, masks)
+    M: Tensor  # (masks, V*N)
+    valid: Tensor  # (N,) bool
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, enabled=False):
+            x = tokens.to(self.S.dtype)
+            return self.S @ x + self.L @ (self.M @ x)
+
+    def to(self, device) -> SplatOperator:
+        return SplatOperator(*(x.to(device) for x in self))
+
+
+# ---- Workshop: not needed to understand the method ----
+
+# ------------------------------------------------------------------------ rasterize
+# In the shapes below, a step works on B blocks, S Gaussians of the list of each, and the P pixels of a block.
 
 
 def rasterize(
-    means: Tensor, covariances: Tensor, opacities: Tensor,  # as above
+    means: Tensor, covariances: Tensor, opacities: Tensor,  # as in `rasterize_plainly`
     features: Tensor,  # (G, C) float32 or float64: the type of the compositing and of the result
     w2c: Tensor, K: Tensor, height: int, width: int, background: Tensor | None = None,
     max_elements: int | None = None,  # by default 2^20, on a GPU 2^24
@@ -196,9 +307,7 @@ def rasterize(
     memory: a smaller value is slower and changes nothing else."""
     check_arguments(means, covariances, opacities, features, w2c, K, background)
     max_elements, C = max_elements or elements_at_once(features), features.shape[1]
-    # Differs: the official code renders 3 channels a pass, 128 passes for a ViT-S; here one pass has all channels. It
-    # also takes Sigma apart into scales and a rotation again: it passes variances for scales, and where the
-    # eigenvectors form a reflection it sets the rotation to the identity. We use Sigma itself.
+    # Differs: the official code renders 3 channels a pass, 128 passes for a ViT-S; here one pass has all channels.
     with full_precision(features.device):
         camera = w2c, K, height, width
         table, z, box = project_in_parts(means, covariances, opacities, *camera, features.dtype, max_elements)
@@ -217,158 +326,6 @@ def rasterize(
     return Render(image, alpha[..., 0], depth[..., 0])
 
 
-class Composite(torch.autograd.Function):
-    """Images (H, W, E) and (H, W, C) of sum_k w_k e_k and sum_k w_k f_k; H and W are rounded up to whole blocks.
-
-    Only inputs and images are kept for the backward pass, which walks down the lists once more.
-    """
-
-    @staticmethod
-    def forward(ctx, lists: BlockLists, max_elements, table, few, many):
-        # few (G, E) travel beside the geometry and are summed in every step; many (G, C) wait for the weights.
-        ctx.lists, ctx.max_elements = lists, max_elements
-        size = [len(start) * n for start, n in zip(lists.blocks[:2], lists.blocks.shape)]
-        images, table = [x.new_empty(*size, x.shape[1]) for x in (few, many)], torch.cat([table, few], 1)
-        for band in lists:
-            sums = few.new_zeros(len(band.lengths), few.shape[1], lists.blocks.pixels)  # (blocks, E, P)
-            weights = few.new_zeros(len(band.gaussian) if many.shape[1] else 0, lists.blocks.pixels)
-            for step in walk(table, band, lists.blocks.shape, max_elements):
-                sums.index_add_(0, step.blocks, step.rows[..., 8:].mT @ step.weight.transpose(0, 1))
-                if len(weights):
-                    weights[step.place.T] = step.weight  # where a list has ended, 0 at the place of no list
-            parts = sums, all_channels(band, weights, many, max_elements)
-            for image, part in zip(images, parts):
-                view = in_blocks(image, lists.blocks.shape)[band.rows]
-                view.copy_(part.view(view.shape))
-        ctx.save_for_backward(table, many, *images)
-        return tuple(images)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        with full_precision(grads[0].device):
-            needed = ctx.needs_input_grad[2:]
-            return None, None, *gradients(ctx.lists, ctx.max_elements, ctx.saved_tensors, grads, needed)
-
-
-def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """1, -2x, -2y, -x^2, -2xy, -y^2 at the pixels of a block, as seen from its centre: (6, P)."""
-    y, x = torch.meshgrid(*(torch.arange(n).to(like) - (n - 1) / 2 for n in shape), indexing="ij")
-    return torch.stack([torch.ones_like(x), -2 * x, -2 * y, -x * x, -2 * x * y, -y * y]).flatten(1)
-
-
-def polynomial(
-    columns: Tensor,  # (8, S, B) of the table
-    centre: Tensor,  # (2, B) of the blocks, in pixels
-) -> Tensor:
-    """log2 alpha as a polynomial about a block's centre: coefficients (6, S, B) of the `monomials`."""
-    l11, l21, l22, lo = columns[4:]
-    dx, dy = centre[:, None] - columns[:2] - columns[2:4]  # from the mean to the centre
-    u, v = l11 * dx + l21 * dy, l22 * dy  # at a pixel: lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
-    return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
-
-
-def front_to_back(
-    alpha: Tensor,  # (S, B, P)
-    light: Tensor,  # (B, P) T, overwritten by that behind the last Gaussian; 0 where the pixel has stopped
-) -> Tensor:
-    """The weights w_k = alpha_k T_k (S, B, P), and 0 from the Gaussian on at which a pixel stops. (So on a GPU; a CPU
-    takes one Gaussian after the other, `front_to_back_in_turn`, which is faster there.)"""
-    T = torch.cat([light[None], 1 - alpha]).cumprod(0)  # T_{k+1} = T_k (1 - alpha_k), so it only falls
-    F.threshold_(T, MIN_LIGHT, 0.0)  # too little light becomes none, and it stays so
-    light.copy_(T[-1])
-    return (alpha * T[:-1]).where(T[1:] > 0, 0.0)
-
-
-# ------------------------------------------------------------------------------------------------ 4. The splat operator
-# 04 draws the same triplets again and again while only the teacher changes. With geometry and masks fixed, the whole
-# way from the context views' tokens x to the target's tokens y is linear. So it is computed once a triplet, and from
-# then on costs a sparse product. The feature of a Gaussian is f_g = sum_t u_gt x_t, with four weights u each (SnD Eq.
-# 2-3). A pixel has
-#     F(p) = sum_g w_pg f_g / alpha(p) = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha(p).
-# A token is y_n = sum_p b_np F'(p) over its valid taps p, where the blend (Eq. 4) is F'(p) = a_p F(p) + (1 - a_p) F_m:
-# a_p is the blend of Eq. 4, or 1 where p is unlabelled, and F_m the mean of F over the valid pixels of p's mask m.
-# The means stay factored out, since a mask has thousands of tokens and a token only a few masks:
-#     y = S x + L (M x),  S_nt = sum_p b_np a_p A_pt,  L_nm = sum_{p in m} b_np (1 - a_p),  M_mt = mean_{p in m} A_pt.
-# S needs the taps alone: 2x2 pixels a token, one pixel in 49 at the paper's size, which is why `walk` takes blocks of
-# any shape. M needs every pixel. Rows of S and M are made alike: (rows x Gaussians) times u (Gaussians x tokens),
-# both sparse.
-
-
-class SplatOperator(NamedTuple):
-    """y = operator(x) takes the context views' tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid."""
-
-    S: Tensor  # (N, V*N) sparse, like the next two
-    L: Tensor  # (N, masks)
-    M: Tensor  # (masks, V*N)
-    valid: Tensor  # (N,) bool
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        with torch.autocast(tokens.device.type, enabled=False):
-            x = tokens.to(self.S.dtype)
-            return self.S @ x + self.L @ (self.M @ x)
-
-    def to(self, device) -> SplatOperator:
-        return SplatOperator(*(x.to(device) for x in self))
-
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        save_operator(self, path, dtype)
-
-    @staticmethod
-    def load(path: str | Path) -> SplatOperator:
-        return load_operator(path)
-
-
-@torch.no_grad()
-def splat_operator(
-    means: Tensor, covariances: Tensor, opacities: Tensor,  # as in `rasterize`
-    index: Tensor,  # (G, 4) int64, the context tokens that each Gaussian's feature is made of
-    weight: Tensor,  # (G, 4) their weights u; float32 or float64, in which the operator is computed
-    tokens: int,  # V*N, how many context tokens there are
-    w2c: Tensor, K: Tensor, height: int, width: int,  # the target view
-    grid: tuple[int, int],  # (h, w) of the target
-    mask: Tensor | None = None,  # (H, W) int64 instance ids of the target, 0 = unlabelled; None: no blending
-    blend: float = 0.5,
-    downscale: str = "bilinear",  # or "area"
-    max_elements: int | None = None,
-) -> SplatOperator:
-    """What `rasterize`, `divide_by_alpha`, `semantic_blend` and `splat_to_tokens` together make of the tokens."""
-    check_operator_arguments(means, index, weight, mask, (height, width))
-    max_elements, N, device = max_elements or elements_at_once(weight), math.prod(grid), weight.device
-    mask = index.new_zeros(height, width) if mask is None or blend == 1 else mask
-    ids, mask = mask.unique(return_inverse=True)  # from here on 0, 1, ...
-    labelled = (ids != 0).to(weight)
-    (ty, wy), (tx, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
-    taps = Blocks(ty[:, 0].contiguous(), tx[:, 0].contiguous(), (ty.shape[1], tx.shape[1]))  # a block a token
-    b = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1)  # (N, P) float64
-    token, m = torch.arange(N, device=device)[:, None].expand(b.shape), pixels_of(mask, taps)
-    mixed = (1 - blend) * labelled[m]  # (N, P) 1 - a_p
-    with full_precision(device):
-        camera = w2c, K, height, width
-        table, z, box = project_in_parts(means, covariances, opacities, *camera, weight.dtype, max_elements)
-        lift, view = (index, weight, tokens), (table, z, box, height, width)
-        row, column, value, covered = token_weights(view, lift, taps, (b * (1 - mixed)).to(weight), token, max_elements)
-        scale, valid = over_valid_taps(b, covered)
-        S = row, column, value * scale[row].to(weight)
-        mean_share = (mixed * scale[:, None] * covered * b).to(weight).flatten()
-        used = mean_share.nonzero()[:, 0]
-        L = [x.flatten().index_select(0, used) for x in (token, m, mean_share)]
-        M = row[:0], column[:0], value[:0]
-        if len(used):
-            blocks = whole_view(height, width, device)
-            share, m = pixels_of(labelled[mask], blocks), pixels_of(mask, blocks)
-            row, column, value, covered = token_weights(view, lift, blocks, share, m, max_elements)
-            count = share.new_zeros(len(ids)).index_add_(0, m.flatten(), (share * covered).flatten())
-            M = row, column, value / count[row]
-    sizes = (N, tokens), (N, len(ids)), (len(ids), tokens)
-    return SplatOperator(*(sparse(*matrix, size) for matrix, size in zip((S, L, M), sizes)), valid)
-
-
-# ---- Workshop: not needed to understand the method ----
-
-
-# --------------------------------------------------------------------------------------------------------- small things
-
-
 BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
 CHUNK = 32  # Gaussians that one step takes from a block's list
 FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
@@ -381,11 +338,6 @@ def elements_at_once(like: Tensor) -> int:
 def pieces(count: int, size: int) -> list[slice]:
     """0, 1, ... count - 1 in slices of `size`, but at least 1."""
     return [slice(i, i + max(1, size)) for i in range(0, count, max(1, size))]
-
-
-def where_positive_(x: Tensor, by: Tensor) -> Tensor:
-    """In place, x where `by` > 0, else 0. This is what ReLU's backward pass does, in half the time of a mask."""
-    return torch.ops.aten.threshold_backward.grad_input(x, by, 0.0, grad_input=x)
 
 
 def segment_means(features: Tensor, segment: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -457,7 +409,7 @@ def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
 TAPS = {"bilinear": bilinear_taps, "area": area_taps}
 
 
-# ------------------------------------------------------------------------------------------------ projection, continued
+# ------------------------------------------------------------------------ rasterize: projection
 
 
 def project(
@@ -533,12 +485,12 @@ def reached_pixels(columns: Tensor, height: int, width: int) -> Tensor:
     return torch.where(hit, torch.cat([first, last]), columns.new_tensor([[0.0], [0], [-1], [-1]])).int()
 
 
-# ---------------------------------------------------------------------------------------------- the lists of the blocks
+# ------------------------------------------------------------------------ rasterize: the lists of the blocks
 
 
 class Blocks(NamedTuple):
     """The pixels to be rasterised, as rows and columns of equal blocks: for a whole view side by side, but the operator
-    (section 4) also reads views at 2x2 pixels here and there. They may overlap, and reach beyond the view."""
+    also reads views at 2x2 pixels here and there. They may overlap, and reach beyond the view."""
 
     top: Tensor  # (rows,) the first pixel of each row of blocks, ascending
     left: Tensor  # (columns,) and of each column
@@ -629,7 +581,37 @@ class BlockLists:
         return Band(slice(top, bottom), centre, start, lengths, torch.cat([gaussian, gaussian[-1:]]))
 
 
-# ----------------------------------------------------------------------------------------------- compositing, continued
+# ------------------------------------------------------------------------ rasterize: compositing
+
+
+class Composite(torch.autograd.Function):
+    """Images (H, W, E) and (H, W, C) of sum_k w_k e_k and sum_k w_k f_k; H and W are rounded up to whole blocks."""
+
+    @staticmethod
+    def forward(ctx, lists: BlockLists, max_elements, table, few, many):
+        # few (G, E) travel beside the geometry and are summed in every step; many (G, C) wait for the weights.
+        ctx.lists, ctx.max_elements = lists, max_elements
+        size = [len(start) * n for start, n in zip(lists.blocks[:2], lists.blocks.shape)]
+        images, table = [x.new_empty(*size, x.shape[1]) for x in (few, many)], torch.cat([table, few], 1)
+        for band in lists:
+            sums = few.new_zeros(len(band.lengths), few.shape[1], lists.blocks.pixels)  # (blocks, E, P)
+            weights = few.new_zeros(len(band.gaussian) if many.shape[1] else 0, lists.blocks.pixels)
+            for step in walk(table, band, lists.blocks.shape, max_elements):
+                sums.index_add_(0, step.blocks, step.rows[..., 8:].mT @ step.weight.transpose(0, 1))
+                if len(weights):
+                    weights[step.place.T] = step.weight  # where a list has ended, 0 at the place of no list
+            parts = sums, all_channels(band, weights, many, max_elements)
+            for image, part in zip(images, parts):
+                view = in_blocks(image, lists.blocks.shape)[band.rows]
+                view.copy_(part.view(view.shape))
+        ctx.save_for_backward(table, many, *images)
+        return tuple(images)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        with full_precision(grads[0].device):
+            needed = ctx.needs_input_grad[2:]
+            return None, None, *gradients(ctx.lists, ctx.max_elements, ctx.saved_tensors, grads, needed)
 
 
 class Step(NamedTuple):
@@ -686,7 +668,7 @@ def make_step(table, band, blocks, centre, place, light, pixels, buffer, backwar
     ids = band.gaussian.index_select(0, place.flatten())
     rows = table.index_select(0, ids).view(*place.shape, -1)
     columns = rows[..., :8].permute(2, 1, 0).contiguous()
-    coefficients = polynomial(columns, centre)
+    coefficients = polynomial(*centre[:, None] - columns[:2] - columns[2:4], *columns[4:])
     coefficients[0].masked_fill_((place == len(band.gaussian) - 1).T, -1e30)  # whatever is there, 2^ it is 0
     alpha = buffer[: place.numel() * pixels.shape[1]].view(CHUNK, len(blocks), -1)
     torch.mm(coefficients.flatten(1).T, pixels, out=alpha.flatten(0, 1)).exp2_()  # all pixels of all blocks at once
@@ -761,11 +743,12 @@ def gradients(lists: BlockLists, max_elements, saved, grads, needed):
 
 def front_to_back_in_turn(alpha: Tensor, light: Tensor) -> Tensor:
     """`front_to_back`, one Gaussian after the other; `alpha` becomes the weights."""
+    threshold_backward = torch.ops.aten.threshold_backward.grad_input  # the backward pass of ReLU
     for w in alpha:
         w.mul_(light)
         light.sub_(w)
         F.threshold_(light, MIN_LIGHT, 0.0)
-        where_positive_(w, light)
+        threshold_backward(w, light, 0.0, grad_input=w)  # w where light > 0, else 0, in half the time of a mask
     return alpha
 
 
@@ -814,7 +797,47 @@ def polynomial_gradients(columns: Tensor, centre: Tensor, g: Tensor) -> Tensor:
     return torch.stack([-l11 * grad_u, -l21 * grad_u - l22 * grad_v, grad_l11, grad_l21, grad_l22, g[0]])
 
 
-# ---------------------------------------------------------------------------------------------- the operator, continued
+# ------------------------------------------------------------------------ the splat operator
+
+
+@torch.no_grad()
+def splat_operator(
+    means: Tensor, covariances: Tensor, opacities: Tensor, index: Tensor, weight: Tensor, tokens: int, w2c: Tensor,
+    K: Tensor, height: int, width: int, grid: tuple[int, int], mask: Tensor | None = None, blend: float = 0.5,
+    downscale: str = "bilinear", max_elements: int | None = None,
+) -> SplatOperator:
+    """What `splat_operator_plainly` gives, in the parts of section 5. S needs the taps alone: 2x2 pixels a token, one
+    pixel in 49 at the paper's size, which is why `walk` takes blocks of any shape. M needs every pixel. Rows of S and M
+    are made alike: (rows x Gaussians) times u (Gaussians x tokens), both sparse."""
+    check_operator_arguments(means, index, weight, mask, (height, width))
+    max_elements, N, device = max_elements or elements_at_once(weight), math.prod(grid), weight.device
+    mask = index.new_zeros(height, width) if mask is None or blend == 1 else mask  # all unlabelled
+    ids, mask = mask.unique(return_inverse=True)  # from here on 0, 1, ...
+    labelled = (ids != 0).to(weight)
+    (ty, wy), (tx, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
+    taps = Blocks(ty[:, 0].contiguous(), tx[:, 0].contiguous(), (ty.shape[1], tx.shape[1]))  # a block a token
+    b = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1)  # (N, P) float64
+    token, m = torch.arange(N, device=device)[:, None].expand(b.shape), pixels_of(mask, taps)
+    mixed = (1 - blend) * labelled[m]  # (N, P) 1 - a_p
+    with full_precision(device):
+        camera = w2c, K, height, width
+        table, z, box = project_in_parts(means, covariances, opacities, *camera, weight.dtype, max_elements)
+        lift, view = (index, weight, tokens), (table, z, box, height, width)
+        row, column, value, covered = token_weights(view, lift, taps, (b * (1 - mixed)).to(weight), token, max_elements)
+        scale, valid = over_valid_taps(b, covered)
+        S = row, column, value * scale[row].to(weight)
+        mean_share = (mixed * scale[:, None] * covered * b).to(weight).flatten()
+        used = mean_share.nonzero()[:, 0]
+        L = [x.flatten().index_select(0, used) for x in (token, m, mean_share)]
+        M = row[:0], column[:0], value[:0]
+        if len(used):
+            blocks = whole_view(height, width, device)
+            share, m = pixels_of(labelled[mask], blocks), pixels_of(mask, blocks)
+            row, column, value, covered = token_weights(view, lift, blocks, share, m, max_elements)
+            count = share.new_zeros(len(ids)).index_add_(0, m.flatten(), (share * covered).flatten())
+            M = row, column, value / count[row]
+    sizes = (N, tokens), (N, len(ids)), (len(ids), tokens)
+    return SplatOperator(*(sparse(*matrix, size) for matrix, size in zip((S, L, M), sizes)), valid)
 
 
 def token_weights(
@@ -884,7 +907,7 @@ def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -
 OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean
 
 
-def save_operator(operator: SplatOperator, path: str | Path, dtype: torch.dtype) -> None:
+def save_operator(operator: SplatOperator, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
     """A safetensors file of 4 bytes a weight: float16 moves tokens by 1e-4 of their length."""
     stored = {"valid": operator.valid}
     for name, matrix in zip("SLM", operator):
@@ -927,17 +950,18 @@ def load_operator(path: str | Path) -> SplatOperator:
     return SplatOperator(*matrices, stored["valid"])
 
 
-# ----------------------------------------------------------------------------------------------------------- .ply files
+SplatOperator.save, SplatOperator.load = save_operator, staticmethod(load_operator)
+
+
+# ------------------------------------------------------------------------ .ply files
 
 
 PLY_FIELDS = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
 SH_C0 = 0.28209479177387814  # the constant spherical harmonic, in which .ply files store colours
 
 
-def rotation_to_quaternion(
-    R: np.ndarray,  # (G, 3, 3) with determinant +1
-) -> np.ndarray:
-    """Unit quaternions (G, 4) as (w, x, y, z)."""
+def rotation_to_quaternion(R: np.ndarray) -> np.ndarray:
+    """Rotations (G, 3, 3), of determinant +1 -> unit quaternions (G, 4) as (w, x, y, z)."""
     (a, b, c), (d, e, f), (g, h, i) = R.transpose(1, 2, 0)
     rows = [
         [1 + a + e + i, h - f, c - g, d - b],
@@ -970,20 +994,7 @@ def save_ply(
     companions()[0].write_whole(path, "\n".join(header).encode() + table.astype("<f4").tobytes())
 
 
-# ------------------------------------------------------------------------------------------------ two views and a third
-
-
-class Triplet(NamedTuple):
-    """Context, context, target, stacked in this order. Lengths are in units of the nearest depth: so one near plane
-    suits any scene."""
-
-    name: str
-    images: Tensor  # (3, 3, H, W) in [0, 1]
-    masks: Tensor | None  # (3, H, W) int64, where asked for
-    depth: Tensor | None  # (3, H, W) measured z-depth, 0 = unknown; None unless all three views have it
-    K: Tensor  # (3, 3, 3) pixels
-    c2w: Tensor  # (3, 4, 4)
-    far: float  # the nearest depth is 1
+# ------------------------------------------------------------------------ two views and a third
 
 
 def name_of(scene, indices) -> str:
@@ -1021,11 +1032,6 @@ def reconstruct(geometry: str, triplet: Triplet, net=None):
     return gaussians, images.permute(0, 2, 3, 1).reshape(-1, 3)
 
 
-def render_target(gaussians, features: Tensor, triplet: Triplet) -> Render:  # features (G, C)
-    camera = torch.linalg.inv(triplet.c2w[2]), triplet.K[2], *triplet.images.shape[-2:]
-    return rasterize(gaussians.means, gaussians.covariances, gaussians.opacities, features, *camera)
-
-
 def psnr(guess: Tensor, truth: Tensor) -> float:  # of values in [0, 1]
     return -10 * (guess - truth).square().mean().clamp(min=1e-10).log10().item()
 
@@ -1052,7 +1058,7 @@ def warning_of(scores: list[tuple[float, float]]) -> str | None:
             "Look at the poses and at the depth range (--near --far), or try another --geometry")
 
 
-# --------------------------------------------------------------------------------------------------- a flight, animated
+# ------------------------------------------------------------------------ pictures and the command
 
 
 def between(a: Tensor, b: Tensor, count: int) -> Tensor:
@@ -1087,9 +1093,6 @@ def fly(scenes, args) -> Path:
     frames[0].save(buffer, "webp", save_all=True, append_images=frames[1:], duration=80, loop=0, quality=80)
     data.write_whole(path, buffer.getvalue())
     return path
-
-
-# ---------------------------------------------------------------------------------------------------------- the picture
 
 
 @torch.no_grad()
@@ -1137,9 +1140,6 @@ def show(scenes, args) -> None:
     print(f"psnr where all cover the target: {answer} (mean colour {baseline:.1f})  ->  {path}")
     if warning := warning_of([(score["mvsplat"], score["mean colour"]) for score in scores]):
         print(warning)
-
-
-# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def parse(argv):

@@ -1,5 +1,5 @@
 """03_splat: the fast rasteriser against its definition and recorded renders, blend and tokens against plain loops, the
-operator against the dense path, and the scenes that break rasterisers."""
+operator against its definition, and the scenes that break rasterisers."""
 
 import importlib
 import math
@@ -407,17 +407,6 @@ def lifted(height, width, grid, context=None, dtype=torch.float64, masks=True, h
                 w2c=w2c, K=K, height=height, width=width, grid=grid, mask=mask)  # fmt: skip
 
 
-def dense(x, means, covariances, opacities, index, weight, tokens, w2c, K, height, width, grid, mask=None, blend=0.5,
-          downscale="bilinear"):
-    """The definition: render everything, divide, blend, read off the tokens."""
-    features = (weight[..., None] * x[index]).sum(1)  # SnD Eq. 2
-    render = splat.rasterize(means, covariances, opacities, features, w2c, K, height, width)
-    features, valid = splat.divide_by_alpha(render)
-    if mask is not None:
-        features = splat.semantic_blend(features, mask, blend, valid)
-    return splat.splat_to_tokens(features, valid, grid, downscale)
-
-
 def context_tokens(s, C=3):
     return torch.randn(s["tokens"], C, generator=torch.Generator().manual_seed(0),
                        dtype=torch.float64).to(s["weight"].dtype)
@@ -425,7 +414,8 @@ def context_tokens(s, C=3):
 
 def assert_same(s, tolerance, **more):
     x, operator = context_tokens(s), splat.splat_operator(**s, **more)
-    y, valid = dense(x, **s, **{k: v for k, v in more.items() if k in ("blend", "downscale")})
+    matrix, valid = splat.splat_operator_plainly(**s, **{k: v for k, v in more.items() if k != "max_elements"})
+    y = matrix @ x
     assert torch.equal(operator.valid, valid)
     assert operator(x).dtype == y.dtype and (operator(x) - y).abs().max() <= tolerance
     return operator
@@ -449,7 +439,7 @@ OPERATORS = {  # view, grid of the target; what else
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 5e-6)])
 @pytest.mark.parametrize("case", OPERATORS)
 @pytest.mark.parametrize("masks", [False, True])
-def test_the_operator_is_the_dense_path(case, masks, dtype, tolerance):
+def test_the_operator_is_its_definition(case, masks, dtype, tolerance):
     height, width, grid, more = OPERATORS[case]
     s = lifted(height, width, grid, more.get("context"), dtype, masks, holes=height > 17)
     operator = assert_same(s, tolerance, **{name: value for name, value in more.items() if name != "context"})
@@ -503,7 +493,7 @@ def test_gradient_of_the_tokens():
     x, g = context_tokens(s).requires_grad_(), torch.randn(35, 3, dtype=torch.float64)
     s["means"].requires_grad_()  # is ignored: geometry is frozen
     operator = splat.splat_operator(**s)
-    (found,), (wanted,) = (torch.autograd.grad(y, x, g) for y in (operator(x), dense(x, **s)[0]))
+    wanted, (found,) = splat.splat_operator_plainly(**s)[0].T @ g, torch.autograd.grad(operator(x), x, g)
     assert (found - wanted).abs().max() < 1e-10 and wanted.abs().max() > 0.1
 
 
