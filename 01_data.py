@@ -60,7 +60,7 @@ class DataError(Exception):
         return "".join(c if c.isprintable() else "?" for c in super().__str__())
 
 
-# ---------------------------------------------------------------------------------------------- 1. Views and scenes
+# ------------------------------------------------------------------------ 1. Views and scenes
 
 
 class View(NamedTuple):
@@ -148,7 +148,7 @@ def regions(view: View, count=64) -> Tensor:  # (H, W) int64
     return view.mask if view.mask is not None else superpixels(view.image, count)
 
 
-# ------------------------------------------------------------------------------------------- 2. What does a view see?
+# ------------------------------------------------------------------------ 2. What does a view see?
 
 
 def into_picture(points, frame):
@@ -205,7 +205,7 @@ def overlap(scene, i, j):
     return min(share(i, j), share(j, i))
 
 
-# ---------------------------------------------------------------------------------------- 3. Two contexts and a target
+# ------------------------------------------------------------------------ 3. Two contexts and a target
 
 
 # What is asked of two contexts: (least overlap with the target, widest baseline). The baseline is the distance of the
@@ -261,7 +261,7 @@ def sample_triplet(scene, generator, targets=None):
                     "add views in between, or drop the scene")
 
 
-# ---------------------------------------------------------------------------------------------- 4. What is held out
+# ------------------------------------------------------------------------ 4. What is held out
 
 
 def split(scenes, part):
@@ -298,7 +298,7 @@ BUILT_IN = {  # folders that are made where they are missing: to train on; other
     "data_small": DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))}
 
 
-# ----------------------------------------------------------------------------------------- finding and checking scenes
+# ------------------------------------------------------------------------ finding and checking scenes
 
 
 def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
@@ -433,7 +433,7 @@ def checked_scene(name, folder, frames, extra, skip_bad_frames):
     return scene
 
 
-# ------------------------------------------------------------------------------------------ does a frame fit its files?
+# ------------------------------------------------------------------------ does a frame fit its files?
 
 
 def problem_of(frame, thorough=False):
@@ -555,7 +555,7 @@ def ends_well(path):  # whether the last bytes of a PNG or JPEG are there; of ot
     return {b"\xff\xd8": end.endswith(b"\xff\xd9"), b"\x89P": end[4:8] == b"IEND"}.get(start, True)
 
 
-# ---------------------------------------------------------------------------------------------- names of files
+# ------------------------------------------------------------------------ names of files
 
 
 def inside(path, root, where):
@@ -639,7 +639,7 @@ def maps_beside(image, root):
     return found
 
 
-# --------------------------------------------------------------------------------------------- reader: transforms.json
+# ------------------------------------------------------------------------ reader: transforms.json
 
 
 def transforms_files(folder):
@@ -752,7 +752,7 @@ def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None,
     return K, size, (radial, tangential)
 
 
-# ---------------------------------------------------------------------------------------------- reader: COLMAP
+# ------------------------------------------------------------------------ reader: COLMAP
 
 
 def colmap_models(folder):  # -> the folders of all models of a scene, the largest first
@@ -881,7 +881,7 @@ def colmap_lines(file, columns=-1):  # -> the words of each line; behind `column
     return [row.split(None, columns) for row in rows if row and row[0] != "#"]
 
 
-# --------------------------------------------------------------------------------------------- reader: RGB-D sequences
+# ------------------------------------------------------------------------ reader: RGB-D sequences
 
 # 7-Scenes was recorded with one Kinect whose depth is not registered to its colour: the commonly published calibration.
 KINECT_DEPTH_F, KINECT_COLOUR_F = 585.0, 525.0
@@ -962,7 +962,7 @@ def register_kinect_depth(depth):  # (480, 640) of the depth camera -> the same,
     return registered
 
 
-# ---------------------------------------------------------------------------------------------- reader: LLFF
+# ------------------------------------------------------------------------ reader: LLFF
 
 
 def read_llff(folder):
@@ -988,7 +988,7 @@ def read_llff(folder):
     return frames, dict(bounds=bounds, notes=odd + left_out(root.iterdir()))
 
 
-# ---------------------------------------------------------------------------------------------- the unit of depth
+# ------------------------------------------------------------------------ the unit of depth
 
 
 def settle_depth_unit(scene):
@@ -1045,7 +1045,7 @@ def depth_ratios(depth, x, y, z, frame):  # measured depth over z, at points tha
     return (measured[measured > 0] / z[measured > 0]).tolist()
 
 
-# ------------------------------------------------------------------------------------------ pictures of a view, lenses
+# ------------------------------------------------------------------------ pictures of a view, lenses
 
 
 def covering_crop(stored, size):
@@ -1156,7 +1156,7 @@ def zoomed_K(stored_K, size, distortion):
     return None
 
 
-# ---------------------------------------------------------------------------------------------- maps of a view
+# ------------------------------------------------------------------------ maps of a view
 
 
 def read_maps(scene, frame, size):
@@ -1252,7 +1252,7 @@ def decode_ids(path):  # -> (H, W) int64; palette and grey files hold ids, colou
     return ids[..., :3] @ np.array([1, 256, 65536]) if ids.shape[2] >= 3 else ids[..., 0]  # (H, W, 1) or grey and alpha
 
 
-# ---------------------------------------------------------------------------------------- depth from the camera layout
+# ------------------------------------------------------------------------ depth from the camera layout
 
 
 def layout_depth_range(c2w):  # (V, 4, 4) -> near, far
@@ -1274,7 +1274,7 @@ def layout_depth_range(c2w):  # (V, 4, 4) -> near, far
     return float(max(0.4 * spread, 2.5 * step)), float(max(12 * spread, 25 * step))
 
 
-# ---------------------------------------------------------------------------------------------- superpixels
+# ------------------------------------------------------------------------ superpixels
 
 
 def superpixels(image: Tensor, count: int) -> Tensor:
@@ -1305,7 +1305,7 @@ def superpixels(image: Tensor, count: int) -> Tensor:
     return cluster.reshape(height, width) + 1
 
 
-# ---------------------------------------------------------------------------------- files, flags, errors of all stages
+# ------------------------------------------------------------------------ files, flags, errors of all stages
 
 
 def write_whole(path, content: bytes):
@@ -1363,7 +1363,7 @@ def explained(args, goes_on):
         sys.exit(f"stopped; {goes_on}")
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------ pictures
 
 
 LINE_COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14)]
@@ -1492,7 +1492,7 @@ def fit_size(scene, pixels, multiple):
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
 
 
-# ---------------------------------------------------------------------------------------------- report and command
+# ------------------------------------------------------------------------ report and command
 
 
 def show_triplets(scene, triplets, path):

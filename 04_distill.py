@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat"))
 
-# ------- 1. What is compared: each token's distribution over prototypes
+# ------------------------------------------------------------------------ 1. What is compared
 
 
 class DINOHead(nn.Module):
@@ -98,7 +98,7 @@ def distill_loss(
     return -(target * (student_logits / tau_student).log_softmax(-1)).sum(-1).mean()  # SnD Eq. 5
 
 
-# ------- 2. Who is taught, and by whom
+# ------------------------------------------------------------------------ 2. Who is taught, and by whom
 
 
 class LoRALinear(nn.Module):
@@ -173,11 +173,7 @@ def networks_of(args):
     return before, student, teacher, optimiser
 
 
-# ------- 3. The 3D-aware teacher: what it saw in two views, carried into a third
-
-# A `splat.Triplet` holds three views: images (3, 3, H, W), masks (3, H, W), depth (3, H, W) or None, K (3, 3, 3) and
-# c2w (3, 4, 4). Rows 0 and 1 are the contexts, row 2 is the target.
-
+# ------------------------------------------------------------------------ 3. The 3D-aware teacher
 
 def lift_weights(t: splat.Triplet, grid, upscale="masks", drop_unmatched=False):
     """SnD Eq. 2-3 for both context views: each Gaussian's feature is a weighted sum of four of their 2N tokens.
@@ -208,8 +204,6 @@ def splat_features(
     features = sum(weight[:, k, None] * tokens.flatten(0, 1).float()[index[:, k]] for k in range(4))  # SnD Eq. 2
     opacities = gaussians.opacities * (weight.sum(1) > 0)
     # Splat them into the target view.
-    # Differs: the official code passes the variances on as scales, which squares them again, and draws reflected frames
-    # as spheres; we splat the covariances that the geometry gives.
     render = splat.render_target(gaussians._replace(opacities=opacities), features, t)
     rendered, valid = splat.divide_by_alpha(render)
     # Blend: each pixel moves towards the mean of its object.
@@ -217,7 +211,7 @@ def splat_features(
     return splat.splat_to_tokens(blended, valid, grid, downscale)
 
 
-# ------- 4. A training step, and the loop
+# ------------------------------------------------------------------------ 4. A training step, and the loop
 
 
 class Sample(NamedTuple):
@@ -369,7 +363,7 @@ def blocked_loss(
     return loss, entropy
 
 
-# -------------------------------------------------------------------------------- triplets and operators
+# ------------------------------------------------------------------------ triplets and operators
 
 
 def prepare(args, rank=0, world=1):
@@ -620,7 +614,7 @@ def ahead(function, items, count=4):
         pool.shutdown(cancel_futures=True)
 
 
-# -------------------------------------------------------------------------------- fine-tuning MVSplat (SnD A.3)
+# ------------------------------------------------------------------------ fine-tuning MVSplat (SnD A.3)
 
 
 def covisible_pixels(depth: Tensor, K: Tensor, c2w: Tensor, target=2) -> Tensor:
@@ -737,7 +731,7 @@ def report_geometry(networks, triplets, kind, folder):
     print(f"MVSplat on {len(found['start'])} {kind} triplets, PSNR: {shown}  ->  {folder}")
 
 
-# -------------------------------------------------------------------------------- a run that cannot be lost
+# ------------------------------------------------------------------------ a run that cannot be lost
 
 
 class Run:
@@ -891,7 +885,7 @@ def read_run(path):  # -> step, settings, tensors; None where it is damaged
             return step, settings, tensors
 
 
-# -------------------------------------------------------------------------------- more than one process
+# ------------------------------------------------------------------------ more than one process
 
 
 def processes(args, batch):
@@ -944,7 +938,7 @@ def what_changes(student, teacher, args):  # of both networks, by name: what a c
     return {"student": ours, "teacher": {name: theirs[name] for name in own}}
 
 
-# -------------------------------------------------------------------------------- measuring agreement
+# ------------------------------------------------------------------------ measuring agreement
 
 
 class Agreement(NamedTuple):
@@ -1031,7 +1025,7 @@ def agreement(vit, triplets: list[Judged]) -> Agreement:
     return Agreement(right / total, cosines / total, effective_rank(torch.cat([x[2] for x in tokens])))
 
 
-# -------------------------------------------------------------------------------- what a run ends with
+# ------------------------------------------------------------------------ what a run ends with
 
 
 def merge_lora(model):
@@ -1154,7 +1148,7 @@ def match_picture(t: Judged, x: Tensor, patch) -> Tensor:
     return F.fold(shown[None], t.images.shape[-2:], patch, stride=patch)[0]
 
 
-# -------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------ command line
 
 # `vits` and `vitb` are the paper's setting (A.3); `tiny` fits the same loop into minutes on a CPU.
 # Differs: the official code renders at 584x876 and the ViT sees 574x868, to which the images are resized; we load,

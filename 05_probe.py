@@ -52,7 +52,7 @@ DEPTH_BINS, MATCHES = 256, 1000  # A.4 and Probe3D: depth candidates a pixel, ma
 THRESHOLDS = (5, 10, 20)  # pixels; the paper reports 10
 VIEWPOINTS = {"0-15": (0, 15), "15-30": (15, 30), "30-60": (30, 60), "60-180": (60, 181)}  # degrees (SnD Fig. 7)
 
-# ------------------------------------------------------------------------------------------------ 1. What is measured
+# ------------------------------------------------------------------------ 1. What is measured
 
 
 def mean_of(rows, names) -> dict:  # rows of scores, one per image or pair -> {name: mean}
@@ -121,7 +121,7 @@ def reprojection_error(
     return torch.where(z > 1e-6, (torch.stack([x, y], 1) / z[:, None] - b).norm(dim=1), torch.inf)
 
 
-# ------------------------------------------------------------------------------------------------ 2. A linear head
+# ------------------------------------------------------------------------ 2. A linear head
 
 
 class Views(NamedTuple):
@@ -211,7 +211,7 @@ def fit(name, head: LinearHead, decode, loss, tokens: Features, truth, recipe: R
     return predict
 
 
-# ------------------------------------------------------------------------------------------------ 3. Depth
+# ------------------------------------------------------------------------ 3. Depth
 
 
 def expected_depth(logits: Tensor, bins: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def depth_probe(tokens: Features, truth, val_tokens: Features, val_truth, recipe
     return depth_metrics(predict(val_tokens), val_truth), predict
 
 
-# ------------------------------------------------------------------------------------------------ 4. Normals
+# ------------------------------------------------------------------------ 4. Normals
 
 
 def angular_loss(maps: Tensor, truth: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ def normal_probe(tokens: Features, truth, val_tokens: Features, val_truth, recip
     return normal_metrics(predict(val_tokens), val_truth), predict
 
 
-# ------------------------------------------------------------------------------------------------ 5. Segmentation
+# ------------------------------------------------------------------------ 5. Segmentation
 
 
 def segmentation_probe(tokens: Features, truth, val_tokens: Features, val_truth, recipe: Recipe):
@@ -292,7 +292,7 @@ def segmentation_probe(tokens: Features, truth, val_tokens: Features, val_truth,
     return segmentation_metrics(predict(val_tokens), val_truth, class_count(truth, val_truth)), predict
 
 
-# ------------------------------------------------------------------------------------------------ 6. Correspondence
+# ------------------------------------------------------------------------ 6. Correspondence
 
 
 def sample_points(tokens: Tensor, depth: Tensor):
@@ -374,7 +374,7 @@ def recall(errors, pairs, limits) -> dict:  # % of each pair's errors below each
     return scores
 
 
-# ----------------------------------------------------------------------- 7. Before training: is there anything to gain?
+# ------------------------------------------------------------------------ 7. Is there anything to gain?
 
 
 def place_share(patches, norm=nn.Identity()) -> dict:
@@ -415,7 +415,7 @@ PRESETS = {
 AT_ONCE = 32  # views that are in memory while views and features are written
 NO_CLASS = 10_000  # class ids are below; larger values are instance ids or colours
 
-# ------------------------------------------------------------------------------------------------ arrays on disk
+# ------------------------------------------------------------------------ arrays on disk
 
 
 class Rows:
@@ -478,7 +478,7 @@ def on_disk(stem, columns, count, make, what, at_once=AT_ONCE) -> dict:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ views and their truth
+# ------------------------------------------------------------------------ views and their truth
 
 
 def chosen_views(scenes, args, part) -> list:
@@ -637,7 +637,7 @@ def class_count(*labels):  # one more than the largest id
     return 1 + max(int(pixels_of_classes(x).nonzero().max()) for x in labels)
 
 
-# ------------------------------------------------------------------------------------------------ pairs of views
+# ------------------------------------------------------------------------ pairs of views
 
 
 class Pair(NamedTuple):
@@ -728,7 +728,7 @@ def epipolar_error(a: Tensor, b: Tensor, depth, K_a: Tensor, K_b: Tensor, a_to_b
     return (F.pad(b, (0, 1), value=1.0) * lines).sum(1).abs() / lines[:, :2].norm(dim=1)
 
 
-# ------------------------------------------------------------------------------------------------ features and heads
+# ------------------------------------------------------------------------ features and heads
 
 
 def parts_of(path: str) -> list:  # the models of `a+b`, whose channels stand side by side
@@ -874,7 +874,7 @@ def shares_in_words(scores) -> str:
             "(depth on the built-in ViT: nothing at 1.3 %, 3 % at 26.5 %; docs/study.md).") if shares else ""
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------ pictures
 
 
 def shown_views(truth, unknown=None) -> Tensor:  # four views of which something is known, evenly spread
@@ -935,7 +935,7 @@ def draw_all(results, train, val: Views, pairs, out):
     yield "Features", "The three directions in which a model's features vary most, as colours.", path
 
 
-# ------------------------------------------------------------------------------------------------ the report
+# ------------------------------------------------------------------------ the report
 
 COLUMNS = (  # probe, score, heading, digits
     ("depth", "AbsRel", "depth AbsRel ↓", 3), ("depth", "RMSE", "RMSE ↓", 3), ("depth", "delta1", "δ<1.25 % ↑", 1),
@@ -1004,7 +1004,7 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
     return f"{about}\n\n{summary}"
 
 
-# ------------------------------------------------------------------------------------------------ command
+# ------------------------------------------------------------------------ command
 
 LAYOUTS = """
 The student with blending is for depth, normals and segmentation, the one without (04_distill.py --no_blend) for
