@@ -13,9 +13,9 @@ Copy    01_data.py 02_lift.py 05_probe.py tiny/vit.safetensors
 Read    depth_metrics, normal_metrics, segmentation_metrics, reprojection_error, Views, Features, LinearHead, fit,
         expected_depth, sig_loss, depth_probe, angular_loss, normal_probe, segmentation_probe, sample_points, match,
         nearest_with_ratio, match_pair, correspondence, recall, place_share
-Try     --no_cls: depth RMSE 0.526 -> 0.561 m (default rooms), so CLS seems to know something of the size of a room.
-        --layer norm (default: before the last LayerNorm): mIoU 26.6 -> 25.3 %; the LayerNorm removes a little.
-        --models tiny+tiny: depth RMSE 0.526 -> 0.551 m, mIoU 26.6 -> 26.3 %; width alone does not help.
+Try     --no_cls: depth RMSE of the built-in ViT 0.718 -> 0.725 m, so CLS knows a little of the size of a room.
+        --layer norm (default: before the last LayerNorm): normals 34.4 -> 35.1 degrees, mIoU 22.8 -> 22.2 %.
+        --models tiny+tiny: normals 34.4 -> 34.0 degrees, depth and mIoU a little worse; width alone helps little.
 Not     heads that are not linear, several layers at once, images of several shapes (all are cropped to the first's).
 Words   head: one linear layer on frozen tokens. truth: the measured map, 0 (labels: 255) where it is unknown. Letters:
         I images, M matches, K intrinsics. "px": pixels of the image. "grid": distances between neighbouring matched
