@@ -11,9 +11,9 @@ Run     python 06_distill3r.py --preset tiny     cache, train, eval and infer on
         python 06_distill3r.py table                                         Table I: time and memory over the views
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py tiny/rooms.py tiny/teacher.py
         tiny/vit.safetensors
-Read    Pointmap, certainty, pointmap_loss, PointmapNetwork, read_out, Fusion, view_codes, Fast3R, Student,
-        CachedSample, write_cache, ask, filtered, train, learn_samples, loss_of, learning_rate, estimate_cameras,
-       , focal_length, similarity
+Read    Pointmap, certainty, Loss, WEIGHTS, pointmap_loss, PointmapNetwork, read_out, Fusion, view_codes, Fast3R,
+        StudentConfig, Student, CachedSample, write_cache, ask, filtered, train, learn_samples, loss_of, learning_rate,
+        Cameras, estimate_cameras, focal_length, similarity
 Try     after --preset tiny: eval --models mean student --views 1      accuracy 0.218 m, by the mean pointmap 0.245
         cache --scene_dir data_small/room_007 --tau 0.9 --out out/sure    69 % of pixels are valid; at --tau 0.3, 99.6 %
 Not     training of the teacher, bundle adjustment of the cameras, metric scale where the teacher has none.
@@ -128,8 +128,8 @@ def pointmap_loss(
     view_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(pixels_k.device)  # (M,)
     share = 1 / pixels if mean == "pixels" else 1 / (len(counts) * pixels_k[view_of])  # of a pixel in the mean
 
-    # Gradients flow through both scales. The loss does not change when a student makes all of its points larger, and
-    # with constant scales the gradient would not know that: it would push their size about.
+    # Gradients flow through the scales. No size of the student's points is better than another, as they are divided by
+    # it; a gradient that took the scale for a constant would not know that, and would push the size up or down.
     def scene_scale(points):  # s, one number
         return (points.norm(dim=-1).sum() / pixels).clamp_min(1e-8)  # Distill3R Eq. 4
 
@@ -199,7 +199,7 @@ class Fusion(nn.Module):
         self.dim = dim
         self.hooks = depth // 2, depth * 3 // 4, depth  # the blocks whose output the heads see
         self.decoder_embed = nn.Linear(enc_dim, dim)
-        self.dec_blocks = nn.ModuleList(Block(dim, heads, 1e-5) for _ in range(depth))  # a plain ViT's (workshop)
+        self.dec_blocks = nn.ModuleList(Block(dim, heads, 1e-5) for _ in range(depth))  # (workshop) a ViT's
         self.dec_norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, tokens, ids):  # V of (N_v, C), V ids -> the four levels for the heads, each V of (N_v, C)
@@ -251,7 +251,7 @@ class StudentConfig(NamedTuple):
     dec_depth: int = 6
     widths: tuple = (96, 192, 384, 768)  # of the DPT's four levels
     features: int = 256
-    published: bool = True  # the weights are the paper's authors', not ours: see `sharpen` (workshop)
+    published: bool = True  # for the weights of the paper's authors, not for those of `train`
     size: tuple = (224, 518)  # (H, W) of the landscape pictures that it was trained on
 
 
@@ -267,10 +267,10 @@ class Student(PointmapNetwork):
         fusion = Fusion(c.enc_dim, c.dec_dim, c.dec_heads, c.dec_depth)
         super().__init__(c.patch, vit, fusion, c.enc_dim, c.dec_dim, c.widths, c.features)
         self.config = config
-        sharpen(fusion, c.published)  # (workshop)
+        sharpen(fusion, c.published)  # this, and `undo_imagenet` below: only the published weights need it (workshop)
 
     def tokens(self, images):
-        return self.encoder(undo_imagenet(images) if self.config.published else images).patches  # (workshop)
+        return self.encoder(undo_imagenet(images) if self.config.published else images).patches
 
 
 # ------------------------------------------------------------------------------------------------ 4. The cache
@@ -315,7 +315,7 @@ def write_cache(
     root, out, (first, step) = Path(root), Path(out), shard
     rows = make_manifest(root, views, stride, skip_bad_frames)  # (workshop) one for each view (Sec. III-B 1)
     settings = dict(teacher=teacher.identity, size=list(size), views=views, tau=tau, seed=seed)
-    keep_manifest(out, settings, rows, write=first == 0)
+    keep_manifest(out, settings, rows, write=first == 0)  # (workshop) refuses a cache of other rows or settings
     todo = {}  # file -> rows of the sample that it lacks
     for name, sample in list(samples_of(rows).items())[first::step]:
         path = out / f"{name}.safetensors"
@@ -337,11 +337,8 @@ def ask(teacher, root, rows, size, seed, skip_bad_frames=False) -> list[Pointmap
 
 
 def filtered(m: Pointmap, tau):
-    """-> the eight channels of a map (8, H, W) as float16, and its valid pixels M (H, W).
-
-    Valid is a pixel whose points are known and in float16's range, and whose local confidence is high enough: as in the
-    paper, the global one is not asked.
-    """
+    """-> the eight channels of a map (8, H, W) as float16, and its valid pixels M (H, W): those whose points are known
+    and in float16's range, and whose local confidence is high enough (as in the paper; the global one is not asked)."""
     points = torch.cat([m.points_global, m.points_local], -1).permute(2, 0, 1)
     conf = torch.stack([m.conf_global, m.conf_local]).clamp(max=65504)  # the most that float16 holds is sure enough
     channels = torch.cat([points, conf]).half()  # a coordinate beyond 65504 becomes infinite
@@ -353,11 +350,9 @@ def filtered(m: Pointmap, tau):
 
 
 def train(student, optimiser, batches, args, world=1):
-    """For each of `batches`, (step, (samples, seeds)), a training step; yields it, its losses and the gradient's norm.
-
-    `train_from_cache` (workshop) draws the samples and keeps log and checkpoints. Each of `world` processes (torchrun)
-    has its part of a step's samples.
-    """
+    """A training step for each of `batches`: (step, (samples, seeds)). Yields step, losses and the gradient's norm to
+    `train_from_cache` (workshop), which draws the samples and keeps log and checkpoints. Each of `world` processes
+    (torchrun) has its part of a step's samples."""
     for step, (samples, seeds) in batches:
         for group in optimiser.param_groups:
             group["lr"] = group["share"] * learning_rate(step, args)  # share: see `new_optimiser` (workshop)
@@ -422,9 +417,9 @@ def estimate_cameras(maps: list[Pointmap], tau=0.3, names=None) -> Cameras:
     """
     scale, of_size, c2w = [], {}, torch.eye(4).repeat(len(maps), 1, 1)
     for k, m in enumerate(maps):
-        # (workshop) (H, W) bool: known, trusted, before the camera and not too far.
+        # Both are in the workshop: pixels (H, W) that are known, trusted, before the camera and not too far; and
+        # `similarity` again and again, where points that fitted badly the last time count less.
         use = usable_pixels(m, tau, names[k] if names else f"view {k}")
-        # (workshop) `similarity` again and again; each time points that fitted badly the last time count less.
         s, R, t = robust_similarity(m.points_local[use], m.points_global[use], m.conf_global[use])
         c2w[k, :3] = torch.cat([R, t[:, None]], 1)
         scale.append(s.float())
@@ -450,10 +445,8 @@ def focal_length(points: Tensor, weight: Tensor, rounds=10) -> float:
 
 
 def similarity(source: Tensor, target: Tensor, weight: Tensor | None = None):
-    """(M, 3), (M, 3), (M,) -> s, R (3, 3), t (3,) in float64 that minimise sum w |s R source + t - target|^2.
-
-    R is a rotation, never a reflection (Umeyama 1991).
-    """
+    """(M, 3), (M, 3), (M,) -> s, R (3, 3), t (3,) in float64 that minimise sum w |s R source + t - target|^2. R is a
+    rotation, never a reflection (Umeyama 1991)."""
     source, target = source.double(), target.double()
     w = torch.ones_like(source[:, 0]) if weight is None else weight.double()
     w = w / w.sum()
@@ -516,9 +509,8 @@ class Attention(lift.Attention):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, C / heads)
         if angle is not None:
             q, k = rotate(q, angle), rotate(k, angle)
-        scale = None  # the usual one, 1 / sqrt(head_dim)
-        if self.sharper and not self.training:
-            scale = math.sqrt(math.log(137) / math.log(20)) / math.sqrt(q.shape[-1])
+        sharper_scale = math.sqrt(math.log(137) / math.log(20)) / math.sqrt(q.shape[-1])  # 1.28 times the usual one
+        scale = sharper_scale if self.sharper and not self.training else None
         return self.proj(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).reshape(B, N, C))
 
 
@@ -646,7 +638,7 @@ def a_few_at_once(part, at_once, *inputs) -> list:
 
 
 def recompute(model):
-    """From now on training keeps only the inputs of encoder, blocks and heads, which the backward pass runs again."""
+    """--grad_checkpoint: only the inputs of encoder, blocks and heads are kept; the backward pass runs these again."""
     heads = model.downstream_head["dpt"], model.downstream_head_local["dpt"]
     for part in (model.encoder, *model.decoder.dec_blocks, *heads):
         part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
@@ -862,8 +854,7 @@ def read_manifest(path):  # -> the settings of its first line, the lines of the 
             height, width = line["size"]
             assert all(isinstance(line[key], str) for key in ("scene", "sample", "path")) and height > 0 < width
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-        raise data.DataError(f"{path}: not a whole manifest of a cache; remove it and run the cache command "
-                             "again") from None
+        raise data.DataError(f"{path}: not a whole manifest of a cache; remove it and cache again") from None
     return settings, lines
 
 
@@ -1267,9 +1258,8 @@ def evaluate(teacher, scenes, size, views=20, seed=0) -> dict:
         asked = [scene.view(i, teacher.view_size(*scene.frames[i].size)) for i in shown]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {scene.name}".encode()))
         for i, m in zip(shown, teacher(asked, generator) if asked else []):
-            photo = scene.frames[i].size
-            goal = oriented(size, *photo)
-            truth, m = scene.view(i, goal), resampled(m, photo, goal)
+            goal = oriented(size, *scene.frames[i].size)
+            truth, m = scene.view(i, goal), resampled(m, scene.frames[i].size, goal)
             use = (truth.depth > 0) & m.points_local.isfinite().all(-1)
             if use.sum() >= 100:
                 points = (lift.pixel_rays(truth.K, *goal) * truth.depth[..., None])[use]
