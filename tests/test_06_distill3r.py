@@ -165,7 +165,8 @@ def toy_images(case, sample=0):
 @torch.no_grad()
 def test_fast3r_gives_the_published_numbers(case, monkeypatch):
     c, model = FAST3R["cases"][case], toy_fast3r()
-    monkeypatch.setattr(model.decoder, "sharper", c["attn_bias"])
+    for block in model.decoder.dec_blocks:
+        monkeypatch.setattr(block.attn, "sharper", c["attn_bias"])
     model.train(c["training"])
     for sample in range(c["batch"]):
         images = toy_images(case, sample)
@@ -183,7 +184,7 @@ def test_fast3r_gives_the_published_numbers(case, monkeypatch):
 @torch.no_grad()
 def test_tokens_and_levels_are_fast3rs(case):
     model, images = toy_fast3r(), toy_images(case)
-    tokens = model.encode(images)
+    tokens = d3r.a_few_at_once(model.tokens, 8, images)
     levels = model.decoder(tokens, list(range(len(images))))
     names = ["encoder", "hook0", "hook5", "hook7", "hook10"]
     for name, ours in zip(names, [tokens[0]] + [torch.cat(list(views)) for views in levels]):
@@ -238,7 +239,8 @@ def test_fast3r_at_full_size(tmp_path):
     lift.save_tensors(tmp_path / "model.safetensors", with_recipe(d3r.built(d3r.Fast3R)).state_dict())
     truth, model = load_file(FULL), d3r.load_fast3r(tmp_path)
     images = [recipe_images(f"full/v{i}", (1, 3, 160, 224))[0] for i in range(2)]
-    for name, level in zip(("hook0", "hook12", "hook18", "hook24"), model.fuse(model.encode(images), [0, 1])):
+    levels = model.decoder(d3r.a_few_at_once(model.tokens, 8, images), [0, 1])
+    for name, level in zip(("hook0", "hook12", "hook18", "hook24"), levels):
         level = torch.cat(list(level))
         assert error_to(level[pick(len(level), truth[name].shape[1])], truth[name][0]) < TOKENS, name
     for i, view in enumerate(model(images, view_ids=[0, 1])):
@@ -351,11 +353,12 @@ def test_fast3r_is_read_from_the_published_layouts(tmp_path):
     torch.save(to_lightning(toy_fast3r(), "net."), tmp_path / "last.ckpt")
     for path in (write_fast3r(tmp_path), tmp_path / "model.safetensors", tmp_path / "last.ckpt"):
         model = d3r.load_fast3r(path)
-        assert not model.training and not model.decoder.sharper
-        assert (model.encoder.head_dim, model.decoder.head_dim) == (16, 16)
+        assert not model.training and not any(block.attn.sharper for block in model.decoder.dec_blocks)
+        assert (model.encoder.enc_blocks[0].attn.heads, model.decoder.dec_blocks[0].attn.heads) == (4, 3)
         assert model.state_dict().keys() == truth.keys()
         assert all(torch.equal(v, truth[k]) for k, v in model.state_dict().items())
-    assert d3r.load_fast3r(write_fast3r(tmp_path, sharper=True)).decoder.sharper
+    blocks = d3r.load_fast3r(write_fast3r(tmp_path, sharper=True)).decoder.dec_blocks
+    assert all(block.attn.sharper for block in blocks)
 
 
 @pytest.mark.parametrize("damage, words", [
