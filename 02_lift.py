@@ -168,7 +168,7 @@ def depth_gaussians(
 
 
 # ------------------------------------------------------------------------ 4. Where the features come from: the ViT
-# Sections 1 to 3 are the method; sections 4 and 5 are the networks under it. `Block` is the usual one (workshop).
+# Sections 1 to 3 are the method; sections 4 and 5 are the networks under it. `Block` is the usual one (part 2).
 
 
 class Tokens(NamedTuple):
@@ -237,7 +237,7 @@ class VisionTransformer(nn.Module):
 #   4  refined depth    a second U-Net, at full resolution, corrects the coarse depth by what the images show
 #   5  Gaussians        the mean lies on the pixel's ray at that depth; shape and opacity are read off the features
 #
-# `FeatureCNN`, `MultiViewTransformer`, `UNet`, `conv` and `group_norm` are standard parts (workshop).
+# `FeatureCNN`, `MultiViewTransformer`, `UNet`, `conv` and `group_norm` are standard parts (part 2).
 
 
 class MVSplatConfig(NamedTuple):

@@ -180,7 +180,7 @@ def over_valid_taps(
 
 # ------------------------------------------------------------------------ 3. Why that is too slow, and what helps
 # The definition visits every Gaussian at every pixel: 36 s for a view of 73x110 pixels and 16,000 Gaussians.
-# `rasterize` (workshop) gives the same, value and gradient, in 0.05 s. It has four tricks, each with its speed-up on
+# `rasterize` (part 2) gives the same, value and gradient, in 0.05 s. It has four tricks, each with its speed-up on
 # one core (python tests/bench.py --section tricks):
 #   1. Blocks with lists, 87 times. A Gaussian reaches few pixels. So the view is cut into blocks of 8x8 pixels, each
 #      with a list of the Gaussians that reach it, nearest first. `walk` goes down the lists of many blocks at the same

@@ -65,7 +65,7 @@ PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samp
                  lr=1e-4, final_lr=5e-5, encoder_share=1.0, warmup=3_500, mirror=False, bf16=True,
                  grad_checkpoint=True)}  # the paper's stride is not one number: see make_manifest (workshop)
 
-# ------------------------------------------------------------------------------------------------ 1. A pointmap
+# ------------------------------------------------------------------------ 1. A pointmap
 
 
 class Pointmap(NamedTuple):
@@ -87,7 +87,7 @@ def certainty(conf: Tensor) -> Tensor:
     return 1 - 1 / conf
 
 
-# ------------------------------------------------------------------------------------------------ 2. The loss
+# ------------------------------------------------------------------------ 2. The loss
 
 
 class Loss(NamedTuple):
@@ -150,7 +150,7 @@ def pointmap_loss(
     return Loss(geometry + gamma * confidence, global_, local, confidence)  # Distill3R Eq. 1
 
 
-# ------------------------------------------------------------------------------------------------ 3. The network
+# ------------------------------------------------------------------------ 3. The network
 # Teacher and student differ in their encoder and in their sizes only. The modules are named as in the published files.
 
 
@@ -273,7 +273,7 @@ class Student(PointmapNetwork):
         return self.encoder(undo_imagenet(images) if self.config.published else images).patches
 
 
-# ------------------------------------------------------------------------------------------------ 4. The cache
+# ------------------------------------------------------------------------ 4. The cache
 
 
 class CachedSample(NamedTuple):
@@ -288,11 +288,11 @@ class CachedSample(NamedTuple):
 #
 #   1  ask           the teacher looks at all of its views in one call; its maps are resampled to the student's size
 #   2  filtered      pixels of which it is not sure are masked; the others are rounded to float16
-#   3  pack_sample   (workshop) maps and masks are coded without loss (by zlib, the paper: run lengths) into one file
+#   3  pack_sample   (part 2) maps and masks are coded without loss (by zlib, the paper: run lengths) into one file
 #
 # A teacher is anything with these three: `identity`, a name; `view_size(H, W)`, the size at which it wants a picture of
 # that size; and `teacher(views, generator)`, which turns 01_data's views into a Pointmap each. `generator` is for all
-# that is random, and unknown points are NaN. A Fast3R takes images and view ids instead; a `NetworkTeacher` (workshop)
+# that is random, and unknown points are NaN. A Fast3R takes images and view ids instead; a `NetworkTeacher` (part 2)
 # around it is a teacher. GeometricTeacher (tiny/teacher.py) needs no network.
 
 
@@ -346,7 +346,7 @@ def filtered(m: Pointmap, tau):
     return channels.numpy(), mask.numpy()
 
 
-# ------------------------------------------------------------------------------------------------ 5. Training
+# ------------------------------------------------------------------------ 5. Training
 
 
 def train(student, optimiser, batches, args, world=1):
@@ -398,7 +398,7 @@ def learning_rate(step, args):
     return args.final_lr + 0.5 * (args.lr - args.final_lr) * (1 + math.cos(math.pi * done))
 
 
-# ------------------------------------------------------------------------------------------------ 6. Cameras
+# ------------------------------------------------------------------------ 6. Cameras
 # Distill3R reports no cameras. They are read off the maps as in DUSt3R (Wang et al. 2024, Sec. 3.3).
 
 
@@ -461,7 +461,7 @@ def similarity(source: Tensor, target: Tensor, weight: Tensor | None = None):
 
 # ---- Workshop: not needed to understand the method ----
 
-# ------------------------------------------------------------------------------------------------ loss and networks
+# ------------------------------------------------------------------------ loss and networks
 
 
 def aligned_global(view: Pointmap, mask: Tensor, quantile=0.85) -> Tensor:
@@ -649,7 +649,7 @@ StudentConfig.tiny = StudentConfig(
     dec_depth=4, widths=(24, 48, 96, 192), features=32, published=False, size=(48, 64))
 
 
-# ------------------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------ weights
 
 def load_fast3r(path) -> Fast3R:
     """Fast3R in fp32 and evaluation mode, from the published `model.safetensors`, its folder, or a training checkpoint
@@ -769,7 +769,7 @@ def fast3r_size(height, width, long_side=512, patch=16):
     return tuple(max(1, round(side * scale) // patch) * patch for side in (height, width))
 
 
-# ------------------------------------------------------------------------------------------------ photos and manifest
+# ------------------------------------------------------------------------ photos and manifest
 
 
 def photo_at(path):  # -> a frame whose camera is not known, to be turned as its EXIF tag says
@@ -898,7 +898,7 @@ def resampled(m: Pointmap, photo, size) -> Pointmap:
     return Pointmap(*points.split(3, -1), *conf.unbind(-1))
 
 
-# ------------------------------------------------------------------------------------------------ samples on disk
+# ------------------------------------------------------------------------ samples on disk
 
 
 def coded(channels, mask) -> bytes:
@@ -1002,7 +1002,7 @@ class CachedViews:
         return CachedSample(name, [view.image for view in views], targets, masks)
 
 
-# ------------------------------------------------------------------------------------------------ around the loop
+# ------------------------------------------------------------------------ around the loop
 
 
 def cached_part(args, part, root):  # "train" or "val", every eighth scene; None of one scene, which is trained on
@@ -1088,7 +1088,7 @@ def heldout_loss(student, heldout: CachedViews, args, most=8) -> float:  # of so
     return sum(losses) / len(losses)
 
 
-# ------------------------------------------------------------------------------------------------ cameras and scenes
+# ------------------------------------------------------------------------ cameras and scenes
 
 FAR = 20.0  # in median distances: a point farther away is sky, or a mistake
 
@@ -1235,7 +1235,7 @@ def draw_cloud(points, radii, colours, centres, size=480) -> Tensor:
     return drawn.features.permute(2, 0, 1)
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
+# ------------------------------------------------------------------------ evaluation
 
 
 class Score(NamedTuple):
@@ -1315,7 +1315,7 @@ class MeanTeacher:  # always the mean of the cached maps, whatever the picture: 
         return [self.mean] * len(views)
 
 
-# ------------------------------------------------------------------------------------------------ the commands
+# ------------------------------------------------------------------------ the commands
 
 
 def cached_root(args) -> Path | None:  # the folder whose pictures are cached
@@ -1506,7 +1506,7 @@ def cost_of_pass(model, images, at_once, cuda):  # -> seconds, GB at the peak wi
     return time.perf_counter() - begin, torch.cuda.max_memory_allocated() / 1e9 if cuda else None
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------ command line
 
 
 def parse(argv):
