@@ -676,7 +676,8 @@ def load_student(path) -> Student:
     try:
         config = StudentConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
         sizes = [*config[:10], *config.widths, config.features, *config.size]
-        if not all(type(n) is int and 0 <= n < 2**20 for n in sizes) or not all(config.size) or len(config.size) != 2:
+        positive = all((config.enc_heads, config.dec_heads, *config.size)) and len(config.size) == 2
+        if not positive or not all(type(n) is int and 0 <= n < 2**20 for n in sizes):
             raise ValueError("its sizes are no sizes")
         model = built(Student, config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
