@@ -743,6 +743,8 @@ class Run:
         self.first = rank == 0  # it alone writes
         self.path, self.previous = checkpoint_paths(args.out)
         self.settings = {key: value for key, value in vars(args).items() if key not in self.FREE}
+        if self.first:
+            self.keep_others_out()
         found = [self.find() if self.first else None]
         if world > 1:
             dist.broadcast_object_list(found)  # rank 0's, whatever the other machines have on disk
@@ -819,6 +821,19 @@ class Run:
             tensor.copy_(stored[key])
         if self.generator:
             self.generator.set_state(stored["generator"])
+
+    def keep_others_out(self):
+        """Two runs would overwrite each other's files. However this one ends, the system lets go of its lock."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.out / ".lock", "a")
+        try:
+            import fcntl
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.out}: another run is writing here; wait for its end, or give another "
+                             "--out") from None
+        except (ImportError, OSError):  # Windows and some network disks have no such lock
+            pass
 
     def find(self):
         """-> (step, tensors) to go on from, or (0, None). Refuses to lose a run that is not finished."""
