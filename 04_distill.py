@@ -743,9 +743,9 @@ class Run:
         self.first = rank == 0  # it alone writes
         self.path, self.previous = checkpoint_paths(args.out)
         self.settings = {key: value for key, value in vars(args).items() if key not in self.FREE}
+        found = [self.find() if self.first else None]
         if self.first:
             self.keep_others_out()
-        found = [self.find() if self.first else None]
         if world > 1:
             dist.broadcast_object_list(found)  # rank 0's, whatever the other machines have on disk
         self.start, stored = found[0]
@@ -823,12 +823,12 @@ class Run:
             self.generator.set_state(stored["generator"])
 
     def keep_others_out(self):
-        """Two runs would overwrite each other's files. However this one ends, the system lets go of its lock."""
+        """Two processes would overwrite each other's files."""
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.out / ".lock", "a")
         try:
             import fcntl
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when this process ends
         except BlockingIOError:
             raise ValueError(f"{self.out}: another run is writing here; wait for its end, or give another "
                              "--out") from None

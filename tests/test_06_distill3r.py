@@ -9,7 +9,6 @@ import importlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
