@@ -289,8 +289,8 @@ def remapped(shape, value):  # the maps of a view are of this shape and value
 
 SAMPLE = {
     **{f"{name} {what}": repacked(lambda parts, name=name, part=part: parts.update({name: part}))
-       for name in ("1.maps", "1.mask")
-       for what, part in (("bomb", zlib.compress(bytes(10**8))), ("short", zlib.compress(bytes(9))), ("raw", bytes(9)))},
+       for name in ("1.maps", "1.mask") for what, part in (
+           ("bomb", zlib.compress(bytes(10**8))), ("short", zlib.compress(bytes(9))), ("raw", bytes(9)))},
     "view gone": repacked(lambda parts: parts.pop("2.maps")), "mask gone": repacked(lambda parts: parts.pop("2.mask")),
     "view more": repacked(lambda parts: parts.update({"9.maps": parts["0.maps"], "9.mask": parts["0.mask"]})),
     "maps cut off": repacked(lambda parts: parts.update({"1.maps": parts["1.maps"][:-20]})),

@@ -37,7 +37,8 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("killed")
     data.make_rooms(home / "rooms", scenes=2, views=6, size=(24, 32))
     torch.manual_seed(0)
-    lift.save_vit(lift.VisionTransformer(patch=4, dim=16, depth=4, heads=1, registers=1, grid=4, mlp_ratio=2), home / "vit")
+    vit = lift.VisionTransformer(patch=4, dim=16, depth=4, heads=1, registers=1, grid=4, mlp_ratio=2)
+    lift.save_vit(vit, home / "vit")
     teacher = importlib.import_module("tiny.teacher").GeometricTeacher((24, 32))
     d3r.write_cache(teacher, home / "rooms", home / "cache", (24, 32), views=3)
     (home / "cache" / "root.json").write_text(json.dumps(str(home / "rooms")))
@@ -115,7 +116,7 @@ def test_killed_before_any_write_and_started_again_it_ends_with_the_same_bytes(h
 @pytest.mark.parametrize("writer, owner, name, more", [
     ("distil", distill.Run, "log", "--max_steps 500"), ("train", distill.Run, "log", "--max_steps 500"),
     ("probe", data.Scene, "view", "--scene_dir ../many --views 100")])
-def test_memory_and_open_files_stay_flat(home, writer, owner, name, more, tmp_path, monkeypatch, capfd):
+def test_memory_and_open_files_stay_flat(home, writer, owner, name, more, monkeypatch, capfd):
     data.make_rooms(home / "many", 20, 100, (24, 32))
     call, taken = getattr(owner, name), []
 
