@@ -529,6 +529,8 @@ def problem_of_maps(frame, thorough):
 def stored_size(path, thorough=False, channels=None):
     """(H, W) of a picture or array. Its header and its last bytes are looked at, which shows most damage; `thorough`
     decodes it to the end."""
+    if not path.is_file():
+        raise DataError(f"{path}: a folder or a pipe; put the picture there")
     shape = decode_map(path).shape if path.suffix == ".npy" else header(path)
     if not shape or (path.suffix != ".npy" and (thorough or not ends_well(path))):
         shape = np.array(decode(path)).shape  # raises, and says what is wrong with the file
@@ -758,7 +760,7 @@ def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None,
 def colmap_models(folder):  # -> the folders of all models of a scene, the largest first
     homes = [folder / "sparse", folder / "colmap" / "sparse"]
     below = [d for home in homes if home.is_dir() for d in sorted(home.iterdir(), key=natural)]
-    models = [d for d in (*homes, *below, folder) if (d / "cameras.bin").exists() or (d / "cameras.txt").exists()]
+    models = [d for d in (*homes, *below, folder) if (d / "cameras.bin").is_file() or (d / "cameras.txt").is_file()]
     return sorted(models, key=lambda model: sum(f.stat().st_size for f in model.glob("images.*")), reverse=True)
 
 
@@ -766,7 +768,7 @@ def read_colmap(folder):
     """A COLMAP model: world-to-camera quaternions (w, x, y, z), OpenCV axes, pixel (0, 0) at the top-left corner."""
     model, *others = colmap_models(folder)
     try:
-        cameras, poses, place = (colmap_binary if (model / "cameras.bin").exists() else colmap_text)(model)
+        cameras, poses, place = (colmap_binary if (model / "cameras.bin").is_file() else colmap_text)(model)
     except FileNotFoundError as error:
         raise DataError(f"{error.filename} does not exist; a COLMAP model is cameras and images") from None
     except (struct.error, ValueError, IndexError, OverflowError):
@@ -1308,19 +1310,27 @@ def superpixels(image: Tensor, count: int) -> Tensor:
 # ------------------------------------------------------------------------ files, flags, errors of all stages
 
 
+@contextmanager
+def naming(path):
+    """Around the writing of a file: a full disk's error does not name it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def write_whole(path, content: bytes):
     """Written under a name of this process and thread, flushed, and renamed: a killed run leaves no half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:  # a full disk's error does not name the file
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        with naming(path):
+            with open(aside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)  # still there where the disk was full
 

@@ -793,7 +793,7 @@ def load_vit(name_or_path) -> VisionTransformer:
     layout = "transformers" if any(name.startswith("embeddings.") for name in stored) else layout
     names = lambda key: stored_names(key, layout)
     beside = path.with_name("config.json")
-    config = read_json(beside) if layout == "transformers" and beside.exists() else None
+    config = read_json(beside) if layout == "transformers" and beside.is_file() else None
     try:
         sizes = vit_sizes(stored, names, config)
         with torch.device("meta"):  # without memory, until all shapes are known to fit

@@ -939,7 +939,7 @@ def load_operator(path: str | Path) -> SplatOperator:
             count, column = count.long(), column.long()
             weight = weight if weight.dtype == torch.float64 else weight.float()
             whole = (count >= 0).all() and count.sum() == len(column) == len(weight) and weight.isfinite().all()
-            if not whole or not ((0 <= column) & (column < columns)).all():
+            if not whole or columns >= 2**31 or not ((0 <= column) & (column < columns)).all():
                 raise ValueError(f"matrix {name} does not fit together")
             matrices.append(sparse(torch.repeat_interleave(count), column, weight, (len(count), columns)))
         if stored["valid"].dtype != torch.bool or stored["valid"].shape != stored["S.count"].shape:

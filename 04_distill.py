@@ -755,6 +755,8 @@ class Run:
         self.path, self.previous = checkpoint_paths(args.out)
         self.settings = {key: value for key, value in vars(args).items() if key not in self.FREE}
         found = [self.find() if self.first else None]
+        if self.first:
+            self.keep_others_out()
         if world > 1:
             dist.broadcast_object_list(found)  # rank 0's, whatever the other machines have on disk
         self.start, stored = found[0]
@@ -830,6 +832,19 @@ class Run:
             tensor.copy_(stored[key])
         if self.generator:
             self.generator.set_state(stored["generator"])
+
+    def keep_others_out(self):
+        """Two processes would overwrite each other's files."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.out / ".lock", "a")
+        try:
+            import fcntl
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when this process ends
+        except BlockingIOError:
+            raise ValueError(f"{self.out}: another run is writing here; wait for its end, or give another "
+                             "--out") from None
+        except (ImportError, OSError):  # Windows and some network disks have no such lock
+            pass
 
     def find(self):
         """-> (step, tensors) to go on from, or (0, None). Refuses to lose a run that is not finished."""

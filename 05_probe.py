@@ -440,12 +440,9 @@ class Rows:
         return self.path.stat().st_size // self.bytes if self.path.exists() else 0
 
     def write(self, first, rows: Tensor):
-        try:
-            with open(self.path, "r+b" if self.path.exists() else "wb") as file:
-                file.seek(first * self.bytes)
-                file.write(rows.to(self.dtype).contiguous().numpy())
-        except OSError as error:  # a full disk's error does not name the file
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        with data.naming(self.path), open(self.path, "r+b" if self.path.exists() else "wb") as file:
+            file.seek(first * self.bytes)
+            file.write(rows.to(self.dtype).contiguous().numpy())
 
 
 class SideBySide(Rows):
@@ -1095,6 +1092,7 @@ def open_data(args):
     if not pairs and not truths(train, val):
         raise data.DataError(f"{args.scene_dir}: no depth, normals or labels in both splits, and no pairs of views "
                              "that overlap; --help says where maps go")
+    (Path(args.out) / "log.jsonl").unlink(missing_ok=True)  # of a run before, as all heads start again
     return args.models, train, val, pairs
 
 

@@ -319,7 +319,7 @@ def write_cache(
     todo = {}  # file -> rows of the sample that it lacks
     for name, sample in list(samples_of(rows).items())[first::step]:
         path = out / f"{name}.safetensors"
-        if not (path.exists() and readable(read_sample, path)):
+        if not (path.is_file() and readable(read_sample, path)):
             todo[path] = sample
     for path, sample in tqdm(todo.items(), desc=f"cache -> {out}", unit="sample", disable=not todo):
         maps = ask(teacher, root, sample, size, seed, skip_bad_frames)
@@ -732,7 +732,7 @@ def find_network(path, remedy):  # a file, or a folder's model.safetensors -> th
     if not path.is_file():
         raise ValueError(f"{path}: no such weights; {remedy}")
     try:
-        return path, json.loads(beside.read_text()) if beside.exists() else {}
+        return path, json.loads(beside.read_text()) if beside.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{beside}: not JSON ({error}); copy it again") from None
 
@@ -912,8 +912,16 @@ def coded(channels, mask) -> bytes:
     return zlib.compress(np.stack([zigzag & 255, zigzag >> 8], 1).astype(np.uint8).tobytes())
 
 
+def inflated(stored: bytes, count):
+    """The `count` bytes that zlib made `stored` of; no more are unpacked, whatever it says."""
+    found = np.frombuffer(zlib.decompressobj().decompress(stored, count + 1), np.uint8)
+    if len(found) != count:
+        raise ValueError(f"{len(found)} bytes where {count} are needed")
+    return found
+
+
 def decoded(stored: bytes, shape):  # the inverse of `coded` -> (8, H, W) float16
-    planes = np.frombuffer(zlib.decompress(stored), np.uint8).reshape(8, 2, *shape).astype(np.uint16)
+    planes = inflated(stored, 16 * math.prod(shape)).reshape(8, 2, *shape).astype(np.uint16)
     zigzag = planes[:, 0] | planes[:, 1] << 8
     steps = (zigzag >> 1 ^ -(zigzag & 1)).view(np.int16)
     return steps.cumsum(2, dtype=np.int16).cumsum(1, dtype=np.int16).view(np.float16)
@@ -949,13 +957,21 @@ def read_sample(path) -> dict:
 
 def unpack_sample(path, sizes):  # (H, W) of each view -> [Pointmap] float32, [mask (H, W) bool]
     parts, maps, masks = read_sample(path), [], []
-    for k, size in enumerate(sizes):
-        bits = np.unpackbits(np.frombuffer(zlib.decompress(parts[f"{k}.mask"]), np.uint8), count=math.prod(size))
-        mask = torch.from_numpy(bits.reshape(size).astype(bool))
-        channels = torch.from_numpy(decoded(parts[f"{k}.maps"], size)).float()
-        points_global, points_local = channels[:6].permute(1, 2, 0).split(3, -1)
-        maps.append(Pointmap(points_global, points_local, *torch.where(mask, channels[6:], 1.0)))
-        masks.append(mask)
+    try:
+        for k, size in enumerate(sizes):
+            bits = np.unpackbits(inflated(parts.pop(f"{k}.mask"), math.ceil(math.prod(size) / 8)))
+            mask = torch.from_numpy(bits[:math.prod(size)].reshape(size).astype(bool))
+            channels = torch.from_numpy(decoded(parts.pop(f"{k}.maps"), size)).float()
+            points_global, points_local = channels[:6].permute(1, 2, 0).split(3, -1)
+            maps.append(Pointmap(points_global, points_local, *torch.where(mask, channels[6:], 1.0)))
+            masks.append(mask)
+            if not all(x.isfinite().all() for x in maps[-1]) or maps[-1].conf_local.min() < 1:
+                raise ValueError("its numbers are no pointmap")
+        if parts:
+            raise ValueError(f"it holds more than {len(sizes)} views")
+    except (KeyError, ValueError, zlib.error) as error:
+        raise data.DataError(f"{path}: not the sample that the manifest lists ({error}); remove it and run the cache "
+                             "command again") from None
     return maps, masks
 
 
@@ -979,13 +995,13 @@ class CachedViews:
     def __init__(self, root, cache, scenes=None, skip_bad_frames=False):
         self.root, self.cache, self.skip_bad_frames = Path(root), Path(cache), skip_bad_frames
         manifest = self.cache / "manifest.jsonl"
-        if not manifest.exists():
-            raise data.DataError(f"{manifest} does not exist; run the cache command first")
+        if not manifest.is_file():
+            raise data.DataError(f"{manifest}: no such file; run the cache command first")
         self.settings, lines = read_manifest(manifest)
         self.samples = list(samples_of(line for line in lines if scenes is None or line["scene"] in scenes).items())
         if not self.samples:
             raise data.DataError(f"{cache}: no sample in it is of {root}; cache that folder, with an --out of its own")
-        missing = [name for name, _ in self.samples if not Path(cache, f"{name}.safetensors").exists()]
+        missing = [name for name, _ in self.samples if not Path(cache, f"{name}.safetensors").is_file()]
         if missing:
             raise data.DataError(f"{cache}: {len(missing)} of {len(self.samples)} samples are not there yet "
                                  f"({', '.join(missing[:3])}); run the cache command to its end")
@@ -1321,9 +1337,11 @@ class MeanTeacher:  # always the mean of the cached maps, whatever the picture: 
 
 def cached_root(args) -> Path | None:  # the folder whose pictures are cached
     record = args.cache / "root.json"
+    if not record.is_file() and (args.command in (None, "cache") or not (args.cache / "manifest.jsonl").exists()):
+        return None  # there is no cache yet, or not the whole of it
     try:
-        return Path(json.loads(record.read_text())) if record.exists() else None
-    except (ValueError, TypeError, RecursionError):
+        return Path(json.loads(record.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
         raise data.DataError(f"{record}: does not name the cached pictures; run the cache command again") from None
 
 

@@ -9,7 +9,6 @@ import importlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -806,33 +805,6 @@ def test_other_settings_pictures_or_files_are_refused(few_rooms, cache, tmp_path
     said = refusal(write, tmp_path / "photos", tmp_path / "d", kind=DataError)
     assert "a.png: no measured depth for the geometric teacher; give --teacher" in said
     assert (tmp_path / "d/manifest.jsonl").exists() and write(few_rooms, tmp_path / "d")  # without samples no obstacle
-
-
-def die_at(event, arguments):
-    """In a child: `write_cache`, killed (SIGKILL) before its n-th flush or rename."""
-    count = itertools.count(1)
-
-    def dying(call):
-        return lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(count) == event else call(*args)
-    torch.set_num_threads(1)
-    os.fsync, os.replace = dying(os.fsync), dying(os.replace)
-    write(*arguments, views=1)
-
-
-def test_caching_killed_at_many_points_and_continued_leaves_the_same_files(few_rooms, tmp_path):
-    write(few_rooms, tmp_path / "whole", views=1)
-    for event in (1, 2, 3, 4, 5, 1, 2, 3):
-        arguments = event, (few_rooms, tmp_path / "killed")
-        child = multiprocessing.get_context("fork").Process(target=die_at, args=arguments)
-        child.start()
-        child.join(60)
-        assert child.exitcode == -signal.SIGKILL
-    leftovers = list((tmp_path / "killed").rglob(".*"))
-    assert len(leftovers) == 8  # one each, hidden
-    for path in leftovers:
-        path.unlink()
-    write(few_rooms, tmp_path / "killed", views=1)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "killed") and len(contents(tmp_path / "whole")) == 25
 
 
 # ------------------------------------------------------------------------------------------------ the pretended Fast3R

@@ -345,4 +345,5 @@ def make_rooms(out, scenes=48, views=16, size=(96, 128), seed=0):
         leftover.rmdir()
     todo = [i for i in range(scenes) if not (out / f"room_{i:03d}").exists()]
     for i in tqdm(todo, desc=f"rooms -> {out}", unit="room", disable=not todo):
-        write_room(out / f"room_{i:03d}", i, views, tuple(size), seed)
+        with data.naming(out / f"room_{i:03d}"):
+            write_room(out / f"room_{i:03d}", i, views, tuple(size), seed)
