@@ -1467,7 +1467,7 @@ def line_chart(title, curves, width=480, height=260, even=False) -> Tensor:
     draw.text((left, 6), title, fill="black")
     draw.line([place(x0, y1), place(x0, y0), place(x1, y0)], fill=(150, 150, 150))
     for x, y in zip(np.linspace(x0, x1, 5), np.linspace(y0, y1, 5)):
-        draw.text((6, place(x0, y)[1] - 6), f"{y:.4g}", fill=(90, 90, 90))
+        draw.text((6, place(x0, y)[1] - 6), f"{y:.3g}", fill=(90, 90, 90))
         draw.line([place(x0, y), place(x1, y)], fill=(230, 230, 230))
         text = f"{x:.0f}" if x1 - x0 > 20 else f"{x:.3g}"
         draw.text((place(x, y0)[0] - 12, bottom + 8), text, fill=(90, 90, 90))
