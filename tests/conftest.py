@@ -1,5 +1,5 @@
-"""Shared by all tests: the repository on the path, quiet threads, four small rooms, two crooked scenes; and two processes
-where the whole suite runs."""
+"""Shared by all tests: the repository on the path, quiet threads, four rooms, two crooked scenes; and two processes where
+the whole suite runs."""
 import json
 import os
 import subprocess
@@ -77,7 +77,7 @@ def crooked(crooked_dir):
     return importlib.import_module("01_data").load_scenes(crooked_dir)
 
 
-def write_crooked(folder, seed, views=10):
+def write_crooked(folder, seed, views=12):
     """A ball before a slanted wall, and nothing as simple as in a room: each view has its own K, every third one is
     upright, cameras are turned, the nearest depth is 3, some is unknown, and a stripe has neither mask nor label."""
     data, rng, frames = importlib.import_module("01_data"), np.random.default_rng(seed), []
@@ -87,13 +87,14 @@ def write_crooked(folder, seed, views=10):
         fx, fy, cx, cy = np.array([60, 60, width / 2, height / 2]) + rng.uniform(-1, 1, 4) * [8, 8, 2, 2]
         c2w = np.eye(4)
         c2w[:3, :3] = data.rotation_of([1, *rng.uniform(-0.05, 0.05, 3)])
-        c2w[:3, 3] = 0.3 * i - 1.4, *rng.uniform(-0.2, 0.2, 2)
+        c2w[:3, 3] = 0.25 * i - 1.4, *rng.uniform(-0.2, 0.2, 2)
         y, x = np.mgrid[:height, :width] + 0.5
         rays = np.stack([(x - cx) / fx, (y - cy) / fy, np.ones(size)], -1) @ c2w[:3, :3].T  # as long as z is 1
         o = c2w[:3, 3] - ball
         a, b, c = (rays**2).sum(-1), rays @ o, o @ o - radius**2
         hits = b * b > a * c
-        z = np.where(hits, (-b - np.sqrt(np.where(hits, b * b - a * c, 0))) / a, -(1 + wall @ c2w[:3, 3]) / (rays @ wall))
+        z = (-b - np.sqrt(np.where(hits, b * b - a * c, 0))) / a
+        z = np.where(hits, z, -(1 + wall @ c2w[:3, 3]) / (rays @ wall))
         place = c2w[:3, 3] + rays * z[..., None]
         normal = np.where(hits[..., None], place - ball, wall)
         normal = (normal / np.linalg.norm(normal, axis=-1, keepdims=True)) @ c2w[:3, :3]
@@ -106,8 +107,8 @@ def write_crooked(folder, seed, views=10):
         for name, picture in maps.items():
             (folder / name).mkdir(parents=True, exist_ok=True)
             kind = np.uint16 if name == "depth" else np.uint8
-            Image.fromarray(np.round(picture).astype(kind)).save(folder / f"{name}/{i}.png")
-        frames.append(dict(file_path=f"images/{i}.png", w=width, h=height, fl_x=fx, fl_y=fy, cx=cx, cy=cy,
+            Image.fromarray(np.round(picture).astype(kind)).save(folder / f"{name}/{i:03d}.png")
+        frames.append(dict(file_path=f"images/{i:03d}.png", w=width, h=height, fl_x=fx, fl_y=fy, cx=cx, cy=cy,
                            transform_matrix=(c2w @ data.OPENGL).tolist()))
     meta = dict(depth_unit_scale_factor=1e-3, class_names=["", "left", "ball", "right"], frames=frames)
     (folder / "transforms.json").write_text(json.dumps(meta))

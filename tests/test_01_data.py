@@ -66,11 +66,10 @@ def save(folder, meta, name="transforms.json"):
     return meta
 
 
-def write_maps(folder, key, names, array):
+def write_maps(folder, names, array):
     for n in names:
         (folder / n).parent.mkdir(parents=True, exist_ok=True)
         np.save(folder / n, array) if n.endswith(".npy") else Image.fromarray(array).save(folder / n)
-    return key
 
 
 def only_scene(folder, **options):
@@ -500,7 +499,7 @@ def test_maps_are_aligned_with_the_image(tmp_path, distortion):
     for i in range(3):
         for folder, array in dict(images=colours[ids], masks=ids.astype(np.uint8), depth=(ids * 100).astype(np.uint16),
                                   normals=normals, labels=np.where(ids == 2, 255, ids % 10).astype(np.uint8)).items():
-            write_maps(tmp_path, "", [f"{folder}/{i}.png"], array)
+            write_maps(tmp_path, [f"{folder}/{i}.png"], array)
     scene = only_scene(tmp_path)
     for want in (None, (96, 128), (48, 64), (192, 256), (60, 128), (96, 90)):
         view = scene.view(0, want)
@@ -547,9 +546,9 @@ def test_depth_of_another_resolution_arrays_and_scale(tmp_path):
     ids = blocks((48, 64))
     depth = (ids * 50).astype(np.float32)
     depth[0, :4] = np.nan, np.inf, -3, 65535  # none of these is a depth
-    write_maps(tmp_path, "", ["d/0.npy"], depth)
-    write_maps(tmp_path, "", ["d/1.npy"], depth[..., None].astype(np.float64))
-    write_maps(tmp_path, "", ["d/2.png"], (ids * 50).astype(np.uint16))
+    write_maps(tmp_path, ["d/0.npy"], depth)
+    write_maps(tmp_path, ["d/1.npy"], depth[..., None].astype(np.float64))
+    write_maps(tmp_path, ["d/2.png"], (ids * 50).astype(np.uint16))
     for i, end in enumerate(("npy", "npy", "png")):
         meta["frames"][i]["depth_file_path"] = f"d/{i}.{end}"
     save(tmp_path, meta)
@@ -568,13 +567,13 @@ def test_mask_path_is_two_regions(tmp_path, high, folder):
     meta = write_scene(tmp_path)
     inside = np.zeros((24, 32), np.uint8)
     inside[4:9, 5:30] = high
-    write_maps(tmp_path, "", [f"{folder}/{i}.png" for i in range(4)], inside.astype(bool) if high is True else inside)
+    write_maps(tmp_path, [f"{folder}/{i}.png" for i in range(4)], inside.astype(bool) if high is True else inside)
     for i, frame in enumerate(meta["frames"]):
         frame["mask_path"] = f"{folder}/{i}.png"
     save(tmp_path, meta)
     assert (only_scene(tmp_path).view(0).mask.numpy() == 1 + (inside > 0)).all()
     ids = blocks((24, 32)).astype(np.uint8)
-    write_maps(tmp_path, "", [f"instance_segmentation/{i}.png" for i in range(4)], ids)  # better than two regions
+    write_maps(tmp_path, [f"instance_segmentation/{i}.png" for i in range(4)], ids)  # better than two regions
     assert (only_scene(tmp_path).view(0).mask.numpy() == ids).all()
 
 
@@ -767,7 +766,6 @@ def refit(room, folder, unit=1.0, dtype=np.uint16, scale=1.0, **meta):
         matrix = np.array(frame["transform_matrix"])
         matrix[:3, 3] *= unit
         depth = (np.array(Image.open(room / frame["depth_file_path"])) * scale).astype(dtype)
-        depth[:55] = 0  # not measured
         name = frame["depth_file_path"].replace(".png", ".npy" if dtype == np.float32 else ".png")
         (folder / "depth").mkdir(parents=True, exist_ok=True)
         np.save(folder / name, depth) if name.endswith("npy") else Image.fromarray(depth).save(folder / name)
@@ -786,7 +784,7 @@ def refit(room, folder, unit=1.0, dtype=np.uint16, scale=1.0, **meta):
 def test_the_unit_of_depth(rooms, rooms_dir, tmp_path, settings, ratio, warned):
     refit(rooms_dir / "room_000", tmp_path, **settings)
     scene = only_scene(tmp_path)
-    found = scene.view(3).depth[55:] / (settings.get("unit", 1) * rooms[0].view(3).depth[55:])
+    found = scene.view(3).depth / (settings.get("unit", 1) * rooms[0].view(3).depth)
     assert float(found.median()) == pytest.approx(ratio, rel=0.01)
     warnings = [note for note in scene.notes if "depth_unit_scale_factor" in note]
     assert len(warnings) == warned
@@ -794,17 +792,19 @@ def test_the_unit_of_depth(rooms, rooms_dir, tmp_path, settings, ratio, warned):
 
 def test_depth_beside_colmap_is_scaled_to_its_points(rooms, tmp_path):
     room, names = rooms[1], [f"{i}.png" for i in range(12)]
-    for i in range(12):
-        for folder, picture in (("images", room.frames[i].image), ("depth", room.frames[i].depth)):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            shutil.copy(picture, tmp_path / folder / names[i])
+    for name, frame in zip(names, room.frames):
+        depth = np.array(Image.open(frame.depth))
+        depth[:40] = 0  # not measured
+        write_maps(tmp_path, [f"depth/{name}"], depth)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        shutil.copy(frame.image, tmp_path / "images" / name)
     points = np.concatenate([unproject(room.view(i), 16)[0] for i in range(12)]) * 0.27
     w2c = [np.linalg.inv(frame.c2w) for frame in room.frames]
     poses = [(quaternion_of(m[:3, :3]), 0.27 * m[:3, 3]) for m in w2c]
     K, size = room.frames[0].K, room.frames[0].size
     write_colmap(tmp_path, "PINHOLE", (K[0, 0], K[1, 1], K[0, 2], K[1, 2]), size, names, points.tolist(), poses)
     scene = only_scene(tmp_path)
-    assert float((scene.view(4).depth / room.view(4).depth).median()) == pytest.approx(0.27, rel=0.01)
+    assert float((scene.view(4).depth / room.view(4).depth)[40:].median()) == pytest.approx(0.27, rel=0.01)
     assert any("depth_unit_scale_factor" in note for note in scene.notes)
     assert scene.depth_range[1] < 0.27 * 12 and scene.range_source == "measured depth"
 
@@ -958,7 +958,7 @@ def cut(folder, name, keep):
 
 
 def maps(kind, array):
-    return lambda folder, meta: write_maps(folder, "", [f"{kind}/{i}.png" for i in range(4)], array)
+    return lambda folder, meta: write_maps(folder, [f"{kind}/{i}.png" for i in range(4)], array)
 
 
 GOOD = pose(1) @ GL
@@ -1027,7 +1027,7 @@ def test_a_file_is_flushed_aside_and_renamed(tmp_path, monkeypatch):
 
 def test_bad_frames_are_left_out_when_asked(tmp_path):
     meta = write_scene(tmp_path, count=12)
-    write_maps(tmp_path, "", [f"masks/{i}.png" for i in range(12)], blocks((24, 32)).astype(np.uint8))
+    write_maps(tmp_path, [f"masks/{i}.png" for i in range(12)], blocks((24, 32)).astype(np.uint8))
     (tmp_path / "images/0.png").unlink()
     meta["frames"][1]["transform_matrix"] = np.full((4, 4), np.nan).tolist()
     for name, keep in (("images/2.png", 999), ("images/3.png", 0), ("masks/4.png", -9)):
@@ -1081,9 +1081,9 @@ def test_pairs_of_contexts_are_those_of_the_definition(crooked, least, widest):
         there = (np.linalg.inv(v.c2w) @ u.c2w @ np.transpose(points))[:3]
         x, y = (v.K @ there)[:2] / there[2]
         return ((there[2] > 0) & (x > 0) & (y > 0) & (x < v.size[1]) & (y < v.size[0])).mean()
-    both = {(a, b): min(share(a, b), share(b, a)) for a in range(10) for b in range(10)}
-    for target in range(10):
-        wanted = {(a, b) for a in range(10) for b in range(a) if target not in (a, b) and both[a, b] >= 0.75 * least
+    both = {(a, b): min(share(a, b), share(b, a)) for a in range(12) for b in range(12)}
+    for target in range(12):
+        wanted = {(a, b) for a in range(12) for b in range(a) if target not in (a, b) and both[a, b] >= 0.75 * least
                   and min(both[target, a], both[target, b]) >= least
                   and (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0
                   and 0.02 < np.linalg.norm(centre[a] - centre[b]) * (1 / near + 1 / far) / 2 < widest}

@@ -9,12 +9,10 @@ import importlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +27,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import killed
-from killed import finish, kill_and_resume, log_of
+from killed import finish, log_of
+from test_02_lift import error_to, recipe as vit_recipe
 
 data, lift, distill, d3r = (importlib.import_module(n) for n in ("01_data", "02_lift", "04_distill", "06_distill3r"))
 GeometricTeacher = importlib.import_module("tiny.teacher").GeometricTeacher
@@ -98,15 +97,9 @@ def generator_of(name):
     return seeded(zlib.crc32(name.encode()))
 
 
-def recipe(key, shape):  # the fixtures' weights
-    key = key.replace("encoder.blocks.", "encoder.blocks.0.")  # the student's ViT comes in chunks
-    r = torch.randn(tuple(shape), generator=generator_of(key))
-    last = key.rsplit(".", 1)[-1]
-    if last in ("pos_embed", "cls_token", "register_tokens", "mask_token"):
-        return 0.2 * r
-    if len(shape) >= 2:
-        return r * ((0.15 if key.endswith(".dpt.head.4.weight") else 1.0) / torch.Size(shape[1:]).numel() ** 0.5)
-    return {"gamma": 0.5 + 0.1 * r, "weight": 1 + 0.1 * r}.get(last, 0.1 * r)
+def recipe(key, shape):  # the fixtures' weights; the student's ViT comes in chunks
+    gain = 0.15 if key.endswith(".dpt.head.4.weight") else 1.0
+    return gain * vit_recipe(key.replace("encoder.blocks.", "encoder.blocks.0."), shape)
 
 
 def recipe_images(name, shape):  # -> (B, 3, H, W) in [0, 1]
@@ -125,11 +118,6 @@ def with_recipe(model):
 
 def pick(n, k):
     return torch.arange(n) if n <= k else torch.linspace(0, n - 1, k).round().long()
-
-
-def error_to(ours, theirs):
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().mean()).item()
 
 
 def check_maps(pointmap, truth, prefix, row=0):
@@ -238,7 +226,7 @@ def test_fast3r_at_full_size(tmp_path):
     lift.save_tensors(tmp_path / "model.safetensors", with_recipe(d3r.built(d3r.Fast3R)).state_dict())
     truth, model = load_file(FULL), d3r.load_fast3r(tmp_path)
     images = [recipe_images(f"full/v{i}", (1, 3, 160, 224))[0] for i in range(2)]
-    for name, level in zip(("hook0", "hook12", "hook18", "hook24"), model.fuse(model.encode(images), [0, 1])):
+    for name, level in zip(("hook0", "hook12", "hook18", "hook24"), model.decoder(model.encode(images), [0, 1])):
         level = torch.cat(list(level))
         assert error_to(level[pick(len(level), truth[name].shape[1])], truth[name][0]) < TOKENS, name
     for i, view in enumerate(model(images, view_ids=[0, 1])):
@@ -358,16 +346,15 @@ def test_fast3r_is_read_from_the_published_layouts(tmp_path):
     assert d3r.load_fast3r(write_fast3r(tmp_path, sharper=True)).decoder.sharper
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda s: s.pop("decoder.dec_blocks.3.mlp.fc2.bias"), ["decoder.dec_blocks.3.mlp.fc2.bias is missing"]),
-    (lambda s: s.update(surplus=torch.zeros(1)), ["no part of the Fast3R takes: surplus"]),
-    (lambda s: s.update({"downstream_head.dpt.head.4.bias": torch.zeros(3)}), ["head.4.bias is (3,), but (4,)"]),
-    (lambda s: s.pop("encoder.enc_norm.weight"), ["lacks 'encoder.enc_norm.weight'", "no Fast3R"])])
-def test_fast3r_is_read_strictly(tmp_path, damage, words):
+@pytest.mark.parametrize("damage, says", [
+    (lambda s: s.pop("decoder.dec_blocks.3.mlp.fc2.bias"), "decoder.dec_blocks.3.mlp.fc2.bias is missing"),
+    (lambda s: s.update(surplus=torch.zeros(1)), "no part of the Fast3R takes: surplus"),
+    (lambda s: s.pop("encoder.enc_norm.weight"), "lacks 'encoder.enc_norm.weight'; it is no Fast3R")])
+def test_fast3r_is_read_strictly(tmp_path, damage, says):
     state = dict(toy_fast3r().state_dict())
     damage(state)
     said = refusal(d3r.load_fast3r, write_fast3r(tmp_path, state))
-    assert all(word in said for word in [str(tmp_path / "model.safetensors"), *words])
+    assert says in said and str(tmp_path / "model.safetensors") in said
 
 
 def test_a_student_comes_back_from_its_folder_or_says_what_is_wrong_with_it(tmp_path):
@@ -383,14 +370,8 @@ def test_a_student_comes_back_from_its_folder_or_says_what_is_wrong_with_it(tmp_
     def asked(*flags):
         return d3r.model_of(d3r.parse(["infer", "--weights", str(tmp_path), *flags]), "student").view_size(480, 640)
     assert asked() == asked("--preset", "full") == (24, 40) and asked("--size", "48", "64") == (48, 64)
-    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
-    for content, words in (('{"patch": 8, "colour": 1}', "colour"), ('{"patch": 8', "not JSON")):
-        config.write_text(content)
-        assert words in (said := refusal(d3r.load_student, tmp_path)) and str(config) in said
-    config.unlink()  # then it is taken for the published one, whose sizes it does not have
+    (tmp_path / "config.json").unlink()  # then it is taken for the published one, whose sizes it does not have
     assert "encoder.cls_token is (1, 1, 192), but (1, 1, 384) was expected" in refusal(d3r.load_student, tmp_path)
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert "not a whole safetensors file" in refusal(d3r.load_student, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -543,7 +524,7 @@ def paths_of(root, *arguments):
     return [line["path"] for line in d3r.make_manifest(root, *arguments)]
 
 
-def test_the_manifest_is_in_natural_order_and_keeps_tails_and_short_scenes(few_rooms, tmp_path):
+def test_the_manifest_is_in_natural_order_and_keeps_tails_and_short_scenes(crooked_dir, tmp_path):
     root = tmp_path / "holiday"
     pictures(root / "video", [f"frame{n}.png" for n in random.Random(0).sample(range(1, 46), 45)], (12, 16))
     pictures(root / "few10", ["b.jpg", "a.jpg"])
@@ -556,10 +537,10 @@ def test_the_manifest_is_in_natural_order_and_keeps_tails_and_short_scenes(few_r
     assert lines[0] == dict(scene="few9", sample="few9/000", size=[64, 48], path="few9/one.PNG",
                             bytes=(root / "few9/one.PNG").stat().st_size)
     assert paths_of(root / "video", 20, 10) == [f"frame{n}.png" for n in range(1, 46, 10)]
-    lines = d3r.make_manifest(few_rooms, 5)  # of posed scenes the images alone
+    lines = d3r.make_manifest(crooked_dir, 5)  # of posed scenes the images alone
     assert [len(part) for part in d3r.samples_of(lines).values()] == [5, 5, 2] * 2
-    assert lines[3]["path"] == "room_000/images/003.png" and lines[3]["size"] == [96, 128]
-    assert d3r.make_manifest(few_rooms / "room_001")[-1]["sample"] == "room_001/000"
+    assert lines[3]["path"] == "crooked_0/images/003.png" and lines[3]["size"] == [48, 64]
+    assert d3r.make_manifest(crooked_dir / "crooked_1")[-1]["sample"] == "crooked_1/000"
 
 
 def test_no_photo_is_lost_or_taken_for_a_map_and_bad_ones_are_named(tmp_path, capsys):
@@ -579,17 +560,10 @@ def test_no_photo_is_lost_or_taken_for_a_map_and_bad_ones_are_named(tmp_path, ca
         assert words in refusal(d3r.make_manifest, tmp_path / folder, kind=DataError)
     (bad / "c.jpg").write_bytes((bad / "c.jpg").read_bytes()[:-200])  # cut off
     pictures(bad / ".thumbnails", ["a.png"])
-    assert paths_of(bad, 20, 1, True) == ["a.png"] and "c.jpg: cannot be decoded" in capsys.readouterr().out
-
-
-def test_pictures_of_other_types_are_read_and_huge_ones_are_to_be_made_smaller(tmp_path, monkeypatch):
     endings = [".Jpg", ".webp", ".tif", ".bmp", ".JPEG"]
-    pictures(tmp_path / "p", [f"{n}{end}" for n, end in enumerate(endings)])
-    assert [Path(path).suffix for path in paths_of(tmp_path / "p")] == endings
-    scene, index = d3r.open_scene(tmp_path / "p", "p")
-    assert all(scene.view(i, SMALL).image.shape == (3, *SMALL) for i in index.values())
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # as if they had 200 million
-    assert "make the picture smaller" in refusal(d3r.make_manifest, tmp_path / "p", kind=DataError)
+    pictures(tmp_path / "other", [f"{n}{end}" for n, end in enumerate(endings)])
+    assert [Path(path).suffix for path in paths_of(tmp_path / "other")] == endings
+    assert paths_of(bad, 20, 1, True) == ["a.png"] and "c.jpg: cannot be decoded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), b"junk", b"II*\0\x08"])
@@ -650,23 +624,15 @@ def test_fast3r_looks_at_the_sizes_that_the_official_loader_gives(stored, size):
 # ------------------------------------------------------------------------------------------------ the cache
 
 
-@pytest.fixture(scope="module")
-def few_rooms(rooms_dir, tmp_path_factory):  # two rooms
-    root = tmp_path_factory.mktemp("few") / "rooms"
-    for name in ("room_000", "room_001"):
-        shutil.copytree(rooms_dir / name, root / name)
-    return root
-
-
 def write(root, out, strength=1, **changed):
     how = {"size": SMALL, "views": 5, **changed}
     return d3r.write_cache(GeometricTeacher(SMALL, strength), root, out, **how)
 
 
 @pytest.fixture(scope="module")
-def cache(few_rooms, tmp_path_factory):
+def cache(crooked_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "cache"
-    write(few_rooms, out)
+    write(crooked_dir, out)
     return out
 
 
@@ -699,137 +665,95 @@ def test_the_coding_of_a_view_is_exact_to_the_bit(kind, valid):
     assert (back.view(np.uint16)[:, mask] == maps.view(np.uint16)[:, mask]).all() and (back[:, ~mask] == 0).all()
 
 
-def test_the_coding_takes_half_of_zlib_on_float16(few_rooms):
-    lines = d3r.samples_of(d3r.make_manifest(few_rooms, 4))["room_000/000"]
-    maps = d3r.ask(GeometricTeacher((96, 128)), few_rooms, lines, (96, 128), 0)
+def test_the_coding_takes_half_of_zlib_on_float16(crooked_dir):
+    lines = d3r.samples_of(d3r.make_manifest(crooked_dir, 4))["crooked_0/000"]
+    maps = d3r.ask(GeometricTeacher((96, 128)), crooked_dir, lines, (96, 128), 0)
     plain = b"".join(x.half().numpy().tobytes() for m in maps for x in m)  # the official code's way
     assert len(d3r.pack_sample(maps, 0.3)) < 0.6 * len(zlib.compress(plain)) < 0.5 * len(plain)
 
 
-def test_a_sample_comes_back_exact_to_float16_and_filtered(few_rooms, cache):
-    cached, teacher = list(d3r.CachedViews(few_rooms, cache)), GeometricTeacher(SMALL)
+def test_a_sample_comes_back_exact_to_float16_and_filtered(crooked_dir, cache):
+    cached, teacher = list(d3r.CachedViews(crooked_dir, cache)), GeometricTeacher(SMALL)
     assert [len(item.targets) for item in cached] == [5, 5, 2] * 2
-    samples, masked = d3r.samples_of(d3r.make_manifest(few_rooms, 5)), 0
-    for item in cached:
-        wanted = d3r.ask(teacher, few_rooms, samples[item.name], SMALL, 0)
+    samples, masked = d3r.samples_of(d3r.make_manifest(crooked_dir, 5)), 0
+    for item in cached:  # portrait and landscape, with holes in the depth
+        wanted = d3r.ask(teacher, crooked_dir, samples[item.name], SMALL, 0)
         for image, got, mask, want, line in zip(item.images, item.targets, item.masks, wanted, samples[item.name]):
             for a, b in zip(got, want):
                 assert a.dtype == torch.float32 and torch.equal(a[mask], b.half().float()[mask])
-            assert torch.equal(mask, torch.sigmoid((want.conf_local - 1).log()) >= 0.3)  # all points are finite here
+            known = (want.points_local + want.points_global).isfinite().all(-1)
+            assert torch.equal(mask, known & (torch.sigmoid((want.conf_local - 1).log()) >= 0.3))
             assert (got.conf_local[~mask] == 1).all() and (got.points_global[~mask] == 0).all()
-            stored = torch.tensor(np.array(Image.open(few_rooms / line["path"]).convert("RGB")) / 255.0).float()
+            stored = torch.tensor(np.array(Image.open(crooked_dir / line["path"]).convert("RGB")) / 255.0).float()
             assert (image.mean((1, 2)) - stored.mean((0, 1))).abs().max() < 0.03
-            masked += (~mask).sum().item()
+            masked += (known & ~mask).sum().item()
     assert masked > 0  # the filter does fire
-    kept = d3r.CachedViews(few_rooms, cache, scenes={"room_001"}).samples
-    assert [name for name, _ in kept] == [f"room_001/00{n}" for n in range(3)]
+    kept = d3r.CachedViews(crooked_dir, cache, scenes={"crooked_1"}).samples
+    assert [name for name, _ in kept] == [f"crooked_1/00{n}" for n in range(3)]
 
 
-def test_only_what_is_known_trusted_and_in_range_is_valid(few_rooms, tmp_path, capsys):
+def test_only_what_is_known_trusted_and_in_range_is_valid(crooked_dir, tmp_path, capsys):
     m = Pointmap(torch.ones(2, 8, 3), torch.ones(2, 8, 3), *torch.full((2, 2, 8), 5.0))
     m.points_local[0, 0], m.points_global[0, 1], m.points_global[0, 2] = torch.inf, torch.nan, 1e6
     m.conf_local[0, 3], m.conf_global[0, 4], m.conf_local[0, 5], m.conf_local[0, 6] = 1e9, torch.nan, 1.42, 1.44
     channels, mask = d3r.filtered(m, 0.3)
     assert mask[0].tolist() == [False, False, False, True, False, False, True, True] and mask[1].all()
     assert channels[7, 0, 3] == 65504
-    write(few_rooms, tmp_path / "none", views=12, tau=0.99999)
-    assert "room_000/000.safetensors: not one pixel is trusted at --tau 0.99999" in capsys.readouterr().out
-    assert not d3r.CachedViews(few_rooms, tmp_path / "none")[0].masks[0].any()
+    write(crooked_dir, tmp_path / "none", views=12, tau=0.99999)
+    assert "crooked_0/000.safetensors: not one pixel is trusted at --tau 0.99999" in capsys.readouterr().out
+    assert not d3r.CachedViews(crooked_dir, tmp_path / "none")[0].masks[0].any()
 
 
-def test_the_same_call_gives_the_same_bytes_and_shards_give_the_whole(few_rooms, cache, tmp_path):
+def test_the_same_call_gives_the_same_bytes_and_shards_give_the_whole(crooked_dir, cache, tmp_path):
     for i in (2, 0, 1):
-        assert len(write(few_rooms, tmp_path / "c", shard=(i, 3))) == 2
+        assert len(write(crooked_dir, tmp_path / "c", shard=(i, 3))) == 2
     assert contents(tmp_path / "c") == contents(cache)
-    assert write(few_rooms, tmp_path / "c") == []
+    assert write(crooked_dir, tmp_path / "c") == []
 
 
-def test_every_flipped_bit_and_every_cut_is_noticed(cache, tmp_path):
-    whole = (cache / "room_000/002.safetensors").read_bytes()
-    path, rng = tmp_path / "s.safetensors", random.Random(0)
-    header = int.from_bytes(whole[:8], "little")
-    flips = [*range(0, 64), *(rng.randrange(8 * len(whole)) for _ in range(600))]
-    flips += [8 * rng.randrange(8, 8 + header) + rng.randrange(8) for _ in range(400)]  # many ways to misread few bytes
-    lengths = [0, 1, 7, 8, 9, header, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(100))]
-    damaged = [whole[:at // 8] + bytes([whole[at // 8] ^ 1 << at % 8]) + whole[at // 8 + 1:] for at in flips]
-    for content in [*damaged, *(whole[:length] for length in lengths), whole + b"\0"]:
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=r"s\.safetensors: .*run the cache command again"):
-            d3r.read_sample(path)
-    path.write_bytes(whole)
-    assert len(d3r.read_sample(path)) == 4  # two views
-
-
-def test_damaged_samples_are_named_and_made_again(few_rooms, cache, tmp_path, capsys):
+def test_damaged_samples_are_named_and_made_again(crooked_dir, cache, tmp_path, capsys):
     out = tmp_path / "c"
     shutil.copytree(cache, out)
-    bad = out / "room_001/001.safetensors"
+    bad = out / "crooked_1/001.safetensors"
     good = bad.read_bytes()
     bad.write_bytes(good[:-5])
-    (out / "room_000/000.safetensors").unlink()
-    said = refusal(d3r.CachedViews, few_rooms, out, kind=DataError)
-    assert "1 of 6 samples are not there yet (room_000/000)" in said
-    written = write(few_rooms, out)
+    (out / "crooked_0/000.safetensors").unlink()
+    said = refusal(d3r.CachedViews, crooked_dir, out, kind=DataError)
+    assert "1 of 6 samples are not there yet (crooked_0/000)" in said
+    written = write(crooked_dir, out)
     assert f"{bad}: damaged, cut off" in capsys.readouterr().out
-    assert [str(p.relative_to(out)) for p in written] == ["room_000/000.safetensors", "room_001/001.safetensors"]
+    assert [str(p.relative_to(out)) for p in written] == ["crooked_0/000.safetensors", "crooked_1/001.safetensors"]
     assert bad.read_bytes() == good
 
 
-def test_other_settings_pictures_or_files_are_refused(few_rooms, cache, tmp_path):
-    out, root = tmp_path / "c", tmp_path / few_rooms.name
-    shutil.copytree(cache, out), shutil.copytree(few_rooms, root)
+def test_other_settings_pictures_or_files_are_refused(crooked_dir, cache, tmp_path):
+    out, root = tmp_path / "c", tmp_path / crooked_dir.name
+    shutil.copytree(cache, out), shutil.copytree(crooked_dir, root)
     assert write(root, out) == []  # a folder that was moved is the same
     for changed, says in ((dict(strength=2), "teacher geometry, errors x 1 -> geometry, errors x 2"),
                           (dict(tau=0.5), "tau 0.3 -> 0.5"), (dict(views=4), "views 5 -> 4")):
         with pytest.raises(DataError, match=f"made of other pictures or settings .{says}"):
             write(root, out, **changed)
     cached = d3r.CachedViews(root, out)
-    image, meta = root / "room_000/images/003.png", root / "room_000/transforms.json"
+    image, meta = root / "crooked_0/images/003.png", root / "crooked_0/transforms.json"
     kept = image.read_bytes()
-    shutil.copy(root / "room_001/images/003.png", image)
+    shutil.copy(root / "crooked_1/images/003.png", image)
     assert "made of other pictures" in refusal(write, root, out, kind=DataError)
-    lost = "room_000/images/003.png: no longer the picture that the manifest lists"
+    lost = "crooked_0/images/003.png: no longer the picture that the manifest lists"
     assert lost in refusal(cached.__getitem__, 0, kind=DataError)
     image.write_bytes(kept)
     frames = json.loads(meta.read_text())
     meta.write_text(json.dumps({**frames, "frames": frames["frames"][:3] + frames["frames"][4:]}))
     d3r.open_scene.cache_clear()
     assert lost in refusal(cached.__getitem__, 0, kind=DataError)
-    shutil.rmtree(root / "room_001")
+    shutil.rmtree(root / "crooked_1")
     d3r.scene_folders.cache_clear(), d3r.open_scene.cache_clear()
-    assert "scene room_001 is no longer in here" in refusal(cached.__getitem__, 3, kind=DataError)
+    assert "scene crooked_1 is no longer in here" in refusal(cached.__getitem__, 3, kind=DataError)
     assert "run the cache command first" in refusal(d3r.CachedViews, root, tmp_path / "nowhere", kind=DataError)
     pictures(tmp_path / "photos", ["a.png", "b.png"])
     said = refusal(write, tmp_path / "photos", tmp_path / "d", kind=DataError)
     assert "a.png: no measured depth for the geometric teacher; give --teacher" in said
-    assert (tmp_path / "d/manifest.jsonl").exists() and write(few_rooms, tmp_path / "d")  # without samples no obstacle
-
-
-def die_at(event, arguments):
-    """In a child: `write_cache`, killed (SIGKILL) before its n-th flush or rename."""
-    count = itertools.count(1)
-
-    def dying(call):
-        return lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(count) == event else call(*args)
-    torch.set_num_threads(1)
-    os.fsync, os.replace = dying(os.fsync), dying(os.replace)
-    write(*arguments, views=1)
-
-
-def test_caching_killed_at_many_points_and_continued_leaves_the_same_files(few_rooms, tmp_path):
-    write(few_rooms, tmp_path / "whole", views=1)
-    for event in (1, 2, 3, 4, 5, 1, 2, 3):
-        arguments = event, (few_rooms, tmp_path / "killed")
-        child = multiprocessing.get_context("fork").Process(target=die_at, args=arguments)
-        child.start()
-        child.join(60)
-        assert child.exitcode == -signal.SIGKILL
-    leftovers = list((tmp_path / "killed").rglob(".*"))
-    assert len(leftovers) == 8  # one each, hidden
-    for path in leftovers:
-        path.unlink()
-    write(few_rooms, tmp_path / "killed", views=1)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "killed") and len(contents(tmp_path / "whole")) == 25
+    assert (tmp_path / "d/manifest.jsonl").exists() and write(crooked_dir, tmp_path / "d")  # without samples no obstacle
 
 
 # ------------------------------------------------------------------------------------------------ the pretended Fast3R
@@ -1023,26 +947,27 @@ def test_accuracy_and_completeness_are_those_of_a_float64_loop_and_of_the_offici
 
 
 class Scaled(GeometricTeacher):
-    def __call__(self, views, generator):
-        return [m._replace(points_local=m.points_local / 4) for m in super().__call__(views, generator)]
+    def __call__(self, views, generator):  # where nothing is measured, nothing can be wrong
+        return [m._replace(points_local=(m.points_local / 4).nan_to_num(9.0)) for m in super().__call__(views, generator)]
 
 
-def test_evaluation_of_the_truth_the_noisy_and_the_mean(rooms, few_rooms, cache):
-    cached = d3r.CachedViews(few_rooms, cache)
-    exact, noisy, mean = (d3r.evaluate(teacher, rooms[:2], SMALL, views=3) for teacher in (
+def test_evaluation_of_the_truth_the_noisy_and_the_mean(crooked, crooked_dir, cache):
+    cached = d3r.CachedViews(crooked_dir, cache)
+    exact, noisy, mean = (d3r.evaluate(teacher, crooked, SMALL, views=4) for teacher in (
         Scaled(SMALL, 0.0), GeometricTeacher(SMALL), d3r.MeanTeacher(cached)))
     assert max(exact["mean"][:4]) < 1e-5 and exact["mean"].scale == pytest.approx(4, rel=1e-5)
-    assert 1e-3 < noisy["mean"].accuracy_median < 0.3 * mean["mean"].accuracy_median
-    assert 1e-3 < noisy["mean"].completeness_median < 0.5 * mean["mean"].completeness_median
-    assert list(noisy["scenes"]) == [s.name for s in rooms[:2]] and noisy["mean"].scale == pytest.approx(1, abs=0.05)
-    assert noisy["calibration"]["rank"] < -0.3 and mean["calibration"]["rank"] == 0
+    for score in ("accuracy_median", "completeness_median"):
+        assert 1e-3 < getattr(noisy["mean"], score) < 0.5 * getattr(mean["mean"], score)
+    assert list(noisy["scenes"]) == [s.name for s in crooked] and noisy["mean"].scale == pytest.approx(1, abs=0.05)
+    assert noisy["calibration"]["rank"] < -0.3 and abs(mean["calibration"]["rank"]) < 0.02
     assert mean["mean"].accuracy_mean == pytest.approx(np.mean([s.accuracy_mean for s in mean["scenes"].values()]))
-    bare = data.Scene("bare", [dataclasses.replace(f, depth=None) for f in rooms[0].frames])
+    bare = data.Scene("bare", [dataclasses.replace(f, depth=None) for f in crooked[0].frames])
     with pytest.raises(DataError, match="no scene has a view with measured depth"):
         d3r.evaluate(GeometricTeacher(SMALL), [bare], SMALL)
-    values = [m.points_local[10, 20].double() for s in cached for m, mask in zip(s.targets, s.masks) if mask[10, 20]]
-    found = d3r.MeanTeacher(cached)([None], None)[0].points_local[10, 20]  # the mean of valid pixels
-    assert values and (found - torch.stack(values).mean(0)).abs().max() < 1e-4
+    known = lambda mask: mask.shape == SMALL and mask[20, 10]
+    values = [m.points_local[20, 10].double() for s in cached for m, mask in zip(s.targets, s.masks) if known(mask)]
+    found = d3r.MeanTeacher(cached)([None], None)[0].points_local[20, 10]  # the mean of valid pixels
+    assert 0 < len(values) < 16 and (found - torch.stack(values).mean(0)).abs().max() < 1e-4
 
 
 def test_the_rank_correlation_is_spearmans():
@@ -1221,29 +1146,6 @@ def test_three_training_steps_are_those_by_hand(cached, tmp_path):
             assert (stored[key] - value).norm() < 1e-3 * value.norm(), key
 
 
-FAKE = ROOT.parent / "shared/tools/fake_cuda.py"
-ON_A_GPU = """
-import fake_cuda, importlib, sys
-device = fake_cuda.install()  # kept alive
-d3r = importlib.import_module("06_distill3r")
-for command in ("cache", "train", "eval", "infer"):
-    if command == "infer":  # an untrained student's points may lie behind the camera: these lie before it
-        student = d3r.load_student(sys.argv[1] + "/student")
-        student.downstream_head_local.dpt.head[-1].bias.data[2] += 3
-        d3r.save_student(student, sys.argv[1] + "/student")
-    d3r.main([command, "--out", *sys.argv[1:], "--preset", "tiny", "--device", "cuda"])
-"""
-
-
-def test_on_a_pretended_gpu_all_commands_run(few_rooms, tmp_path):
-    environment = os.environ | {"FAKE_CUDA_PROJECT": str(ROOT), "PYTHONPATH": f"{FAKE.parent}:{ROOT}"}
-    arguments = [tmp_path, "--scene_dir", few_rooms, *TOY[:-2], "--max_steps", 1, "--tau", 0, "--stride", 6]
-    done = subprocess.run([sys.executable, "-c", ON_A_GPU, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(words in done.stdout for words in ("samples written", "accuracy", "cloud.ply"))
-
-
 def test_half_of_the_samples_are_mirrored_and_are_the_same_scene_in_a_mirror(rooms, cached, monkeypatch):
     """The truth of a mirrored picture: its points lie on its pixels' rays, in the view's own frame and the first's."""
     views = views_of(rooms[0], (0, 4), (48, 64))
@@ -1287,14 +1189,6 @@ def undisturbed(cached, tmp_path_factory):
     begin = time.monotonic()
     assert finish(fork("train", *common, "--out", out)) == 0
     return out, time.monotonic() - begin, common
-
-
-def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, tmp_path):
-    whole, seconds, common = undisturbed
-    rng, out = random.Random(0), tmp_path / "run"
-    pauses = (rng.uniform(0.2, 0.8) * seconds for _ in itertools.count())
-    kill_and_resume(lambda: fork("train", *common, "--out", out, "--resume"), out, 2, pauses)
-    killed.same(out, whole, 6)
 
 
 def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(undisturbed, tmp_path, monkeypatch):
