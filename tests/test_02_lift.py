@@ -177,6 +177,10 @@ def test_the_normals_of_a_scene_stop_at_what_is_not_known(crooked):
         view = crooked[0].view(i)
         off = (lift.surface_normals(view.depth, view.K) * view.normal).sum(-1)[view.depth > 0]
         assert off.median() > 0.995 and (off < 0.5).float().mean() < 0.01  # also beside the hole
+    row = torch.zeros(5, 64)
+    row[2] = 2.0  # alone it has no slope, and faces the camera
+    facing = -F.normalize(lift.pixel_rays(view.K, 5, 64), dim=-1)[2]
+    assert ((lift.surface_normals(row, view.K)[2] * facing).sum(-1) > 0.999).all()
 
 
 def test_gaussians_cope_with_edges_and_holes():
