@@ -122,13 +122,13 @@ def test_features_do_not_cross_mask_borders():
 
 
 def test_each_gaussian_gets_the_feature_of_its_pixel():
-    tokens, masks = torch.rand(2, 12, 5), torch.arange(2)[:, None, None].expand(2, 24, 32)
+    tokens, masks = torch.rand(2, 12, 5), torch.zeros(2, 24, 32, dtype=torch.long)
+    masks[1, :, 13:] = 1
     g = lift.lift_features(lift.depth_gaussians(torch.ones(2, 24, 32), *cameras(size=(24, 32))), tokens, masks, (3, 4))
-    view, row, col = 1, 4, 20  # row 4 is in the middle of the first patch, column 20 in the middle of the third
     assert g.features.shape == (len(g.means), 5)
-    expected = lift.bilinear_upscale(tokens[view], masks[view], (3, 4))[row, col]
-    assert torch.allclose(g.features[(view * 24 + row) * 32 + col], expected)
-    assert not torch.equal(g.features[0], g.features[24 * 32])
+    for view, row, col in ((0, 3, 14), (1, 3, 14)):
+        expected = lift.mask_aware_upscale(tokens[view], masks[view], (3, 4))[row, col]
+        assert torch.allclose(g.features[(view * 24 + row) * 32 + col], expected)
 
 
 # ------------------------------------------------------------------------ geometry
