@@ -95,29 +95,6 @@ def test_lora_starts_at_the_pretrained_network_and_merges_exactly():
     assert torch.allclose(merged.blocks[0].attn.qkv.weight, weight + 8 / 4 * adapted.B @ adapted.A, atol=1e-6)
 
 
-def test_head_is_cosine_times_gain():
-    head = distill.DINOHead(16, hidden=32, bottleneck=8, prototypes=20)
-    head.gain.data.uniform_(0.5, 2)
-    x = z = torch.randn(5, 16)
-    for n in (0, 2, 4):
-        z = head.mlp[n](F.gelu(z) if n else z)
-    expected = head.gain * F.cosine_similarity(z[:, None], head.prototypes[None], dim=-1)
-    assert torch.allclose(head(x), expected, atol=1e-5) and head(x).shape == (5, 20)
-
-
-@pytest.mark.parametrize("taus", [(1.0, 1.0), (0.1, 0.04)])
-def test_loss_is_the_cross_entropy_of_equation_5(taus):
-    torch.manual_seed(0)
-    student, teacher = (torch.randn(7, 11, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    loss, total = distill.distill_loss(student, teacher, *taus), 0
-    for s, t in zip(student.tolist(), teacher.tolist()):
-        p, q = [math.exp(v / taus[1]) for v in t], [math.exp(v / taus[0]) for v in s]
-        total -= sum(a / sum(p) * math.log(b / sum(q)) for a, b in zip(p, q))
-    assert abs(loss.item() - total / 7) < 1e-9
-    loss.backward()
-    assert teacher.grad is None and student.grad.abs().sum() > 0  # sg(.): nothing flows into the teacher
-
-
 @pytest.mark.parametrize("block", [1, 3, 100])
 def test_blocked_loss_is_exact_in_value_and_gradient(block):
     torch.manual_seed(0)
@@ -1008,13 +985,6 @@ def test_a_scene_without_overlap_is_left_out(rooms, capsys):
     assert "far_apart: left out" in capsys.readouterr().out and turned not in train
     with pytest.raises(data.DataError, match="no three views overlap"):
         distill.hold_out([turned], 4, 0)
-
-
-def test_measured_depth_is_asked_for_by_name(rooms_dir):
-    args = distill.parse(["--scene_dir", str(rooms_dir), "--geometry", "depth", *SMALL])
-    scenes, heldout, source = distill.prepare(args)
-    assert len(heldout) == 2 and source.load(*heldout[0]).depth is not None
-    assert not {scene.name for scene in scenes} & {scene.name for scene, _ in heldout}
 
 
 REAL = ["posed_fox_instantngp", "colmap_bartoszek_statue", "rgbd_7scenes_redkitchen/original",

@@ -577,35 +577,20 @@ def test_views_are_spread_and_scenes_split(rooms_dir, rooms, tmp_path):
     assert probe.shown_views(truth, 0).tolist() == [2]  # pictures show views of which something is known
 
 
-def test_bad_maps_and_lists_are_one_line(tmp_path):
-    plain = tmp_path / "plain"
-    write_plain(plain, 4)
-    ids = np.array(Image.open(plain / "labels/0.png")).astype(np.int32)
-
-    def refused(message, path=plain):
-        with pytest.raises(data.DataError, match=message) as error:
-            probe.open_data(asked_of(path, tmp_path / "out"))
-        assert "\n" not in str(error.value)
-
-    def with_first_row(value, dtype, suffix):
-        for old in (plain / "labels").glob("0.*"):
-            old.unlink()
-        ids[0] = value
-        if suffix == "npy":
-            np.save(plain / "labels/0.npy", ids.astype(dtype))
-        else:
-            Image.fromarray(ids.astype(dtype)).save(plain / "labels/0.png")
-    for unknown in ((65535, np.uint16, "png"), (-1, np.int32, "npy")):  # common for "ignore"
-        with_first_row(*unknown)
-        assert (probe.open_data(asked_of(plain, tmp_path / "out"))[1].label[0][0] == 255).all()
-    with_first_row(40_000, np.uint16, "png")
-    refused("class 40000; labels are ids")
-    with_first_row(0, np.uint8, "png")
-    (plain / "normals").mkdir()
-    np.save(plain / "normals/0.npy", np.zeros(ids.shape, np.float32))
-    refused("C = 3 or 4")
-    (tmp_path / "pairs.txt").write_text("\n\n")
-    refused("no pairs in it", tmp_path / "pairs.txt")
+@pytest.mark.parametrize("value, kind", [(65535, "png"), (-1, "npy"), (40_000, "png")])
+def test_labels_are_ids_or_unknown(tmp_path, value, kind):
+    write_plain(tmp_path / "plain", 4)
+    path = tmp_path / "plain/labels/0.png"
+    ids = np.array(Image.open(path)).astype(np.int32)
+    ids[0] = value
+    path.unlink()
+    np.save(path.with_suffix(".npy"), ids) if kind == "npy" else Image.fromarray(ids.astype(np.uint16)).save(path)
+    args = asked_of(tmp_path / "plain", tmp_path / "out")
+    if value == 40_000:
+        with pytest.raises(data.DataError, match="class 40000; labels are ids"):
+            probe.open_data(args)
+    else:  # common for "ignore"
+        assert (probe.open_data(args)[1].label[0][0] == 255).all()
 
 
 def test_pairs_without_depth_are_scored_by_epipolar_lines(tmp_path, rooms):
@@ -634,13 +619,7 @@ def test_pairs_without_depth_are_scored_by_epipolar_lines(tmp_path, rooms):
     assert probe.epipolar_error(points, true, None, val.K[0], val.K[1], a_to_b).max() < 0.05  # on the lines
     table = probe.report(probe.probe(models, train, val, pairs, args), train, val, pairs, args)
     assert "No depth" in table and "epipolar recall 10 px" in table and "RMSE" not in table
-    flat = " ".join([*lines[0].split()[:22], *16 * ["0"]])  # a pose that is none
-    (tmp_path / "pairs.txt").write_text(lines[0] + "\n")
-    assert probe.table({"a": {"correspondence": {}}}, probe.COLUMNS).split() == ["|", "|", "|", "---", "|", "|", "a", "|"]
-    for bad in (lines[0][:-9], flat, "\0\xff"):
-        (tmp_path / "pairs.txt").write_bytes(bad.encode("latin-1"))
-        with pytest.raises(data.DataError, match="line 1 is not two names"):
-            probe.open_data(args)
+    assert probe.table({"a": {"correspondence": {}}}, probe.COLUMNS).split() == "| | | --- | | a |".split()
 
 
 # ------------------------------------------------------------------------------------------------ tables and the script
