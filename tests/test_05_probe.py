@@ -537,8 +537,8 @@ def asked_of(folder, out, *flags):
 
 def test_images_without_poses(tmp_path, capsys):
     write_plain(tmp_path / "flat", 24)
-    args = asked_of(tmp_path / "flat", tmp_path / "out", "--depth_scale", "0.00390625", "--max_depth", "80", "--pixels",
-                    "2400", "--crop", "0.25", "1", "0", "0.5", "--ignore_label", "0")
+    flags = "--depth_scale 0.00390625 --max_depth 80 --pixels 2400 --crop 0.25 1 0 0.5 --ignore_label 0".split()
+    args = asked_of(tmp_path / "flat", tmp_path / "out", *flags)
     train, val = probe.open_split(args)
     assert [f.name for f in val[0].frames] == ["7", "15", "23"] and len(train[0]) == 21
     views, whole = probe.store_views(val, (40, 60), args), probe.store_views(train, (40, 60), args, "train")
@@ -550,6 +550,10 @@ def test_images_without_poses(tmp_path, capsys):
     label = np.array(Image.open(tmp_path / "flat/labels/7.png"))
     assert (views.label[0][10:, :30].numpy() == np.where(label == 0, 255, label)[10:, :30]).all()
     assert (views.label[0][:10] == 255).all()
+    for other in ("--depth_scale 0.001", "--crop 0 1 0 1"):  # no other way to read them finds these on disk
+        args2 = asked_of(tmp_path / "flat", tmp_path / "out", *flags, *other.split())
+        found = probe.store_views(probe.open_split(args2)[1], (40, 60), args2)
+        assert not torch.equal(found.depth[0], views.depth[0])
     _, train, val, pairs = probe.open_data(args)
     assert not pairs and list(probe.truths(train, val)) == ["depth", "segmentation"]
     write_plain(tmp_path / "halves/train", 3)
