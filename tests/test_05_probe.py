@@ -177,6 +177,14 @@ def test_heads_are_fitted_to_training_views_alone(kind):
     assert torch.equal(*said)  # whitening, depth bins and classes do not know of the held-out views
 
 
+@pytest.mark.parametrize("kind", RUNS)
+def test_views_of_which_nothing_is_known_are_not_trained_on(kind):
+    run, recipe, _ = RUNS[kind]
+    train, truth, *val = halves(*readable(kind))
+    truth[::2] = 255 if kind == "segmentation" else 0
+    run(train, truth, *val, recipe._replace(steps=20, batch=1))  # it stops where a loss is not finite
+
+
 def test_an_ignored_class_is_never_predicted():
     tokens, truth = readable("segmentation")
     train, truth, val, val_truth = halves(tokens, torch.where(truth == 1, 255, 2 * truth))  # classes 0 and 4 are left
@@ -566,6 +574,12 @@ def test_images_without_poses(tmp_path, capsys):
     shutil.rmtree(tmp_path / "halves/val/images")
     with pytest.raises(data.DataError, match="0 images in images/"):
         probe.open_split(args)
+
+
+def test_the_crop_of_evaluation_is_that_of_all_maps(crooked, tmp_path):
+    views = probe.store_views(crooked[:1], (48, 64), probe.parse(["--out", str(tmp_path), *"--crop 0.5 1 0 1".split()]))
+    for truth, unknown in ((views.depth[0], 0), (views.normal[0].abs().sum(-1), 0), (views.label[0], 255)):
+        assert (truth[:24] == unknown).all() and (truth[24:] != unknown).any()
 
 
 def test_views_are_spread_and_scenes_split(rooms_dir, rooms, tmp_path):

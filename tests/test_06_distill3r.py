@@ -1144,6 +1144,8 @@ def test_a_new_student_starts_at_the_pretrained_vit_and_the_encoder_has_a_rate_o
     student, images = d3r.new_student(args), torch.rand(2, 3, 48, 64)
     with torch.no_grad():
         assert torch.equal(student.tokens(images), lift.load_vit("tiny")(images).patches)
+    other = d3r.new_student(d3r.parse(["train", *map(str, cached), "--seed", "1"]))
+    assert not torch.equal(student.decoder.decoder_embed.weight, other.decoder.decoder_embed.weight)
     sum(part.sum() for part in student([images[0]])[0]).backward()
     assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
     main("train", *cached, "--max_steps", 2, "--encoder_share", 0, "--out", tmp_path)
