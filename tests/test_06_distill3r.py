@@ -1218,6 +1218,7 @@ def test_training_takes_the_size_of_the_cache_and_eval_the_mean_of_it(rooms_dir,
     main("cache", *common, "--scene_dir", rooms_dir, "--size", 24, 32, "--views", 6)
     main("train", *common, "--max_steps", 1)
     assert d3r.load_student(tmp_path / "student").config.size == (24, 32)
+    assert not any("room_003" in name for line in log_of(tmp_path) for name in line["samples"])  # it is held out
     assert "made at [24, 32], not [48, 64]; leave --size out" in message("train", *common, "--size", 48, 64)
     other = tmp_path / "other"
     shutil.copytree(rooms_dir / "room_003", other / "room_000")  # a name that the cache knows
@@ -1225,6 +1226,7 @@ def test_training_takes_the_size_of_the_cache_and_eval_the_mean_of_it(rooms_dir,
     main("eval", *common, *both)
     found = json.loads((tmp_path / "result.json").read_text())["mean"]["mean"]
     args = d3r.parse(["eval", *map(str, common), "--size", "24", "32"])
+    assert d3r.unseen(args, list("abcd")) == ["d"]
     mean = d3r.MeanTeacher(d3r.cached_part(args, "train", rooms_dir))
     assert found == d3r.evaluate(mean, data.load_scenes(other), (24, 32), 2)["mean"]._asdict()
     main("eval", *common, "--cache", tmp_path / "none", *both)
