@@ -725,6 +725,7 @@ def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step(tmp_path):
     assert names() == ["checkpoint.safetensors"]  # renamed, not copied
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 1, "lo')  # as a power cut may leave it
+    del run
     run = toy_run(tmp_path, resume=True)
     with pytest.raises(KeyboardInterrupt):
         for step in run:
@@ -732,6 +733,7 @@ def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("the second interrupt ends the step")
+    del run
     for step in (run := toy_run(tmp_path, resume=True)):
         run.args.save_minutes = 0
         run.log(loss=1.0)
