@@ -713,8 +713,8 @@ def test_a_geometry_that_does_not_carry_is_named(triplet):
 
 
 @torch.no_grad()
-def test_a_row_of_the_picture_by_its_definition(crooked, monkeypatch):
-    vit, net, place = lift.load_vit("tiny"), lift.load_mvsplat("tiny"), (crooked[0], (3, 5, 8))  # a fifth is not covered
+def test_a_row_of_the_picture_by_its_definition(crooked, monkeypatch):  # a fifth of it is not covered
+    vit, net, place = lift.load_vit("tiny"), lift.load_mvsplat("tiny"), (crooked[0], (3, 5, 8))
     t = splat.load_triplet(*place, (48, 64), "cpu", "files")
     drawn, colour = [], lift.pca_colours
     monkeypatch.setattr(lift, "pca_colours", lambda features, basis: drawn.append(features) or colour(features, basis))
