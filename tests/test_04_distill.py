@@ -142,7 +142,7 @@ def test_ema_moves_what_is_trained_and_nothing_else():
 @pytest.mark.parametrize("upscale", ["masks", "bilinear"])
 def test_splatted_tokens_against_the_plain_definition(crooked, blend, upscale):
     source = source_of(crooked)
-    t = source.load(*place_of(crooked))
+    t = source.load(crooked[0], (3, 5, 8))  # the contexts do not see all of it
     tokens, g = torch.randn(2, 48, 3, generator=torch.Generator().manual_seed(0)), source.reconstruct(t, "depth")
     ours, ours_valid = distill.splat_features(tokens, g, t, GRID, blend, upscale)
     masks = t.masks if upscale == "masks" else 0 * t.masks
@@ -160,7 +160,7 @@ def test_splatted_tokens_against_the_plain_definition(crooked, blend, upscale):
         assert ours_valid[n] == (len(taps) >= 2)
         if len(taps) >= 2:
             assert torch.allclose(ours[n], sum(blended[y, x] for y, x in taps) / len(taps), atol=1e-4)
-    assert 0 < (~ours_valid).sum() < 12 and not t.masks.all()
+    assert 0 < (~ours_valid).sum() < 24 and not t.masks.all()
 
 
 def test_unmatched_pixels_can_be_dropped(crooked):
@@ -276,13 +276,13 @@ class Knowing:
 
 def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
     """The pictures are painted with world positions instead of colours."""
-    source, triplets = source_of(rooms, "--geometry", "depth"), []
+    source, triplets = source_of(rooms, "--geometry", "depth", "--pixels", 12288), []
     rays = lambda K: lift.pixel_rays(K, 96, 128)
     paint = lambda depth, K, c2w: (rays(K) * depth[..., None] @ c2w[:3, :3].T + c2w[:3, 3]).permute(2, 0, 1)
     for n in range(2 * len(rooms)):
         t = source.load(*place_of(rooms, n % len(rooms), n))
         images = torch.stack([paint(*v) for v in zip(t.depth, t.K, t.c2w)])
-        operator = distill.triplet_operator(source.reconstruct(t), t, GRID, blend=1.0, upscale="bilinear")
+        operator = distill.triplet_operator(source.reconstruct(t), t, (12, 16), blend=1.0, upscale="bilinear")
         triplets.append(distill.Judged((None, None), images, operator))
     torch.manual_seed(0)
     waves, place = 3 * torch.randn(3, 64), torch.randn(192, 64)
