@@ -595,6 +595,12 @@ def test_fast3r_looks_at_the_sizes_that_the_official_loader_gives(stored, size):
     assert d3r.fast3r_size(*stored) == size
 
 
+def test_what_a_map_does_not_show_of_its_photo_is_not_known():
+    middle = Pointmap(*torch.ones(2, 50, 100, 3), *torch.ones(2, 50, 100))  # of a photo of 100x100
+    known = d3r.resampled(middle, (100, 100), (20, 20)).points_local.isfinite().all(-1)
+    assert known[5:15].all() and not known[:5].any() and not known[15:].any()
+
+
 # ------------------------------------------------------------------------------------------------ the cache
 
 
