@@ -295,6 +295,14 @@ def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
         assert measure(cheat).matching < 0.12 and measure(cheat).cosine < 0.3  # chance is 9 of 192
 
 
+def test_agreement_is_measured_by_depth_and_without_masks(crooked):
+    source, place = source_of(crooked, "--geometry", "mvsplat"), (crooked[0], (3, 5, 8))
+    (found,), t = distill.judged_triplets(source, [place]), source.load(*place)
+    plain = distill.triplet_operator(splat.reconstruct("depth", t)[0], t, GRID, 1.0, "bilinear")
+    tokens = torch.randn(96, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.operator(tokens), plain(tokens)) and torch.equal(found.operator.valid, plain.valid)
+
+
 def test_effective_rank_counts_directions():
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64))[0]
@@ -549,10 +557,11 @@ def test_the_target_can_be_a_context_or_the_image_itself(one_step):
     _, (a, b, target) = one.place
     assert target == a and one_step().place[1][:2] == (a, b)  # the same contexts as without the flag
     assert one.line["loss"] == pytest.approx(expected_loss(one, *definition(one)), rel=1e-3)
-    for blend in (0.5, 1.0):
-        one = one_step("--target", "image", "--blend", str(blend))
+    ways = {"masks": lift.mask_aware_upscale, "bilinear": lift.bilinear_upscale}
+    for blend, (way, upscale) in zip((0.5, 1.0), ways.items()):
+        one = one_step("--target", "image", "--blend", str(blend), "--upscale", way)
         t, grid = one.t, one.source.grid(one.t)
-        full = lift.mask_aware_upscale(one.before(distill.jitter(t.images[2:], 0)).patches[0], t.masks[2], grid)
+        full = upscale(one.before(distill.jitter(t.images[2:], 0)).patches[0], t.masks[2], grid)
         blended = splat.semantic_blend(full, t.masks[2], blend)
         everywhere = torch.ones_like(t.masks[2], dtype=torch.bool)
         goal, valid = splat.splat_to_tokens(blended, everywhere, grid)
