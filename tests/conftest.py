@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on the path, quiet threads, four rooms, two crooked scenes; and two processes where
+"""Shared by all tests: the repository on the path, quiet threads, four rooms, two crooked scenes; two processes where
 the whole suite runs."""
 import json
 import os

@@ -713,7 +713,8 @@ PEOPLE = {  # name: (what writes the folder, what the notes must say, the views 
     "grown after colmap": (lambda f: (put(f, IN_IMAGES, zoom=2), colmap_of(f)), "32x24: scaled to the 64x48"),
     "an angle": (lambda f: plainly(f, **dict.fromkeys("fl_x cx cy w h".split()), camera_angle_x=2 * math.atan(16 / 30)),
                  None),
-    "intrinsics of a frame win": (lambda f: plainly(f, fl_x=60.0, k1=0.2, more=lambda i: dict(fl_x=30.0, k1=0.0)), None),
+    "intrinsics of a frame win": (lambda f: plainly(f, fl_x=60.0, k1=0.2, more=lambda i: dict(fl_x=30.0, k1=0.0)),
+                                  None),
     "3x4, blanks, no ending": (lambda f: (put(f, [f"images/my photo 0.{i}.png" for i in range(5)]), describe(
         f, [f"./images/my photo 0.{i}" for i in range(5)],
         more=lambda i: dict(transform_matrix=(pose(i) @ GL)[:3].tolist()))), None),

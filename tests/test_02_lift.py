@@ -1,5 +1,5 @@
-"""02_lift.py: Eq. 2-3 against loops over pixels; geometry against planes and crooked scenes; the ViT and MVSplat against
-the numbers of the published codes; every layout of weights; files that run code (damaged ones are in test_hostile.py).
+"""02_lift.py: Eq. 2-3 against loops over pixels; geometry against planes and crooked scenes; ViT and MVSplat against the
+numbers of the published codes; every layout of weights; files that run code (damaged ones are in test_hostile.py).
 
 tests/fixtures/networks and mvsplat hold what the official codes give for weights that a recipe makes. The ViT's are
 written here in each source's own layout, by tables that are not those of 02_lift.py, and come back by `load_vit`.
