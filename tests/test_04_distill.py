@@ -1,7 +1,5 @@
 """04_distill.py: each piece against a slow definition, the run as a user starts it, and runs that are killed."""
 import copy
-import dataclasses
-import errno
 import functools
 import importlib
 import itertools
@@ -19,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ data, lift, splat, distill = (importlib.import_module(n) for n in ("01_data", "0
 ROOT = Path(__file__).parents[1]
 SMALL = """--heldout 2 --pixels 3072 --hidden 64 --bottleneck 32 --prototypes 128 --triplets 4 --device cpu --batch 1
     --no-full_finetune --lr 3e-3 --tau_student 0.05 --tau_teacher 0.02 --preset tiny""".split()
-GRID = 12, 16  # of 96x128 pixels in patches of 8
+GRID = 6, 8  # of 48x64 pixels in patches of 8
 
 
 def run(*arguments, launcher=()):
@@ -67,12 +66,13 @@ def small_vit():
     return model.eval()
 
 
-def source_of(rooms, *flags):
-    return distill.Source(rooms, distill.parse(["--device", "cpu", "--preset", "tiny", *map(str, flags)]), 8)
+def source_of(scenes, *flags):
+    flags = ["--device", "cpu", "--preset", "tiny", "--pixels", 3072, *flags]
+    return distill.Source(scenes, distill.parse(list(map(str, flags))), 8)
 
 
-def place_of(rooms, n=0, seed=0):
-    return rooms[n], data.sample_triplet(rooms[n], torch.Generator().manual_seed(seed))
+def place_of(scenes, n=0, seed=0):
+    return scenes[n], data.sample_triplet(scenes[n], torch.Generator().manual_seed(seed))
 
 
 # -------------------------------------------------------------------------------- LoRA, head, loss, EMA
@@ -93,29 +93,6 @@ def test_lora_starts_at_the_pretrained_network_and_merges_exactly():
     assert (merged(images).patches - base(images).patches).abs().max() > 1e-2
     weight, adapted = base.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv
     assert torch.allclose(merged.blocks[0].attn.qkv.weight, weight + 8 / 4 * adapted.B @ adapted.A, atol=1e-6)
-
-
-def test_head_is_cosine_times_gain():
-    head = distill.DINOHead(16, hidden=32, bottleneck=8, prototypes=20)
-    head.gain.data.uniform_(0.5, 2)
-    x = z = torch.randn(5, 16)
-    for n in (0, 2, 4):
-        z = head.mlp[n](F.gelu(z) if n else z)
-    expected = head.gain * F.cosine_similarity(z[:, None], head.prototypes[None], dim=-1)
-    assert torch.allclose(head(x), expected, atol=1e-5) and head(x).shape == (5, 20)
-
-
-@pytest.mark.parametrize("taus", [(1.0, 1.0), (0.1, 0.04)])
-def test_loss_is_the_cross_entropy_of_equation_5(taus):
-    torch.manual_seed(0)
-    student, teacher = (torch.randn(7, 11, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    loss, total = distill.distill_loss(student, teacher, *taus), 0
-    for s, t in zip(student.tolist(), teacher.tolist()):
-        p, q = [math.exp(v / taus[1]) for v in t], [math.exp(v / taus[0]) for v in s]
-        total -= sum(a / sum(p) * math.log(b / sum(q)) for a, b in zip(p, q))
-    assert abs(loss.item() - total / 7) < 1e-9
-    loss.backward()
-    assert teacher.grad is None and student.grad.abs().sum() > 0  # sg(.): nothing flows into the teacher
 
 
 @pytest.mark.parametrize("block", [1, 3, 100])
@@ -163,39 +140,48 @@ def test_ema_moves_what_is_trained_and_nothing_else():
 
 @pytest.mark.parametrize("blend", [1.0, 0.5])
 @pytest.mark.parametrize("upscale", ["masks", "bilinear"])
-def test_splatted_tokens_against_the_plain_definition(rooms, blend, upscale):
-    source = source_of(rooms)
-    t = source.load(*place_of(rooms))
-    tokens, g = torch.randn(2, 192, 3, generator=torch.Generator().manual_seed(0)), source.reconstruct(t, "depth")
+def test_splatted_tokens_against_the_plain_definition(crooked, blend, upscale):
+    source = source_of(crooked)
+    t = source.load(crooked[0], (3, 5, 8))  # the contexts do not see all of it
+    tokens, g = torch.randn(2, 48, 3, generator=torch.Generator().manual_seed(0)), source.reconstruct(t, "depth")
     ours, ours_valid = distill.splat_features(tokens, g, t, GRID, blend, upscale)
     masks = t.masks if upscale == "masks" else 0 * t.masks
     features = torch.cat([lift.mask_aware_upscale(tokens[v], masks[v], GRID).reshape(-1, 3) for v in (0, 1)])
-    render = splat.rasterize(g.means, g.covariances, g.opacities, features, torch.linalg.inv(t.c2w[2]), t.K[2], 96, 128)
+    render = splat.rasterize(g.means, g.covariances, g.opacities, features, torch.linalg.inv(t.c2w[2]), t.K[2], 48, 64)
     valid, rendered = render.alpha >= 0.5, render.features / render.alpha[..., None]
     blended = rendered.clone()
     for i in t.masks[2].unique().tolist():
         same = t.masks[2] == i
         if i and (valid & same).any():
             blended[same] = blend * rendered[same] + (1 - blend) * rendered[valid & same].mean(0)
-    for n in range(192):
-        r, c = 8 * (n // 16) + 4, 8 * (n % 16) + 4  # the centre of an 8 x 8 patch lies between four pixels
+    for n in range(48):
+        r, c = 8 * (n // 8) + 4, 8 * (n % 8) + 4  # the centre of an 8 x 8 patch lies between four pixels
         taps = [(y, x) for y in (r - 1, r) for x in (c - 1, c) if valid[y, x]]
         assert ours_valid[n] == (len(taps) >= 2)
         if len(taps) >= 2:
             assert torch.allclose(ours[n], sum(blended[y, x] for y, x in taps) / len(taps), atol=1e-4)
+    assert 0 < (~ours_valid).sum() < 24 and not t.masks.all()
 
 
-def test_unmatched_pixels_can_be_dropped(rooms):
-    source = source_of(rooms)
-    t = source.load(*place_of(rooms))
-    masks = t.masks.clone()
-    masks[:2, :50] = torch.arange(2 * 50 * 128).view(2, 50, 128) + 1000  # an id of its own for every pixel
-    t = t._replace(masks=masks)
-    g, tokens = source.reconstruct(t, "depth"), torch.randn(2, 192, 3)
+def test_unmatched_pixels_can_be_dropped(crooked):
+    source = source_of(crooked)
+    t = source.load(*place_of(crooked))
+    t.masks[:2, :25] = torch.arange(2 * 25 * 64).view(2, 25, 64) + 1000  # an id of its own for every pixel
+    g, tokens = source.reconstruct(t, "depth"), torch.randn(2, 48, 3)
     kept = distill.splat_features(tokens, g, t, GRID)[1]
     dropped = distill.splat_features(tokens, g, t, GRID, drop_unmatched=True)[1]
-    assert kept.sum() > 150 and dropped.sum() < kept.sum() - 40
+    assert kept.sum() > 35 and dropped.sum() < kept.sum() - 10
     assert torch.equal(distill.triplet_operator(g, t, GRID, drop_unmatched=True).valid, dropped)
+
+
+def test_channels_in_blocks_are_all_channels(crooked, monkeypatch):
+    source = source_of(crooked)
+    t = source.load(*place_of(crooked))
+    tokens, g = torch.randn(2, 48, 7), source.reconstruct(t, "depth")
+    whole, valid = distill.splat_features(tokens, g, t, GRID)
+    monkeypatch.setattr(distill, "MAX_FEATURES", 3 * len(g.means))  # three channels, three, and one
+    parts, still = distill.splat_in_blocks(tokens, g, t, GRID)
+    assert torch.allclose(parts, whole, atol=1e-6) and torch.equal(valid, still)
 
 
 HOW = [flags.split() for flags in ("", "--no_blend", "--upscale bilinear", "--drop_unmatched", "--geometry depth",
@@ -203,13 +189,13 @@ HOW = [flags.split() for flags in ("", "--no_blend", "--upscale bilinear", "--dr
 
 
 @pytest.mark.parametrize("flags", HOW, ids=" ".join)
-def test_operator_and_online_path_give_the_same_loss(rooms, tmp_path, flags):
+def test_operator_and_online_path_give_the_same_loss(crooked, tmp_path, flags):
     """The promise of the cache: for the same triplet, the loss of the plain path to the rounding of float16 weights."""
-    place, vit, losses = place_of(rooms, 1), lift.load_vit("tiny"), []
+    place, vit, losses = place_of(crooked, 1), lift.load_vit("tiny"), []
     torch.manual_seed(0)
     student = distill.Network(vit, distill.DINOHead(192, 64, 32, 128))
     for path in ([], ["--online"]):
-        source = source_of(rooms, *flags, *path, "--operators", tmp_path)
+        source = source_of(crooked, *flags, *path, "--operators", tmp_path)
         sample = source.sample(*place, seed=0)
         with torch.no_grad():
             goal, valid = sample.carry(vit(sample.context).patches)
@@ -217,21 +203,28 @@ def test_operator_and_online_path_give_the_same_loss(rooms, tmp_path, flags):
             loss, entropy = distill.objective(student, student, seen[valid], goal[valid], source.args)
         losses.append((loss.item(), entropy.item(), valid.sum().item(), goal[valid]))
     (a, b, n, x), (c, d, m, y) = losses
-    assert n == m > 50 and (x - y).norm() < 1e-3 * y.norm()
+    assert n == m > 30 and (x - y).norm() < 1e-3 * y.norm()
     assert a == pytest.approx(c, rel=2e-4) and b == pytest.approx(d, rel=1e-3) and a > b + 0.1
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def bent_mvsplat(folder):  # a file: its disparity is off by a tenth of the nearest
+    net, path = lift.load_mvsplat("tiny"), folder / "bent.safetensors"
+    net.depth_predictor["to_disparity"][2].bias.data[0] += 0.1
+    lift.save_tensors(path, net.state_dict())
+    return path
 
 
 def test_an_operator_is_named_after_all_that_it_depends_on(rooms, tmp_path, monkeypatch):
     scene, (a, b, target) = place = place_of(rooms)
     name = lambda *flags: source_of(rooms, *flags).path(*place).name
-    bent = lift.load_mvsplat("tiny")
-    bent.depth_predictor["to_disparity"][2].bias.data[0] += 0.1
-    lift.save_tensors(tmp_path / "bent.safetensors", bent.state_dict())
-    further = ["--pixels", 3072], ["--blend", 0.25], ["--mvsplat", tmp_path / "bent.safetensors"]
+    further = ["--pixels", 12288], ["--blend", 0.25], ["--mvsplat", bent_mvsplat(tmp_path)]
     names = [name(*flags) for flags in (*HOW, *further)]
     names.append(source_of(rooms).path(scene, (b, a, target)).name)
-    for owner, key, value in ((splat, "OPERATOR_FORMAT", "another"), (scene, "depth_range", (0.1, 20.0))):
+    turned, lens = scene.frames[b].c2w @ np.diag([-1.0, -1, 1, 1]), ((0.1,), (0.0, 0.0))
+    for owner, key, value in ((splat, "OPERATOR_FORMAT", "another"), (scene, "depth_range", (0.1, 20.0)),
+                              (scene.frames[a], "K", 2 * scene.frames[a].K), (scene.frames[b], "c2w", turned),
+                              (scene.frames[target], "distortion", lens)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, key, value)
             names.append(name())
@@ -245,22 +238,8 @@ def test_an_operator_is_named_after_all_that_it_depends_on(rooms, tmp_path, monk
     assert name() == name(*others) == names[0]
 
 
-ALONE = SimpleNamespace(first=True, rank=0, world=1)
-
-
-def test_a_damaged_operator_is_made_again(rooms, tmp_path):
-    source, place = source_of(rooms, "--operators", tmp_path), place_of(rooms)
-    source.make_missing([place, place], ALONE)
-    (path,) = tmp_path.rglob("*.safetensors")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:1000])
-    again = source.operator(*place)
-    assert splat.SplatOperator.load(path).valid.sum() == again.valid.sum() > 0
-    assert path.stat().st_size == len(whole) < 40_000
-
-
 def test_threads_that_make_the_same_operator_do_not_collide(rooms, tmp_path):
-    source, place = source_of(rooms, "--operators", tmp_path, "--geometry", "depth", "--pixels", 3072), place_of(rooms)
+    source, place = source_of(rooms, "--operators", tmp_path, "--geometry", "depth"), place_of(rooms)
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda _: source.operator(*place).valid, range(8)))
     assert all(torch.equal(valid, made[0]) for valid in made)
@@ -281,20 +260,6 @@ def test_ahead_keeps_the_order_and_passes_errors_on():
         next(batches)
 
 
-@pytest.mark.parametrize("unit", [1e-3, 1e3])
-def test_the_unit_of_a_scene_does_not_matter(rooms, unit):
-    scene, indices = place_of(rooms)
-    scaled = scene.subset(range(len(scene)))
-    scaled.frames, scaled.depth_scale = list(map(dataclasses.replace, scene.frames)), scene.depth_scale * unit
-    scaled.depth_range, scaled.c2w = tuple(unit * d for d in scene.depth_range), scene.c2w.clone()
-    scaled.c2w[:, :3, 3] *= unit
-    tokens = torch.randn(2, 192, 4, generator=torch.Generator().manual_seed(0))
-    source = source_of(rooms, "--geometry", "depth")
-    one, other = (source.load(s, indices) for s in (scene, scaled))
-    (a, valid_a), (b, valid_b) = (distill.splat_features(tokens, source.reconstruct(t), t, GRID) for t in (one, other))
-    assert (valid_a == valid_b).float().mean() > 0.99 and (a - b)[valid_a & valid_b].abs().mean() < 1e-3
-
-
 # -------------------------------------------------------------------------------- agreement
 
 
@@ -311,13 +276,13 @@ class Knowing:
 
 def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
     """The pictures are painted with world positions instead of colours."""
-    source, triplets = source_of(rooms, "--geometry", "depth"), []
+    source, triplets = source_of(rooms, "--geometry", "depth", "--pixels", 12288), []
     rays = lambda K: lift.pixel_rays(K, 96, 128)
     paint = lambda depth, K, c2w: (rays(K) * depth[..., None] @ c2w[:3, :3].T + c2w[:3, 3]).permute(2, 0, 1)
     for n in range(2 * len(rooms)):
         t = source.load(*place_of(rooms, n % len(rooms), n))
         images = torch.stack([paint(*v) for v in zip(t.depth, t.K, t.c2w)])
-        operator = distill.triplet_operator(source.reconstruct(t), t, GRID, blend=1.0, upscale="bilinear")
+        operator = distill.triplet_operator(source.reconstruct(t), t, (12, 16), blend=1.0, upscale="bilinear")
         triplets.append(distill.Judged((None, None), images, operator))
     torch.manual_seed(0)
     waves, place = 3 * torch.randn(3, 64), torch.randn(192, 64)
@@ -330,14 +295,12 @@ def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
         assert measure(cheat).matching < 0.12 and measure(cheat).cosine < 0.3  # chance is 9 of 192
 
 
-def test_scenes_of_different_shape_are_measured_and_drawn_together(rooms, tmp_path):
-    source, vit, sizes = source_of(rooms, "--geometry", "depth"), lift.load_vit("tiny"), ((96, 128), (128, 96)) * 2
-    source.sizes = {scene.name: size for scene, size in zip(rooms, sizes)}
-    triplets = distill.judged_triplets(source, [place_of(rooms, n) for n in range(4)])
-    together = distill.agreement(vit, triplets)
-    low, high = sorted(distill.agreement(vit, triplets[n::2]).matching for n in (0, 1))
-    assert low <= together.matching <= high
-    assert distill.heldout_picture(tmp_path / "rows.png", vit, vit, vit, triplets, source).exists()
+def test_agreement_is_measured_by_depth_and_without_masks(crooked):
+    source, place = source_of(crooked, "--geometry", "mvsplat"), (crooked[0], (3, 5, 8))
+    (found,), t = distill.judged_triplets(source, [place]), source.load(*place)
+    plain = distill.triplet_operator(splat.reconstruct("depth", t)[0], t, GRID, 1.0, "bilinear")
+    tokens = torch.randn(96, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.operator(tokens), plain(tokens)) and torch.equal(found.operator.valid, plain.valid)
 
 
 def test_effective_rank_counts_directions():
@@ -353,9 +316,9 @@ def test_effective_rank_counts_directions():
 
 
 @pytest.fixture(scope="module")
-def three_samples(rooms):
-    source = source_of(rooms, "--geometry", "depth", "--online", "--pixels", 3072)
-    return [source.sample(*place_of(rooms, n), seed=0) for n in range(3)]
+def two_samples(crooked):
+    source = source_of(crooked, "--geometry", "depth", "--online")
+    return [source.sample(*place_of(crooked, n), seed=0) for n in range(2)]
 
 
 def networks(*flags):
@@ -368,9 +331,9 @@ def networks(*flags):
     return student, teacher, optimiser, args
 
 
-def test_a_batch_of_two_equals_two_batches_of_one(three_samples):
+def test_a_batch_of_two_equals_two_batches_of_one(two_samples):
     found = []
-    for batches in ([three_samples[:2]], [[sample] for sample in three_samples[:2]]):
+    for batches in ([two_samples], [[sample] for sample in two_samples]):
         student, teacher, _, args = networks()
         values = [distill.learn(batch, student, teacher, args) for batch in batches]
         gradients = [p.grad / len(batches) for p in distill.trained(student).values() if p.grad is not None]
@@ -380,10 +343,10 @@ def test_a_batch_of_two_equals_two_batches_of_one(three_samples):
     assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-7) for x, y in zip(ours, theirs))
 
 
-def test_the_teacher_is_not_the_student(three_samples):
+def test_the_teacher_is_not_the_student(two_samples):
     """The goal is made by the teacher's ViT, and read by the teacher's head."""
     student, teacher, _, args = networks()
-    sample = three_samples[0]
+    sample = two_samples[0]
     loss, entropy, share = distill.learn([sample], student, teacher, args)
     with torch.no_grad():
         values = {}
@@ -397,9 +360,9 @@ def test_the_teacher_is_not_the_student(three_samples):
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_three_steps_by_hand(rooms_dir, tmp_path):
+def test_three_steps_by_hand(crooked_dir, tmp_path):
     """Three steps of two triplets in plain torch, from a teacher that differs from the student: every saved tensor."""
-    flags = ["--scene_dir", rooms_dir, "--operators", tmp_path / "operators", "--out", tmp_path / "out", *SMALL,
+    flags = ["--scene_dir", crooked_dir, "--operators", tmp_path / "operators", "--out", tmp_path / "out", *SMALL,
              *"--max_steps 3 --ema_every 2 --batch 2 --full_finetune --lr 3e-4 --head_lr 1e-4 --geometry depth".split()]
     args = distill.parse([str(a) for a in flags])
     student, teacher, _, _ = start = networks(*map(str, flags))
@@ -483,7 +446,8 @@ def test_held_out_triplets_keep_nothing_for_a_backward_pass(rooms_dir, tmp_path,
     args = distill.parse([*map(str, ["--scene_dir", rooms_dir, "--operators", tmp_path, *SMALL])])
     scenes, _, source = distill.prepare(args)
     wanted, reconstruct = [], splat.reconstruct
-    monkeypatch.setattr(distill.splat, "reconstruct", lambda *a: wanted.append(torch.is_grad_enabled()) or reconstruct(*a))
+    note = lambda *a: wanted.append(torch.is_grad_enabled()) or reconstruct(*a)
+    monkeypatch.setattr(splat, "reconstruct", note)
     distill.judged_triplets(source, distill.draw_triplets(scenes, 1, 0))
     assert wanted and not any(wanted)
 
@@ -593,10 +557,11 @@ def test_the_target_can_be_a_context_or_the_image_itself(one_step):
     _, (a, b, target) = one.place
     assert target == a and one_step().place[1][:2] == (a, b)  # the same contexts as without the flag
     assert one.line["loss"] == pytest.approx(expected_loss(one, *definition(one)), rel=1e-3)
-    for blend in (0.5, 1.0):
-        one = one_step("--target", "image", "--blend", str(blend))
+    ways = {"masks": lift.mask_aware_upscale, "bilinear": lift.bilinear_upscale}
+    for blend, (way, upscale) in zip((0.5, 1.0), ways.items()):
+        one = one_step("--target", "image", "--blend", str(blend), "--upscale", way)
         t, grid = one.t, one.source.grid(one.t)
-        full = lift.mask_aware_upscale(one.before(distill.jitter(t.images[2:], 0)).patches[0], t.masks[2], grid)
+        full = upscale(one.before(distill.jitter(t.images[2:], 0)).patches[0], t.masks[2], grid)
         blended = splat.semantic_blend(full, t.masks[2], blend)
         everywhere = torch.ones_like(t.masks[2], dtype=torch.bool)
         goal, valid = splat.splat_to_tokens(blended, everywhere, grid)
@@ -696,63 +661,30 @@ def stopped(common, out, file, number=signal.SIGTERM):
     return finish(process)
 
 
-def test_runs_killed_at_random_points_resume_bit_identically(undisturbed, tmp_path):
-    """Two runs with five kill -9 each, anywhere: start, operators, a step, a write, the end. The second one begins
-    without operators."""
+def test_a_run_killed_at_random_points_resumes_bit_identically(undisturbed, tmp_path):
+    """Five kill -9, anywhere: start, operators, a step, the end. (Within each write: test_killed.py.)"""
     whole, seconds, common = undisturbed
-
-    def survive(seed):
-        own = ["--operators", tmp_path / "operators"] if seed else []
-        out, rng = tmp_path / f"run_{seed}", random.Random(seed)
-        pauses = (rng.uniform(0.1, 0.9) * seconds for _ in itertools.count())
-        kill_and_resume(lambda: fork(*common, *own, "--out", out, "--resume"), out, 5, pauses)
-        same(out, whole)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(survive, range(2)))
-
-
-def test_a_full_disk_stops_the_run_and_loses_nothing(undisturbed, tmp_path):
-    """No file may grow beyond 100 kB, so no checkpoint fits; the one from before stays whole."""
-    whole, _, common = undisturbed
-    out = tmp_path / "run"
-    assert stopped(common, out, "checkpoint.previous.safetensors") == 1
-    before = {file: file.read_bytes() for file in distill.checkpoint_paths(out)}
-    assert finish(fork(*common, "--out", out, "--resume", file_limit=100_000)) == 1
-    assert {file: file.read_bytes() for file in before} == before and not list(out.glob(".*.*"))
-    assert finish(fork(*common, "--out", out, "--resume")) == 0
+    out, rng = tmp_path / "run", random.Random(0)
+    again = lambda: fork(*common, "--operators", tmp_path / "operators", "--out", out, "--resume")
+    kill_and_resume(again, out, 5, (rng.uniform(0.1, 0.9) * seconds for _ in itertools.count()))
     same(out, whole)
 
 
-def test_a_full_disk_is_one_line(undisturbed, tmp_path, monkeypatch):
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    assert "No space left on device" in refusal(*undisturbed[2], "--out", tmp_path / "run")
-    assert not list((tmp_path / "run").glob("*.safetensors"))
-
-
-def test_asked_to_stop_it_saves_the_step_it_is_at(undisturbed, tmp_path):
-    whole, _, common = undisturbed
-    common, out = [*common, "--save_minutes", 100], tmp_path / "run"
-    assert stopped(common, out, "settings.json") == 1
-    step = distill.read_run(out / "checkpoint.safetensors")[0]
-    assert 0 < step < 12 and len(lines_of(out)) == step
-    assert finish(fork(*common, "--out", out, "--resume")) == 0
-    same(out, whole)
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(undisturbed, tmp_path):
+def test_stopped_with_a_full_disk_and_a_damaged_checkpoint_it_comes_to_the_same(undisturbed, tmp_path):
     whole, _, common = undisturbed
     out = tmp_path / "run"
-    stopped(common, out, "checkpoint.previous.safetensors")
     newest, previous = distill.checkpoint_paths(out)
-    newest.write_bytes(newest.read_bytes()[:5000])
+    assert stopped([*common, "--save_minutes", 100], out, "settings.json") == 1  # asked to, it saves the step it is at
+    step = distill.read_run(newest)[0]
+    assert 0 < step < 12 and len(lines_of(out)) == step and not previous.exists()
+    assert stopped([*common, "--resume"], out, previous.name) == 1
+    before = {file: file.read_bytes() for file in (newest, previous)}
+    assert finish(fork(*common, "--out", out, "--resume", file_limit=100_000)) == 1  # no checkpoint fits
+    assert {file: file.read_bytes() for file in before} == before and not list(out.glob(".*[0-9]"))
+    newest.write_bytes(before[newest][:5000])
     step = distill.read_run(previous)[0]
     assert f"a run stopped here at step {step} of 12; --resume goes on" in refusal(*common, "--out", out)
-    assert finish(fork(*common, "--out", out, "--resume")) == 0
-    assert 0 < step < 12
+    assert finish(fork(*common, "--out", out, "--resume")) == 0 and 0 < step < 12
     same(out, whole)
 
 
@@ -798,8 +730,11 @@ def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step(tmp_path):
             if step == 1:
                 raise AssertionError("the first interrupt ends the run after its step")
     assert distill.read_run(run.path)[0] == 1 and len(lines_of(tmp_path)) == 1
+    names = lambda: sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names() == ["checkpoint.safetensors"]  # renamed, not copied
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"step": 1, "lo')  # as a power cut may leave it
+    del run
     run = toy_run(tmp_path, resume=True)
     with pytest.raises(KeyboardInterrupt):
         for step in run:
@@ -808,6 +743,10 @@ def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("the second interrupt ends the step")
     del run
+    for step in (run := toy_run(tmp_path, resume=True)):
+        run.args.save_minutes = 0
+        run.log(loss=1.0)
+    assert [distill.read_run(path)[0] for path in distill.checkpoint_paths(tmp_path)] == [5, 4] and len(names()) == 2
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
@@ -865,15 +804,6 @@ def sample(rooms):
     return splat.load_triplet(*place_of(rooms), (48, 64), "cpu")
 
 
-def psnr(geometry, t, net=None):
-    return -10 * distill.view_error(*splat.reconstruct(geometry, t, net), t)[0].log10().item()
-
-
-def test_measured_depth_is_the_best_geometry(sample):
-    bent = sample._replace(depth=sample.depth * torch.tensor([1.3, 0.8, 1])[:, None, None])
-    assert psnr("depth", sample) > max(15, psnr("depth", bent) + 1)
-
-
 def test_geometry_that_carries_nothing_is_said_to(rooms, sample, capsys):
     source = source_of(rooms, "--geometry", "depth", "--pixels", 3072)
     distill.judged_triplets(source, [place_of(rooms)])
@@ -885,22 +815,43 @@ def test_geometry_that_carries_nothing_is_said_to(rooms, sample, capsys):
     assert "warning: in 1 of 1 triplets" in capsys.readouterr().out
 
 
-def test_without_depth_the_whole_view_counts(sample):
+def test_without_depth_the_whole_view_counts(crooked):
+    t = source_of(crooked).load(*place_of(crooked))
+
     def where(depth):
         with mock.patch.object(distill, "photometric", lambda image, truth, where: where):
-            return distill.view_error(*splat.reconstruct("depth", sample), sample._replace(depth=depth))
+            return distill.view_error(*splat.reconstruct("depth", t), t._replace(depth=depth))
 
-    assert where(None).all() and not where(sample.depth).all()
-    assert where(0 * sample.depth).all()  # nothing measured is as good as no depth
-    holes = sample.depth.clone()
-    holes[2, :10] = 0
-    assert not where(holes)[:10].any() and where(holes)[10:].any()
+    assert where(None).all() and where(0 * t.depth).all()  # nothing measured is as good as no depth
+    seen, points = torch.zeros(48, 64, dtype=torch.bool), lift.depth_gaussians(t.depth[2:], t.K[2:], t.c2w[2:]).means
+    for v in (0, 1):  # by each point of the target, in each context: is what is seen there as far away?
+        p = (points - t.c2w[v, :3, 3]) @ t.c2w[v, :3, :3]
+        x, y = ((p @ t.K[v].T)[:, :2] / p[:, 2:]).floor().long().T
+        inside = (x >= 0) & (x < 64) & (y >= 0) & (y < 48)
+        there = t.depth[v, y.clamp(0, 47), x.clamp(0, 63)]
+        near = (there / p[:, 2] - 1).abs() < 0.06 * math.log(2) ** 0.5  # where cross_check falls to a half
+        seen |= (inside & (there > 0) & near).view(48, 64) & (t.depth[2] > 0)
+    assert torch.equal(where(t.depth), seen) and 0.3 < seen.float().mean() < 0.95
+
+
+def test_the_error_of_depth_counts_where_it_is_known(crooked):
+    t = source_of(crooked).load(*place_of(crooked))
+    g = lift.depth_gaussians(t.depth[:2], t.K[:2], t.c2w[:2])
+    assert (t.depth[:2] == 0).any() and distill.log_depth_error(g, t.depth[:2], t.c2w[:2]) < 1e-4
+    farther = lift.depth_gaussians(1.2 * t.depth[:2], t.K[:2], t.c2w[:2])
+    assert distill.log_depth_error(farther, t.depth[:2], t.c2w[:2]) == pytest.approx(math.log(1.2), rel=1e-3)
 
 
 def test_measured_depth_is_the_best_geometry(sample):
     bent = sample._replace(depth=sample.depth * torch.tensor([1.3, 0.8, 1])[:, None, None])
     psnr = lambda t: -10 * distill.view_error(*splat.reconstruct("depth", t), t)[0].log10().item()
     assert psnr(sample) > 15 and psnr(bent) < psnr(sample) - 1
+
+
+def test_the_loss_of_geometry_is_of_pixels_and_of_structure(sample):
+    net = lift.load_mvsplat("tiny")
+    mse, structure = distill.view_error(*splat.reconstruct("mvsplat", sample, net), sample)
+    assert torch.equal(distill.geometry_loss(net, sample, 0), mse + 0.05 * structure) and structure > 0.01
 
 
 def test_transparency_does_not_pay(sample):
@@ -912,39 +863,31 @@ def test_transparency_does_not_pay(sample):
 
 
 def test_photographs_alone_mend_bent_geometry(rooms_dir, tmp_path, capsys):
-    """Starts from weights whose disparity is off by a tenth of the nearest. No depth is in the loss."""
-    net, out = lift.load_mvsplat("tiny"), tmp_path / "run"
-    net.depth_predictor["to_disparity"][2].bias.data[0] += 0.1
-    lift.save_tensors(tmp_path / "bent.safetensors", net.state_dict())
+    """No depth is in the loss."""
+    net, out = lift.load_mvsplat(bent_mvsplat(tmp_path)), tmp_path / "run"
     main("--scene_dir", rooms_dir, "--mvsplat", tmp_path / "bent.safetensors", "--out", out, *SMALL, "--heldout", 4,
          "--operators", tmp_path / "operators", "--finetune_geometry", 24, "--geometry_lr", 5e-4, "--max_steps", 1)
     result = json.loads((out / "geometry" / "result.json").read_text())
     assert result["fine-tuned"] > result["start"] + 0.5 and result["depth"] > result["start"] + 0.5
     printed, log = capsys.readouterr().out, lines_of(out / "geometry")
     assert f"start {result['start']:.2f}, fine-tuned {result['fine-tuned']:.2f}" in printed
-    assert [line["step"] for line in log] == list(range(24)) and log[-1]["lr"] < 0.1 * max(line["lr"] for line in log)
+    rates = [5e-4 * min(0.5 + 0.5 * math.cos(math.pi * n / 24), (n + 1) / 1.2) for n in range(24)]
+    assert [line["lr"] for line in log] == pytest.approx(rates)  # a warm-up of a twentieth, then half a cosine
     rooms_of = lambda names: {name.split(":")[0] for name in names}
     heldout = json.loads((out / "result.json").read_text())["heldout"]
     assert not rooms_of(line["triplet"] for line in log) & rooms_of(heldout)
-    theirs = lift.load_mvsplat(out / "geometry" / "mvsplat.safetensors").state_dict()
-    assert all(not torch.equal(value, theirs[key]) for key, value in net.state_dict().items())
+    theirs = lift.load_mvsplat(out / "geometry" / "mvsplat.safetensors")
+    assert all(not torch.equal(value, theirs.state_dict()[key]) for key, value in net.state_dict().items())
     flags = "--scene_dir", rooms_dir, "--operators", tmp_path / "operators", "--max_steps", 1
-    scenes, places, source = distill.prepare(distill.parse([*map(str, flags), *SMALL]))
-    triplets = [source.load(*place) for place in places]
-
-    def mean_errors(network):  # 1 - SSIM of the target views, AbsRel of the contexts' depth
-        errors = []
-        for t in triplets:
-            g, colours = splat.reconstruct("mvsplat", t, network)
-            z, true = lift.view_depth(g, t.c2w[:2], *t.depth.shape[1:]), t.depth[:2]
-            errors.append([distill.view_error(g, colours, t)[1].item(), ((z - true).abs() / true)[true > 0].mean().item()])
-        return [sum(column) / len(column) for column in zip(*errors)]
+    scenes, (place, *_), source = distill.prepare(distill.parse([*map(str, flags), *SMALL]))
+    t = source.load(*place)
     with torch.no_grad():
-        before, after = map(mean_errors, (net.eval(), lift.load_mvsplat(out / "geometry" / "mvsplat.safetensors")))
-    assert after[0] < before[0] - 0.05 and after[1] < 0.8 * before[1]
+        both = [splat.reconstruct("mvsplat", t, network)[0] for network in (net.eval(), theirs)]
+        before, after = (distill.log_depth_error(g, t.depth[:2], t.c2w[:2]) for g in both)
+    assert after < 0.8 * before  # depth, which no one showed to it
     (place,) = distill.draw_triplets(scenes, 1, 0)
     assert not source.path(*place).exists()
-    source.use(lift.load_mvsplat(out / "geometry" / "mvsplat.safetensors"))
+    source.use(theirs)
     assert source.path(*place).exists()  # distillation has used the new weights
 
 
@@ -969,10 +912,13 @@ def test_a_single_scene_without_depth_is_fine_tuned(rooms_dir, tmp_path, capsys)
     meta["frames"] = [{key: value for key, value in frame.items() if "depth" not in key} for frame in meta["frames"]]
     path.write_text(json.dumps(meta))
     flags = ["--scene_dir", tmp_path / "scene", "--operators", tmp_path / "o", *SMALL, "--finetune_geometry", 1,
-             "--max_steps", 1]
+             "--max_steps", 1, "--mvsplat", bent_mvsplat(tmp_path)]
     main("--out", tmp_path / "out", *flags)
     result = json.loads((tmp_path / "out/geometry/result.json").read_text())
     assert result.keys() == {"start", "fine-tuned"}
+    moments = distill.read_run(tmp_path / "out/geometry/checkpoint.safetensors")[2]
+    first = torch.cat([x.flatten() for key, x in moments.items() if key.endswith("exp_avg")])
+    assert first.norm() == pytest.approx(0.1 * 0.5, rel=1e-3)  # of one step: the gradient was cut to length 0.5
     assert "no measured depth for --depth_weight" in refusal("--out", tmp_path / "x", *flags, "--depth_weight", "0.1")
     assert "has nothing to fine-tune" in refusal("--out", tmp_path / "x", *flags, "--geometry", "depth")
     depth = "--geometry", "depth", "--finetune_geometry", 0
@@ -990,6 +936,7 @@ def test_small_single_scenes_can_be_held_out_or_say_so(rooms, count, capsys):
     targets = {scene.frames[t[2]].name for _, t in heldout}
     assert heldout and len(set(t for _, t in heldout)) == len(heldout) <= 6
     held_out = not targets & {frame.name for frame in train.frames}
+    assert count < 12 or distill.hold_out([scene], 6, 1)[1] != heldout == distill.hold_out([scene], 6, 0)[1]
     assert held_out == (kind == "held-out") == ("below are training views" not in capsys.readouterr().out)
     assert held_out or count < 6
 
@@ -1051,13 +998,6 @@ def test_a_scene_without_overlap_is_left_out(rooms, capsys):
         distill.hold_out([turned], 4, 0)
 
 
-def test_measured_depth_is_asked_for_by_name(rooms_dir):
-    args = distill.parse(["--scene_dir", str(rooms_dir), "--geometry", "depth", *SMALL])
-    scenes, heldout, source = distill.prepare(args)
-    assert len(heldout) == 2 and source.load(*heldout[0]).depth is not None
-    assert not {scene.name for scene in scenes} & {scene.name for scene, _ in heldout}
-
-
 REAL = ["posed_fox_instantngp", "colmap_bartoszek_statue", "rgbd_7scenes_redkitchen/original",
         "rgbd_instances_apc_shelf", "posed_masks_dtu_scan24"]
 
@@ -1069,13 +1009,3 @@ def test_real_scenes_run_without_flags(name, tmp_path, capsys):
         pytest.skip(f"{folder} is not here")
     main("--scene_dir", folder, "--out", tmp_path, "--operators", tmp_path / "operators", "--max_steps", 2, *SMALL)
     assert "after:" in capsys.readouterr().out
-
-
-def test_channels_in_blocks_are_all_channels(rooms, monkeypatch):
-    source = source_of(rooms)
-    t = source.load(*place_of(rooms))
-    tokens, g = torch.randn(2, 192, 7), source.reconstruct(t, "depth")
-    whole, valid = distill.splat_features(tokens, g, t, GRID)
-    monkeypatch.setattr(distill, "MAX_FEATURES", 3 * len(g.means))  # three channels, three, and one
-    parts, still = distill.splat_in_blocks(tokens, g, t, GRID)
-    assert torch.allclose(parts, whole, atol=1e-6) and torch.equal(valid, still)

@@ -27,7 +27,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import killed
-from killed import finish, kill_and_resume, log_of
+from killed import finish, log_of
+from test_02_lift import error_to, recipe as vit_recipe
 
 data, lift, distill, d3r = (importlib.import_module(n) for n in ("01_data", "02_lift", "04_distill", "06_distill3r"))
 GeometricTeacher = importlib.import_module("tiny.teacher").GeometricTeacher
@@ -96,15 +97,9 @@ def generator_of(name):
     return seeded(zlib.crc32(name.encode()))
 
 
-def recipe(key, shape):  # the fixtures' weights
-    key = key.replace("encoder.blocks.", "encoder.blocks.0.")  # the student's ViT comes in chunks
-    r = torch.randn(tuple(shape), generator=generator_of(key))
-    last = key.rsplit(".", 1)[-1]
-    if last in ("pos_embed", "cls_token", "register_tokens", "mask_token"):
-        return 0.2 * r
-    if len(shape) >= 2:
-        return r * ((0.15 if key.endswith(".dpt.head.4.weight") else 1.0) / torch.Size(shape[1:]).numel() ** 0.5)
-    return {"gamma": 0.5 + 0.1 * r, "weight": 1 + 0.1 * r}.get(last, 0.1 * r)
+def recipe(key, shape):  # the fixtures' weights; the student's ViT comes in chunks
+    gain = 0.15 if key.endswith(".dpt.head.4.weight") else 1.0
+    return gain * vit_recipe(key.replace("encoder.blocks.", "encoder.blocks.0."), shape)
 
 
 def recipe_images(name, shape):  # -> (B, 3, H, W) in [0, 1]
@@ -123,11 +118,6 @@ def with_recipe(model):
 
 def pick(n, k):
     return torch.arange(n) if n <= k else torch.linspace(0, n - 1, k).round().long()
-
-
-def error_to(ours, theirs):
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().mean()).item()
 
 
 def check_maps(pointmap, truth, prefix, row=0):
@@ -178,6 +168,7 @@ def test_fast3r_gives_the_published_numbers(case, monkeypatch):
     model.eval()
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("case", ["n1", "n3_mixed"])
 @torch.no_grad()
 def test_tokens_and_levels_are_fast3rs(case):
@@ -190,6 +181,8 @@ def test_tokens_and_levels_are_fast3rs(case):
         assert error_to(ours[pick(len(ours), len(theirs))], theirs) < TOKENS, name
 
 
+=======
+>>>>>>> w2
 @torch.no_grad()
 def test_operations_are_fast3rs():
     ops = {key.removeprefix("ops/"): value for key, value in FAST3R_TRUTH.items() if key.startswith("ops/")}
@@ -237,8 +230,12 @@ def test_fast3r_at_full_size(tmp_path):
     lift.save_tensors(tmp_path / "model.safetensors", with_recipe(d3r.built(d3r.Fast3R)).state_dict())
     truth, model = load_file(FULL), d3r.load_fast3r(tmp_path)
     images = [recipe_images(f"full/v{i}", (1, 3, 160, 224))[0] for i in range(2)]
+<<<<<<< HEAD
     levels = model.decoder(d3r.a_few_at_once(model.tokens, 8, images), [0, 1])
     for name, level in zip(("hook0", "hook12", "hook18", "hook24"), levels):
+=======
+    for name, level in zip(("hook0", "hook12", "hook18", "hook24"), model.decoder(model.encode(images), [0, 1])):
+>>>>>>> w2
         level = torch.cat(list(level))
         assert error_to(level[pick(len(level), truth[name].shape[1])], truth[name][0]) < TOKENS, name
     for i, view in enumerate(model(images, view_ids=[0, 1])):
@@ -359,16 +356,15 @@ def test_fast3r_is_read_from_the_published_layouts(tmp_path):
     assert all(block.attn.sharper for block in blocks)
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda s: s.pop("decoder.dec_blocks.3.mlp.fc2.bias"), ["decoder.dec_blocks.3.mlp.fc2.bias is missing"]),
-    (lambda s: s.update(surplus=torch.zeros(1)), ["no part of the Fast3R takes: surplus"]),
-    (lambda s: s.update({"downstream_head.dpt.head.4.bias": torch.zeros(3)}), ["head.4.bias is (3,), but (4,)"]),
-    (lambda s: s.pop("encoder.enc_norm.weight"), ["lacks 'encoder.enc_norm.weight'", "no Fast3R"])])
-def test_fast3r_is_read_strictly(tmp_path, damage, words):
+@pytest.mark.parametrize("damage, says", [
+    (lambda s: s.pop("decoder.dec_blocks.3.mlp.fc2.bias"), "decoder.dec_blocks.3.mlp.fc2.bias is missing"),
+    (lambda s: s.update(surplus=torch.zeros(1)), "no part of the Fast3R takes: surplus"),
+    (lambda s: s.pop("encoder.enc_norm.weight"), "lacks 'encoder.enc_norm.weight'; it is no Fast3R")])
+def test_fast3r_is_read_strictly(tmp_path, damage, says):
     state = dict(toy_fast3r().state_dict())
     damage(state)
     said = refusal(d3r.load_fast3r, write_fast3r(tmp_path, state))
-    assert all(word in said for word in [str(tmp_path / "model.safetensors"), *words])
+    assert says in said and str(tmp_path / "model.safetensors") in said
 
 
 def test_a_student_comes_back_from_its_folder_or_says_what_is_wrong_with_it(tmp_path):
@@ -384,14 +380,8 @@ def test_a_student_comes_back_from_its_folder_or_says_what_is_wrong_with_it(tmp_
     def asked(*flags):
         return d3r.model_of(d3r.parse(["infer", "--weights", str(tmp_path), *flags]), "student").view_size(480, 640)
     assert asked() == asked("--preset", "full") == (24, 40) and asked("--size", "48", "64") == (48, 64)
-    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
-    for content, words in (('{"patch": 8, "colour": 1}', "colour"), ('{"patch": 8', "not JSON")):
-        config.write_text(content)
-        assert words in (said := refusal(d3r.load_student, tmp_path)) and str(config) in said
-    config.unlink()  # then it is taken for the published one, whose sizes it does not have
+    (tmp_path / "config.json").unlink()  # then it is taken for the published one, whose sizes it does not have
     assert "encoder.cls_token is (1, 1, 192), but (1, 1, 384) was expected" in refusal(d3r.load_student, tmp_path)
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert "not a whole safetensors file" in refusal(d3r.load_student, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -482,20 +472,6 @@ def test_masked_pixels_may_hold_anything_and_nothing_valid_is_a_loss_of_zero(glo
         assert all((g == 0).all() for g in gradients)
 
 
-def test_what_the_loss_does_not_see():
-    pred, target, masks = loss_case("three")
-    loss = d3r.pointmap_loss(pred, target, masks)
-    larger = [Pointmap(7 * view.points_global, 7 * view.points_local, *view[2:]) for view in pred]
-    every = [new._replace(points_local=old.points_local) for new, old in zip(larger, pred)]
-    assert d3r.pointmap_loss(every, target, masks).global_.item() == pytest.approx(loss.global_.item(), rel=1e-12)
-    changed = d3r.pointmap_loss([larger[0], *pred[1:]], target, masks)
-    assert changed.local.item() == pytest.approx(loss.local.item(), rel=1e-12)  # a scale for each view
-    assert abs(changed.global_.item() / loss.global_.item() - 1) > 0.01  # one for all views
-    assert [x.item() for x in d3r.pointmap_loss(target, target, masks)] == [0, 0, 0, 0]
-    half = [Pointmap(*(x.half() for x in view)) for view in target]  # as the cache has it
-    assert d3r.pointmap_loss(pred, half, masks).total.dtype == torch.float64
-
-
 LOSS = json.loads((NETWORKS / "distill3r_loss.json").read_text())
 LOSS_TRUTH = load_file(NETWORKS / "distill3r_loss.safetensors")
 
@@ -544,7 +520,7 @@ def paths_of(root, *arguments):
     return [line["path"] for line in d3r.make_manifest(root, *arguments)]
 
 
-def test_the_manifest_is_in_natural_order_and_keeps_tails_and_short_scenes(few_rooms, tmp_path):
+def test_the_manifest_is_in_natural_order_and_keeps_tails_and_short_scenes(crooked_dir, tmp_path):
     root = tmp_path / "holiday"
     pictures(root / "video", [f"frame{n}.png" for n in random.Random(0).sample(range(1, 46), 45)], (12, 16))
     pictures(root / "few10", ["b.jpg", "a.jpg"])
@@ -557,10 +533,10 @@ def test_the_manifest_is_in_natural_order_and_keeps_tails_and_short_scenes(few_r
     assert lines[0] == dict(scene="few9", sample="few9/000", size=[64, 48], path="few9/one.PNG",
                             bytes=(root / "few9/one.PNG").stat().st_size)
     assert paths_of(root / "video", 20, 10) == [f"frame{n}.png" for n in range(1, 46, 10)]
-    lines = d3r.make_manifest(few_rooms, 5)  # of posed scenes the images alone
+    lines = d3r.make_manifest(crooked_dir, 5)  # of posed scenes the images alone
     assert [len(part) for part in d3r.samples_of(lines).values()] == [5, 5, 2] * 2
-    assert lines[3]["path"] == "room_000/images/003.png" and lines[3]["size"] == [96, 128]
-    assert d3r.make_manifest(few_rooms / "room_001")[-1]["sample"] == "room_001/000"
+    assert lines[3]["path"] == "crooked_0/images/003.png" and lines[3]["size"] == [48, 64]
+    assert d3r.make_manifest(crooked_dir / "crooked_1")[-1]["sample"] == "crooked_1/000"
 
 
 def test_no_photo_is_lost_or_taken_for_a_map_and_bad_ones_are_named(tmp_path, capsys):
@@ -580,17 +556,10 @@ def test_no_photo_is_lost_or_taken_for_a_map_and_bad_ones_are_named(tmp_path, ca
         assert words in refusal(d3r.make_manifest, tmp_path / folder, kind=DataError)
     (bad / "c.jpg").write_bytes((bad / "c.jpg").read_bytes()[:-200])  # cut off
     pictures(bad / ".thumbnails", ["a.png"])
-    assert paths_of(bad, 20, 1, True) == ["a.png"] and "c.jpg: cannot be decoded" in capsys.readouterr().out
-
-
-def test_pictures_of_other_types_are_read_and_huge_ones_are_to_be_made_smaller(tmp_path, monkeypatch):
     endings = [".Jpg", ".webp", ".tif", ".bmp", ".JPEG"]
-    pictures(tmp_path / "p", [f"{n}{end}" for n, end in enumerate(endings)])
-    assert [Path(path).suffix for path in paths_of(tmp_path / "p")] == endings
-    scene, index = d3r.open_scene(tmp_path / "p", "p")
-    assert all(scene.view(i, SMALL).image.shape == (3, *SMALL) for i in index.values())
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # as if they had 200 million
-    assert "make the picture smaller" in refusal(d3r.make_manifest, tmp_path / "p", kind=DataError)
+    pictures(tmp_path / "other", [f"{n}{end}" for n, end in enumerate(endings)])
+    assert [Path(path).suffix for path in paths_of(tmp_path / "other")] == endings
+    assert paths_of(bad, 20, 1, True) == ["a.png"] and "c.jpg: cannot be decoded" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), b"junk", b"II*\0\x08"])
@@ -648,15 +617,13 @@ def test_fast3r_looks_at_the_sizes_that_the_official_loader_gives(stored, size):
     assert d3r.fast3r_size(*stored) == size
 
 
+def test_what_a_map_does_not_show_of_its_photo_is_not_known():
+    middle = Pointmap(*torch.ones(2, 50, 100, 3), *torch.ones(2, 50, 100))  # of a photo of 100x100
+    known = d3r.resampled(middle, (100, 100), (20, 20)).points_local.isfinite().all(-1)
+    assert known[5:15].all() and not known[:5].any() and not known[15:].any()
+
+
 # ------------------------------------------------------------------------------------------------ the cache
-
-
-@pytest.fixture(scope="module")
-def few_rooms(rooms_dir, tmp_path_factory):  # two rooms
-    root = tmp_path_factory.mktemp("few") / "rooms"
-    for name in ("room_000", "room_001"):
-        shutil.copytree(rooms_dir / name, root / name)
-    return root
 
 
 def write(root, out, strength=1, **changed):
@@ -665,9 +632,9 @@ def write(root, out, strength=1, **changed):
 
 
 @pytest.fixture(scope="module")
-def cache(few_rooms, tmp_path_factory):
+def cache(crooked_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "cache"
-    write(few_rooms, out)
+    write(crooked_dir, out)
     return out
 
 
@@ -700,110 +667,99 @@ def test_the_coding_of_a_view_is_exact_to_the_bit(kind, valid):
     assert (back.view(np.uint16)[:, mask] == maps.view(np.uint16)[:, mask]).all() and (back[:, ~mask] == 0).all()
 
 
-def test_the_coding_takes_half_of_zlib_on_float16(few_rooms):
-    lines = d3r.samples_of(d3r.make_manifest(few_rooms, 4))["room_000/000"]
-    maps = d3r.ask(GeometricTeacher((96, 128)), few_rooms, lines, (96, 128), 0)
+def test_the_coding_takes_half_of_zlib_on_float16(crooked_dir):
+    lines = d3r.samples_of(d3r.make_manifest(crooked_dir, 4))["crooked_0/000"]
+    maps = d3r.ask(GeometricTeacher((96, 128)), crooked_dir, lines, (96, 128), 0)
     plain = b"".join(x.half().numpy().tobytes() for m in maps for x in m)  # the official code's way
     assert len(d3r.pack_sample(maps, 0.3)) < 0.6 * len(zlib.compress(plain)) < 0.5 * len(plain)
 
 
-def test_a_sample_comes_back_exact_to_float16_and_filtered(few_rooms, cache):
-    cached, teacher = list(d3r.CachedViews(few_rooms, cache)), GeometricTeacher(SMALL)
+def test_a_sample_comes_back_exact_to_float16_and_filtered(crooked_dir, cache):
+    cached, teacher = list(d3r.CachedViews(crooked_dir, cache)), GeometricTeacher(SMALL)
     assert [len(item.targets) for item in cached] == [5, 5, 2] * 2
-    samples, masked = d3r.samples_of(d3r.make_manifest(few_rooms, 5)), 0
-    for item in cached:
-        wanted = d3r.ask(teacher, few_rooms, samples[item.name], SMALL, 0)
+    samples, masked = d3r.samples_of(d3r.make_manifest(crooked_dir, 5)), 0
+    for item in cached:  # portrait and landscape, with holes in the depth
+        wanted = d3r.ask(teacher, crooked_dir, samples[item.name], SMALL, 0)
         for image, got, mask, want, line in zip(item.images, item.targets, item.masks, wanted, samples[item.name]):
             for a, b in zip(got, want):
                 assert a.dtype == torch.float32 and torch.equal(a[mask], b.half().float()[mask])
-            assert torch.equal(mask, torch.sigmoid((want.conf_local - 1).log()) >= 0.3)  # all points are finite here
+            known = (want.points_local + want.points_global).isfinite().all(-1)
+            assert torch.equal(mask, known & (torch.sigmoid((want.conf_local - 1).log()) >= 0.3))
             assert (got.conf_local[~mask] == 1).all() and (got.points_global[~mask] == 0).all()
-            stored = torch.tensor(np.array(Image.open(few_rooms / line["path"]).convert("RGB")) / 255.0).float()
+            stored = torch.tensor(np.array(Image.open(crooked_dir / line["path"]).convert("RGB")) / 255.0).float()
             assert (image.mean((1, 2)) - stored.mean((0, 1))).abs().max() < 0.03
-            masked += (~mask).sum().item()
+            masked += (known & ~mask).sum().item()
     assert masked > 0  # the filter does fire
-    kept = d3r.CachedViews(few_rooms, cache, scenes={"room_001"}).samples
-    assert [name for name, _ in kept] == [f"room_001/00{n}" for n in range(3)]
+    kept = d3r.CachedViews(crooked_dir, cache, scenes={"crooked_1"}).samples
+    assert [name for name, _ in kept] == [f"crooked_1/00{n}" for n in range(3)]
 
 
-def test_only_what_is_known_trusted_and_in_range_is_valid(few_rooms, tmp_path, capsys):
+def test_only_what_is_known_trusted_and_in_range_is_valid(crooked_dir, tmp_path, capsys):
     m = Pointmap(torch.ones(2, 8, 3), torch.ones(2, 8, 3), *torch.full((2, 2, 8), 5.0))
     m.points_local[0, 0], m.points_global[0, 1], m.points_global[0, 2] = torch.inf, torch.nan, 1e6
     m.conf_local[0, 3], m.conf_global[0, 4], m.conf_local[0, 5], m.conf_local[0, 6] = 1e9, torch.nan, 1.42, 1.44
     channels, mask = d3r.filtered(m, 0.3)
     assert mask[0].tolist() == [False, False, False, True, False, False, True, True] and mask[1].all()
     assert channels[7, 0, 3] == 65504
-    write(few_rooms, tmp_path / "none", views=12, tau=0.99999)
-    assert "room_000/000.safetensors: not one pixel is trusted at --tau 0.99999" in capsys.readouterr().out
-    assert not d3r.CachedViews(few_rooms, tmp_path / "none")[0].masks[0].any()
+    write(crooked_dir, tmp_path / "none", views=12, tau=0.99999)
+    assert "crooked_0/000.safetensors: not one pixel is trusted at --tau 0.99999" in capsys.readouterr().out
+    assert not d3r.CachedViews(crooked_dir, tmp_path / "none")[0].masks[0].any()
 
 
-def test_the_same_call_gives_the_same_bytes_and_shards_give_the_whole(few_rooms, cache, tmp_path):
+def test_the_same_call_gives_the_same_bytes_and_shards_give_the_whole(crooked_dir, cache, tmp_path):
     for i in (2, 0, 1):
-        assert len(write(few_rooms, tmp_path / "c", shard=(i, 3))) == 2
+        assert len(write(crooked_dir, tmp_path / "c", shard=(i, 3))) == 2
     assert contents(tmp_path / "c") == contents(cache)
-    assert write(few_rooms, tmp_path / "c") == []
+    assert write(crooked_dir, tmp_path / "c") == []
 
 
-def test_every_flipped_bit_and_every_cut_is_noticed(cache, tmp_path):
-    whole = (cache / "room_000/002.safetensors").read_bytes()
-    path, rng = tmp_path / "s.safetensors", random.Random(0)
-    header = int.from_bytes(whole[:8], "little")
-    flips = [*range(0, 64), *(rng.randrange(8 * len(whole)) for _ in range(600))]
-    flips += [8 * rng.randrange(8, 8 + header) + rng.randrange(8) for _ in range(400)]  # many ways to misread few bytes
-    lengths = [0, 1, 7, 8, 9, header, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(100))]
-    damaged = [whole[:at // 8] + bytes([whole[at // 8] ^ 1 << at % 8]) + whole[at // 8 + 1:] for at in flips]
-    for content in [*damaged, *(whole[:length] for length in lengths), whole + b"\0"]:
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=r"s\.safetensors: .*run the cache command again"):
-            d3r.read_sample(path)
-    path.write_bytes(whole)
-    assert len(d3r.read_sample(path)) == 4  # two views
-
-
-def test_damaged_samples_are_named_and_made_again(few_rooms, cache, tmp_path, capsys):
+def test_damaged_samples_are_named_and_made_again(crooked_dir, cache, tmp_path, capsys):
     out = tmp_path / "c"
     shutil.copytree(cache, out)
-    bad = out / "room_001/001.safetensors"
+    bad = out / "crooked_1/001.safetensors"
     good = bad.read_bytes()
     bad.write_bytes(good[:-5])
-    (out / "room_000/000.safetensors").unlink()
-    said = refusal(d3r.CachedViews, few_rooms, out, kind=DataError)
-    assert "1 of 6 samples are not there yet (room_000/000)" in said
-    written = write(few_rooms, out)
+    (out / "crooked_0/000.safetensors").unlink()
+    said = refusal(d3r.CachedViews, crooked_dir, out, kind=DataError)
+    assert "1 of 6 samples are not there yet (crooked_0/000)" in said
+    written = write(crooked_dir, out)
     assert f"{bad}: damaged, cut off" in capsys.readouterr().out
-    assert [str(p.relative_to(out)) for p in written] == ["room_000/000.safetensors", "room_001/001.safetensors"]
+    assert [str(p.relative_to(out)) for p in written] == ["crooked_0/000.safetensors", "crooked_1/001.safetensors"]
     assert bad.read_bytes() == good
 
 
-def test_other_settings_pictures_or_files_are_refused(few_rooms, cache, tmp_path):
-    out, root = tmp_path / "c", tmp_path / few_rooms.name
-    shutil.copytree(cache, out), shutil.copytree(few_rooms, root)
+def test_other_settings_pictures_or_files_are_refused(crooked_dir, cache, tmp_path):
+    out, root = tmp_path / "c", tmp_path / crooked_dir.name
+    shutil.copytree(cache, out), shutil.copytree(crooked_dir, root)
     assert write(root, out) == []  # a folder that was moved is the same
     for changed, says in ((dict(strength=2), "teacher geometry, errors x 1 -> geometry, errors x 2"),
                           (dict(tau=0.5), "tau 0.3 -> 0.5"), (dict(views=4), "views 5 -> 4")):
         with pytest.raises(DataError, match=f"made of other pictures or settings .{says}"):
             write(root, out, **changed)
     cached = d3r.CachedViews(root, out)
-    image, meta = root / "room_000/images/003.png", root / "room_000/transforms.json"
+    image, meta = root / "crooked_0/images/003.png", root / "crooked_0/transforms.json"
     kept = image.read_bytes()
-    shutil.copy(root / "room_001/images/003.png", image)
+    shutil.copy(root / "crooked_1/images/003.png", image)
     assert "made of other pictures" in refusal(write, root, out, kind=DataError)
-    lost = "room_000/images/003.png: no longer the picture that the manifest lists"
+    lost = "crooked_0/images/003.png: no longer the picture that the manifest lists"
     assert lost in refusal(cached.__getitem__, 0, kind=DataError)
     image.write_bytes(kept)
     frames = json.loads(meta.read_text())
     meta.write_text(json.dumps({**frames, "frames": frames["frames"][:3] + frames["frames"][4:]}))
     d3r.open_scene.cache_clear()
     assert lost in refusal(cached.__getitem__, 0, kind=DataError)
-    shutil.rmtree(root / "room_001")
+    shutil.rmtree(root / "crooked_1")
     d3r.scene_folders.cache_clear(), d3r.open_scene.cache_clear()
-    assert "scene room_001 is no longer in here" in refusal(cached.__getitem__, 3, kind=DataError)
+    assert "scene crooked_1 is no longer in here" in refusal(cached.__getitem__, 3, kind=DataError)
     assert "run the cache command first" in refusal(d3r.CachedViews, root, tmp_path / "nowhere", kind=DataError)
     pictures(tmp_path / "photos", ["a.png", "b.png"])
     said = refusal(write, tmp_path / "photos", tmp_path / "d", kind=DataError)
     assert "a.png: no measured depth for the geometric teacher; give --teacher" in said
+<<<<<<< HEAD
     assert (tmp_path / "d/manifest.jsonl").exists() and write(few_rooms, tmp_path / "d")  # without samples no obstacle
+=======
+    assert (tmp_path / "d/manifest.jsonl").exists() and write(crooked_dir, tmp_path / "d")  # without samples no obstacle
+>>>>>>> w2
 
 
 # ------------------------------------------------------------------------------------------------ the pretended Fast3R
@@ -815,26 +771,6 @@ def views_of(scene, indices, size=SMALL):
 
 def exact_maps(views, size=SMALL):
     return GeometricTeacher(size, strength=0.0)(views, seeded())
-
-
-def test_its_errors_grow_with_depth_and_at_edges_and_its_confidence_says_so(rooms):
-    size, near, far, edge, flat, conf, error = (96, 128), [], [], [], [], [], []
-    for seed, scene in enumerate(rooms):
-        views = views_of(scene, (0, 4, 8, 11), size)
-        for view, m, truth in zip(views, GeometricTeacher(size)(views, seeded(seed)), exact_maps(views, size)):
-            off = (m.points_local - truth.points_local).norm(dim=-1) / view.depth
-            farthest, nearest = (s * torch.nn.functional.max_pool2d(s * view.depth[None], 5, 1, 2)[0] for s in (1, -1))
-            step = (farthest - nearest) / view.depth
-            smooth, typical = step < 0.05, view.depth.median()
-            picks = smooth & (view.depth < typical), smooth & (view.depth > 1.3 * typical), step > 0.3, smooth
-            for part, pixels in zip((near, far, edge, flat), picks):
-                part.append(off[pixels])
-            conf.append(m.conf_local.flatten())
-            error.append((off * view.depth).flatten())
-            assert (m.conf_local > 1).all() and (m.conf_global > 1).all() and m.points_global.isfinite().all()
-    near, far, edge, flat, conf, error = map(torch.cat, (near, far, edge, flat, conf, error))
-    assert 0.003 < near.median() and 1.25 * near.median() < far.median() < 0.05  # relative: absolute ones grow faster
-    assert edge.mean() > 4 * flat.mean() and d3r.rank_correlation(conf, error) < -0.4
 
 
 def test_pixels_without_depth_are_nan_and_not_trusted(rooms):
@@ -883,8 +819,23 @@ def test_cameras_are_recovered_from_exact_pointmaps_in_any_unit(rooms):
     true = torch.linalg.inv(views[0].c2w) @ torch.stack([v.c2w for v in views])
     assert (cameras.c2w - true).abs().max() < 1e-4 and (cameras.scale * units - 1).abs().max() < 1e-4
     assert (cameras.focal / views[0].K[0, 0] - 1).abs().max() < 1e-4
+    doubted, (m, *_) = torch.arange(48) < 34, maps[1:2]  # most rows, of which all is wrong
+    m.points_global[doubted] += 0.5
+    m.points_local[doubted, :, :2] *= 1.3
+    confident = torch.where(doubted[:, None], 1.5, 400.0).expand(48, 64)
+    cameras = d3r.estimate_cameras([m._replace(conf_global=confident, conf_local=confident)])
+    assert (cameras.c2w[0] - true[1]).abs().max() < 0.1 and abs(cameras.focal[0] / views[0].K[0, 0] - 1) < 0.02
     blind = maps[1]._replace(points_local=torch.full((48, 64, 3), torch.nan))
     assert "view 1: fewer than three of its points are known" in refusal(d3r.estimate_cameras, [maps[0], blind])
+
+
+def test_pictures_of_one_size_are_of_one_camera(crooked):
+    views = [crooked[0].view(i) for i in (0, 3, 2, 5)]  # two lying, two upright
+    focal, alone = d3r.estimate_cameras(exact_maps(views)).focal, []
+    for view in views:
+        alone += [d3r.focal_length(lift.pixel_rays(view.K, *view.depth.shape), torch.ones_like(view.depth))]
+    assert focal.tolist() == pytest.approx([np.mean(alone[:2])] * 2 + [np.mean(alone[2:])] * 2, rel=0.02)
+    assert abs(focal[0] / focal[2] - 1) > 0.05
 
 
 def test_photos_agree_where_geometry_and_cameras_are_theirs(rooms):
@@ -893,10 +844,14 @@ def test_photos_agree_where_geometry_and_cameras_are_theirs(rooms):
     colours = [v.image.permute(1, 2, 0).flatten(0, 1) for v in views]
     photos, focal, c2w = [v.image for v in views], [v.K[0, 0] for v in views], torch.stack([v.c2w for v in views])
 
-    def agree(points, colours, c2w, photos=photos):
+    def agree(points, colours, c2w, photos=photos, focal=focal):
         return d3r.photo_agreement(points, colours, photos, focal, c2w)
     true, nearer = agree(points, colours, c2w), agree([p / 2 for p in points], colours, c2w)
     strangers = agree(points, [c[torch.randperm(len(c), generator=seeded())] for c in colours], c2w)
+    twice = [1, 2, 1, 2]  # of other sizes, with focal lengths that fit
+    larger = [torch.nn.functional.interpolate(x[None], scale_factor=k)[0] for x, k in zip(photos, twice)]
+    found = agree(points, colours, c2w, larger, [f * k for f, k in zip(focal, twice)])
+    assert found == pytest.approx(true, abs=0.03)
     assert true > nearer + 0.1 and true > agree(points, colours, still) + 0.1 and abs(strangers) < 0.05
     assert agree(points, colours, c2w[:1].expand_as(c2w)) == pytest.approx(agree(points, colours, still), abs=1e-4)
     turned = torch.stack([torch.eye(4), torch.diag(torch.tensor([-1.0, 1, -1, 1]))])  # back to back
@@ -997,26 +952,28 @@ def test_accuracy_and_completeness_are_those_of_a_float64_loop_and_of_the_offici
 
 
 class Scaled(GeometricTeacher):
-    def __call__(self, views, generator):
-        return [m._replace(points_local=m.points_local / 4) for m in super().__call__(views, generator)]
+    def __call__(self, views, generator):  # where nothing is measured, nothing can be wrong
+        maps = super().__call__(views, generator)
+        return [m._replace(points_local=(m.points_local / 4).nan_to_num(9.0)) for m in maps]
 
 
-def test_evaluation_of_the_truth_the_noisy_and_the_mean(rooms, few_rooms, cache):
-    cached = d3r.CachedViews(few_rooms, cache)
-    exact, noisy, mean = (d3r.evaluate(teacher, rooms[:2], SMALL, views=3) for teacher in (
+def test_evaluation_of_the_truth_the_noisy_and_the_mean(crooked, crooked_dir, cache):
+    cached = d3r.CachedViews(crooked_dir, cache)
+    exact, noisy, mean = (d3r.evaluate(teacher, crooked, SMALL, views=4) for teacher in (
         Scaled(SMALL, 0.0), GeometricTeacher(SMALL), d3r.MeanTeacher(cached)))
     assert max(exact["mean"][:4]) < 1e-5 and exact["mean"].scale == pytest.approx(4, rel=1e-5)
-    assert 1e-3 < noisy["mean"].accuracy_median < 0.3 * mean["mean"].accuracy_median
-    assert 1e-3 < noisy["mean"].completeness_median < 0.5 * mean["mean"].completeness_median
-    assert list(noisy["scenes"]) == [s.name for s in rooms[:2]] and noisy["mean"].scale == pytest.approx(1, abs=0.05)
-    assert noisy["calibration"]["rank"] < -0.3 and mean["calibration"]["rank"] == 0
+    for score in ("accuracy_median", "completeness_median"):
+        assert 1e-3 < getattr(noisy["mean"], score) < 0.5 * getattr(mean["mean"], score)
+    assert list(noisy["scenes"]) == [s.name for s in crooked] and noisy["mean"].scale == pytest.approx(1, abs=0.05)
+    assert noisy["calibration"]["rank"] < -0.3 and abs(mean["calibration"]["rank"]) < 0.02
     assert mean["mean"].accuracy_mean == pytest.approx(np.mean([s.accuracy_mean for s in mean["scenes"].values()]))
-    bare = data.Scene("bare", [dataclasses.replace(f, depth=None) for f in rooms[0].frames])
+    bare = data.Scene("bare", [dataclasses.replace(f, depth=None) for f in crooked[0].frames])
     with pytest.raises(DataError, match="no scene has a view with measured depth"):
         d3r.evaluate(GeometricTeacher(SMALL), [bare], SMALL)
-    values = [m.points_local[10, 20].double() for s in cached for m, mask in zip(s.targets, s.masks) if mask[10, 20]]
-    found = d3r.MeanTeacher(cached)([None], None)[0].points_local[10, 20]  # the mean of valid pixels
-    assert values and (found - torch.stack(values).mean(0)).abs().max() < 1e-4
+    known = lambda mask: mask.shape == SMALL and mask[20, 10]
+    values = [m.points_local[20, 10].double() for s in cached for m, mask in zip(s.targets, s.masks) if known(mask)]
+    found = d3r.MeanTeacher(cached)([None], None)[0].points_local[20, 10]  # the mean of valid pixels
+    assert 0 < len(values) < 16 and (found - torch.stack(values).mean(0)).abs().max() < 1e-4
 
 
 def test_the_rank_correlation_is_spearmans():
@@ -1195,29 +1152,6 @@ def test_three_training_steps_are_those_by_hand(cached, tmp_path):
             assert (stored[key] - value).norm() < 1e-3 * value.norm(), key
 
 
-FAKE = ROOT.parent / "shared/tools/fake_cuda.py"
-ON_A_GPU = """
-import fake_cuda, importlib, sys
-device = fake_cuda.install()  # kept alive
-d3r = importlib.import_module("06_distill3r")
-for command in ("cache", "train", "eval", "infer"):
-    if command == "infer":  # an untrained student's points may lie behind the camera: these lie before it
-        student = d3r.load_student(sys.argv[1] + "/student")
-        student.downstream_head_local.dpt.head[-1].bias.data[2] += 3
-        d3r.save_student(student, sys.argv[1] + "/student")
-    d3r.main([command, "--out", *sys.argv[1:], "--preset", "tiny", "--device", "cuda"])
-"""
-
-
-def test_on_a_pretended_gpu_all_commands_run(few_rooms, tmp_path):
-    environment = os.environ | {"FAKE_CUDA_PROJECT": str(ROOT), "PYTHONPATH": f"{FAKE.parent}:{ROOT}"}
-    arguments = [tmp_path, "--scene_dir", few_rooms, *TOY[:-2], "--max_steps", 1, "--tau", 0, "--stride", 6]
-    done = subprocess.run([sys.executable, "-c", ON_A_GPU, *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-                          capture_output=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(words in done.stdout for words in ("samples written", "accuracy", "cloud.ply"))
-
-
 def test_half_of_the_samples_are_mirrored_and_are_the_same_scene_in_a_mirror(rooms, cached, monkeypatch):
     """The truth of a mirrored picture: its points lie on its pixels' rays, in the view's own frame and the first's."""
     views = views_of(rooms[0], (0, 4), (48, 64))
@@ -1242,6 +1176,8 @@ def test_a_new_student_starts_at_the_pretrained_vit_and_the_encoder_has_a_rate_o
     student, images = d3r.new_student(args), torch.rand(2, 3, 48, 64)
     with torch.no_grad():
         assert torch.equal(student.tokens(images), lift.load_vit("tiny")(images).patches)
+    other = d3r.new_student(d3r.parse(["train", *map(str, cached), "--seed", "1"]))
+    assert not torch.equal(student.decoder.decoder_embed.weight, other.decoder.decoder_embed.weight)
     sum(part.sum() for part in student([images[0]])[0]).backward()
     assert all(p.grad is not None for p in student.parameters() if p.requires_grad)
     main("train", *cached, "--max_steps", 2, "--encoder_share", 0, "--out", tmp_path)
@@ -1261,14 +1197,6 @@ def undisturbed(cached, tmp_path_factory):
     begin = time.monotonic()
     assert finish(fork("train", *common, "--out", out)) == 0
     return out, time.monotonic() - begin, common
-
-
-def test_training_killed_at_random_points_resumes_bit_identically(undisturbed, tmp_path):
-    whole, seconds, common = undisturbed
-    rng, out = random.Random(0), tmp_path / "run"
-    pauses = (rng.uniform(0.2, 0.8) * seconds for _ in itertools.count())
-    kill_and_resume(lambda: fork("train", *common, "--out", out, "--resume"), out, 2, pauses)
-    killed.same(out, whole, 6)
 
 
 def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(undisturbed, tmp_path, monkeypatch):
@@ -1322,6 +1250,7 @@ def test_training_takes_the_size_of_the_cache_and_eval_the_mean_of_it(rooms_dir,
     main("cache", *common, "--scene_dir", rooms_dir, "--size", 24, 32, "--views", 6)
     main("train", *common, "--max_steps", 1)
     assert d3r.load_student(tmp_path / "student").config.size == (24, 32)
+    assert not any("room_003" in name for line in log_of(tmp_path) for name in line["samples"])  # it is held out
     assert "made at [24, 32], not [48, 64]; leave --size out" in message("train", *common, "--size", 48, 64)
     other = tmp_path / "other"
     shutil.copytree(rooms_dir / "room_003", other / "room_000")  # a name that the cache knows
@@ -1329,6 +1258,7 @@ def test_training_takes_the_size_of_the_cache_and_eval_the_mean_of_it(rooms_dir,
     main("eval", *common, *both)
     found = json.loads((tmp_path / "result.json").read_text())["mean"]["mean"]
     args = d3r.parse(["eval", *map(str, common), "--size", "24", "32"])
+    assert d3r.unseen(args, list("abcd")) == ["d"]
     mean = d3r.MeanTeacher(d3r.cached_part(args, "train", rooms_dir))
     assert found == d3r.evaluate(mean, data.load_scenes(other), (24, 32), 2)["mean"]._asdict()
     main("eval", *common, "--cache", tmp_path / "none", *both)
