@@ -22,8 +22,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import killed
-from killed import finish, kill_and_resume
+import stopping
+from stopping import finish, kill_and_resume
 
 data, lift, splat, distill = (importlib.import_module(n) for n in ("01_data", "02_lift", "03_splat", "04_distill"))
 ROOT = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def lines_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-fork = functools.partial(killed.fork, "04_distill")
+fork = functools.partial(stopping.fork, "04_distill")
 
 
 def small_vit():
@@ -649,7 +649,7 @@ def undisturbed(rooms_dir, tmp_path_factory):
 
 
 def same(out, whole):
-    killed.same(out, whole, 12, "adapters.safetensors", "result.json", "heldout.png")
+    stopping.same(out, whole, 12, "adapters.safetensors", "result.json", "heldout.png")
 
 
 def stopped(common, out, file, number=signal.SIGTERM):
@@ -902,7 +902,7 @@ def test_a_killed_fine_tuning_resumes_bit_identically(rooms_dir, tmp_path):
     main("--out", out, *common, "--resume")
     for name in ("geometry/mvsplat.safetensors", "geometry/result.json", "student/model.safetensors", "result.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
-    assert killed.log_of(out / "geometry") == killed.log_of(whole / "geometry") and len(lines_of(out / "geometry")) == 6
+    assert stopping.log_of(out / "geometry") == stopping.log_of(whole / "geometry") and len(lines_of(out / "geometry")) == 6
 
 
 def test_a_single_scene_without_depth_is_fine_tuned(rooms_dir, tmp_path, capsys):

@@ -26,8 +26,8 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-import killed
-from killed import finish, log_of
+import stopping
+from stopping import finish, log_of
 from test_02_lift import error_to, recipe as vit_recipe
 
 data, lift, distill, d3r = (importlib.import_module(n) for n in ("01_data", "02_lift", "04_distill", "06_distill3r"))
@@ -45,7 +45,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=
             "--rdzv_endpoint=localhost:0")
 SMALL = (28, 42)  # of pictures where a test brings its own teacher
 TOY = ["--size", "48", "64", "--views", "2", "--no-mirror", "--device", "cpu"]
-fork = functools.partial(killed.fork, "06_distill3r")
+fork = functools.partial(stopping.fork, "06_distill3r")
 
 
 def seeded(seed=0):
@@ -168,21 +168,6 @@ def test_fast3r_gives_the_published_numbers(case, monkeypatch):
     model.eval()
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("case", ["n1", "n3_mixed"])
-@torch.no_grad()
-def test_tokens_and_levels_are_fast3rs(case):
-    model, images = toy_fast3r(), toy_images(case)
-    tokens = d3r.a_few_at_once(model.tokens, 8, images)
-    levels = model.decoder(tokens, list(range(len(images))))
-    names = ["encoder", "hook0", "hook5", "hook7", "hook10"]
-    for name, ours in zip(names, [tokens[0]] + [torch.cat(list(views)) for views in levels]):
-        theirs = FAST3R_TRUTH[f"{case}/{name}"][0]
-        assert error_to(ours[pick(len(ours), len(theirs))], theirs) < TOKENS, name
-
-
-=======
->>>>>>> w2
 @torch.no_grad()
 def test_operations_are_fast3rs():
     ops = {key.removeprefix("ops/"): value for key, value in FAST3R_TRUTH.items() if key.startswith("ops/")}
@@ -230,12 +215,8 @@ def test_fast3r_at_full_size(tmp_path):
     lift.save_tensors(tmp_path / "model.safetensors", with_recipe(d3r.built(d3r.Fast3R)).state_dict())
     truth, model = load_file(FULL), d3r.load_fast3r(tmp_path)
     images = [recipe_images(f"full/v{i}", (1, 3, 160, 224))[0] for i in range(2)]
-<<<<<<< HEAD
     levels = model.decoder(d3r.a_few_at_once(model.tokens, 8, images), [0, 1])
     for name, level in zip(("hook0", "hook12", "hook18", "hook24"), levels):
-=======
-    for name, level in zip(("hook0", "hook12", "hook18", "hook24"), model.decoder(model.encode(images), [0, 1])):
->>>>>>> w2
         level = torch.cat(list(level))
         assert error_to(level[pick(len(level), truth[name].shape[1])], truth[name][0]) < TOKENS, name
     for i, view in enumerate(model(images, view_ids=[0, 1])):
@@ -755,11 +736,7 @@ def test_other_settings_pictures_or_files_are_refused(crooked_dir, cache, tmp_pa
     pictures(tmp_path / "photos", ["a.png", "b.png"])
     said = refusal(write, tmp_path / "photos", tmp_path / "d", kind=DataError)
     assert "a.png: no measured depth for the geometric teacher; give --teacher" in said
-<<<<<<< HEAD
-    assert (tmp_path / "d/manifest.jsonl").exists() and write(few_rooms, tmp_path / "d")  # without samples no obstacle
-=======
     assert (tmp_path / "d/manifest.jsonl").exists() and write(crooked_dir, tmp_path / "d")  # without samples no obstacle
->>>>>>> w2
 
 
 # ------------------------------------------------------------------------------------------------ the pretended Fast3R
