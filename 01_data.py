@@ -1426,8 +1426,8 @@ def colour_ids(ids: Tensor) -> Tensor:  # (H, W) -> (3, H, W): one fixed colour 
 
 
 def picture_grid(path, headings, rows, scale=None, below=None):
-    """Save rows of (3, H, W) pictures under one heading a column, and return the path. None is an empty panel; a column of
-    nothing else is left out. `below` (width -> (3, h, width)) draws a strip under them all."""
+    """Save rows of (3, H, W) pictures under one heading a column, and return the path. None is an empty panel; a column
+    of nothing else is left out. `below` (width -> (3, h, width)) draws a strip under them all."""
     columns = [c for c in range(len(headings)) if any(row[c] is not None for row in rows)]
     headings, rows = [headings[c] for c in columns], [[row[c] for c in columns] for row in rows]
     height, width = next(p.shape[1:] for row in rows for p in row if p is not None)

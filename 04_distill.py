@@ -375,6 +375,8 @@ def prepare(args, rank=0, world=1):
     scenes = whole = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
     if not rank:
         say_whose_cameras(args.scene_dir)
+    if args.finetune_geometry and args.depth_weight and not any(f.depth for scene in scenes for f in scene.frames):
+        raise data.DataError(f"{args.scene_dir}: no measured depth for --depth_weight; leave it at 0")
     if args.geometry == "depth":
         measured = [[i for i, frame in enumerate(scene.frames) if frame.depth] for scene in scenes]
         scenes = [scene.subset(views) for scene, views in zip(scenes, measured) if len(views) >= 3]
@@ -687,8 +689,6 @@ def train_geometry(source, scenes, heldout, folder):
     What is there already is taken up without being asked, so that nothing of it can be lost.
     """
     args, net = source.args, source.net
-    if args.depth_weight and not any(frame.depth for scene in scenes for frame in scene.frames):
-        raise data.DataError(f"{args.scene_dir}: no measured depth for --depth_weight; leave it at 0")
     names = "scene_dir near far mvsplat pixels geometry_lr depth_weight bf16 seed device save_minutes".split()
     same = {name: getattr(args, name) for name in names}
     own = argparse.Namespace(**same, out=str(folder), max_steps=args.finetune_geometry, resume=True)

@@ -89,7 +89,7 @@ ARTIFACTS = {  # name -> run, standard deviations of the noise on the start's po
         ("artifacts", 4, ["SnD beside the start's", "start beside itself"])) for kind in kinds}
 REAL = {  # name -> run, folder of shared/data: RGB-D scenes, of which every eighth view is held out
     f"{kind}, {words}": (kind, folder)
-    for words, folder in (("kitchen", "rgbd_7scenes_redkitchen"), ("shelf", "rgbd_instances_apc_shelf")) for kind in THREE}
+    for words, folder in (("kitchen", "rgbd_7scenes_redkitchen"), ("shelf", "rgbd_instances_apc_shelf")) for kind in (*THREE, "measured depth")}
 TARGETS = "targets"
 KEPT, NOT_YET = "<!-- what follows is written by hand -->", "Not run yet."
 NO_CLS = "depth of patches"  # a probe beside those of 05_probe.py: its depth, without the CLS token, which no loss of 04_distill.py holds
