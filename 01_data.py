@@ -50,7 +50,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 
 class DataError(Exception):

@@ -697,6 +697,18 @@ def choose_pairs(views: Views, per_range, seed) -> list[Pair]:
     return []
 
 
+def why_no_pairs(views: Views) -> str:
+    a, b, angle, deep = candidate_pairs(views)
+    pairs = [Pair(*each) for each in zip(a.tolist(), b.tolist(), angle.tolist(), deep.tolist())]
+    if not pairs:
+        return "no scene has two held-out views"
+    shares = {pair: shared_share(views, pair) for pair in pairs[:: 1 + len(pairs) // 200]}
+    best = max(shares, key=shares.get)
+    first, second = (scene.frames[i].name for scene, i in (views.where[best.a], views.where[best.b]))
+    return (f"a pair must share 20 % of what it sees, and of all held-out views {first} and {second} share most, "
+            f"{100 * shares[best]:.0f} %; views that lie closer together are needed")
+
+
 def points_to_match(i, tokens: Features, views: Views, pair: Pair, device):  # all points count where there is no depth
     depth = views.depth[i] if pair.measured else torch.ones(views.images.shape[2:])
     found = sample_points(tokens.patches[i].to(device).float(), depth)
@@ -1088,7 +1100,7 @@ def open_data(args):
             print(f"{name}: left out, as only {'training' if in_train else 'held-out'} views have its truth")
     pairs = choose_pairs(val, args.pairs, args.seed)
     if not pairs and val.c2w.isfinite().all():
-        print("no pairs, so no correspondence: no two held-out views of a scene share 20 % of what they see")
+        print(f"no pairs, so no correspondence: {why_no_pairs(val)}")
     if not pairs and not truths(train, val):
         raise data.DataError(f"{args.scene_dir}: no depth, normals or labels in both splits, and no pairs of views "
                              "that overlap; --help says where maps go")

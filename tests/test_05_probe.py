@@ -1,7 +1,9 @@
 """05_probe.py: metrics and losses against float64 loops, matching on features that are known, files, the script."""
 import importlib
+import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -294,6 +296,13 @@ def test_a_pair_shares_what_both_see_of_what_is_known(views):
     far_apart = views._replace(K=views.K * torch.tensor([50, 50, 1.0]).view(3, 1))
     for fewer in (far_apart, views._replace(c2w=views.c2w * torch.nan)):
         assert probe.choose_pairs(fewer, 2, seed=0) == []
+    said = re.search(r"(\S+) and (\S+) share most, (\d+) %", probe.why_no_pairs(far_apart))
+    pairs = [probe.Pair(a, b, 0.0, True) for a, b in itertools.combinations(range(len(views.where)), 2)]
+    share = {p: probe.shared_share(far_apart, p) for p in pairs if views.where[p.a][0] is views.where[p.b][0]}
+    best = max(share, key=share.get)
+    assert [scene.frames[i].name for scene, i in (views.where[i] for i in best[:2])] == [*said.groups()[:2]]
+    assert int(said[3]) == round(100 * share[best]) < 20
+    assert "two held-out views" in probe.why_no_pairs(views._replace(c2w=views.c2w * torch.nan))
 
 
 def test_pairs_with_depth_come_first(views):
