@@ -9,7 +9,7 @@ Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/bench.py
         ... python tests/bench.py --section operator           the splat operator at the paper's size, against the dense path; 2 minutes
         ... python tests/bench.py --section student            memory of training Distill3R's student; 10 minutes, 6 GB
         ... python tests/bench.py --section peaks              memory of whole runs of 04 at the paper's setting, on a pretended GPU; an hour
-        ... python tests/bench.py --section photos             photos of 13 megapixels with distortion against small ones; 4 minutes
+        ... python tests/bench.py --section photos             photos of 13 megapixels with distortion against small ones; 3 minutes
 """
 import argparse
 import ctypes
@@ -297,11 +297,11 @@ def peaks_section():
 
 
 def photos_section(folder, photos=50, size=(3120, 4208)):
-    """A run of 04 on photos as a phone takes them, and on the same ones made small and straight before."""
+    """Views and steps of 04 from photos as a phone takes them, and from the same ones made small before."""
     data.make_rooms(folder / "room", scenes=1, views=photos, size=(192, 256))
     room, = sorted((folder / "room").glob("room_*"))
     meta = json.loads((room / "transforms.json").read_text())
-    zoom, seconds = size[0] / 192, {}
+    zoom, rows = size[0] / 192, []
     lens = dict(k1=-0.08, k2=0.01, h=size[0], w=size[1], **{key: zoom * meta[key] for key in ("fl_x", "fl_y", "cx", "cy")})
     for name, settings in (("13 MP, distorted", meta | lens), ("small", meta)):
         scene = folder / name
@@ -312,19 +312,28 @@ def photos_section(folder, photos=50, size=(3120, 4208)):
             image.save((scene / frame["file_path"]).with_suffix(".jpg"), quality=90)
         frames = [dict(file_path=str(Path(frame["file_path"]).with_suffix(".jpg")), transform_matrix=frame["transform_matrix"]) for frame in meta["frames"]]
         (scene / "transforms.json").write_text(json.dumps(settings | {"frames": frames}))
-        for steps in (2, 27):  # the views are prepared in both
-            begin = time.perf_counter()
-            distill.main(["--preset", "tiny", "--scene_dir", str(scene), "--max_steps", str(steps), "--triplets", "50", "--eval_every", "1000",
-                          "--out", str(folder / f"{name} {steps}"), "--operators", str(folder / f"operators {name} {steps}")])
-            seconds[name, steps] = time.perf_counter() - begin
-    print(f"{photos} photos\n\n| | all but the steps, s | 25 steps, s |\n|---|---|---|")
-    for name in ("13 MP, distorted", "small"):
-        print(f"| {name} | {seconds[name, 2]:.1f} | {seconds[name, 27] - seconds[name, 2]:.1f} |")
-    scene, = data.load_scenes(folder / "13 MP, distorted")
+        args = distill.parse(["--preset", "tiny", "--scene_dir", str(scene), "--operators", str(folder / f"operators {name}")])
+        scenes, _, source = distill.prepare(args)
+        begin = time.perf_counter()
+        for i in range(len(scenes[0])):
+            scenes[0].view(i, source.sizes[scenes[0].name])
+        prepared = time.perf_counter() - begin
+        _, student, teacher, _ = distill.networks_of(args)
+        places = distill.draw_triplets(scenes, 20, 0)
+        for place in places:
+            source.operator(*place)
+        turn = iter(places)
+        learn = lambda: distill.learn([source.sample(*next(turn), 0)], student, teacher, args)
+        rows.append((name, len(scenes[0]), prepared, median_ms(learn, 15, torch.device("cpu"))))
+    print("| photos | views | prepared at training size, s | step of one triplet, ms |\n|---|---|---|---|")
+    for name, count, seconds, ms in rows:
+        print(f"| {name} | {count} | {seconds:.1f} | {ms:.0f} |")
+    print(f"\nratio of the steps {rows[0][3] / rows[1][3]:.2f}")
+    (scene,) = data.load_scenes(folder / "13 MP, distorted")
     begin = time.perf_counter()
     for i in range(len(scene)):
         scene.view(i, (574, 868))
-    print(f"\npreparing {photos} of them at 574x868: {time.perf_counter() - begin:.1f} s")
+    print(f"all {photos} at 574x868: {time.perf_counter() - begin:.1f} s")
 
 
 def step_section(preset, rounds, device, folder):
