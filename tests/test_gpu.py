@@ -78,6 +78,15 @@ def commands(tmp_path_factory):
                 result[name] = ""
             except BaseException:
                 result[name] = traceback.format_exc()[-3500:]
+        d3r, torch, result["06 waits"] = sys.modules["06_distill3r"], sys.modules["torch"], []
+        args = d3r.parse(["train", "--preset", "tiny", "--device", "cuda"])
+        student = d3r.new_student(args).to("cuda")
+        for views in (3, 20):
+            m = d3r.Pointmap(*torch.rand(2, 48, 64, 3) + 1, *torch.rand(2, 48, 64) + 2)
+            sample = d3r.CachedSample("s", [torch.rand(3, 48, 64)] * views, [m] * views, [m.conf_local > 2.2] * views)
+            with fake_cuda.watch() as seen:
+                d3r.learn_samples([sample], student, args, [0])
+            result["06 waits"].append(sum(seen.syncs.values()))
         open("result.json", "w").write(json.dumps(result))"""
     folder, more = tmp_path_factory.mktemp("commands"), {"04_distill": SMALL, "05_probe": VIEWS}
     asked = {}
@@ -96,6 +105,10 @@ def commands(tmp_path_factory):
 def test_every_command_runs_on_the_device(commands, name):
     untrained = name == "06 infer" and "train the student for longer" in commands[name]  # the networks ran; no camera comes of it
     assert untrained or commands[name] == ""
+
+
+def test_a_sample_of_distill3r_waits_for_the_device_three_times(commands):
+    assert commands["06 waits"] == [3, 3]  # however many views it has
 
 
 def test_the_device_agrees_with_the_cpu(run):
