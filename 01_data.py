@@ -1406,16 +1406,18 @@ def colour_normals(normal: Tensor) -> Tensor:  # (H, W, 3) -> (3, H, W): red rig
     return (normal * torch.tensor([1.0, -1, -1]) + 1).permute(2, 0, 1) / 2
 
 
-def depth_legend(depth: Tensor, width: int) -> Tensor:
-    """(3, 26, width): which colour `colour_depth` gives to which depth of `depth`, and to what is not known."""
-    low, high = usual_range(depth).tolist()
+def depth_legend(depth: Tensor | None, width: int) -> Tensor:
+    """(3, 26, width): which colour `colour_depth` gives to which depth of `depth`, and to what is not known. None: for
+    rows that have a scale each."""
+    low, high = (0.0, 1.0) if depth is None else usual_range(depth).tolist()
+    near, far = ("near", "far, each row on its own scale") if depth is None else (f"near {low:.3g}", f"{high:.3g} far")
     ramp = colour_depth(torch.linspace(low, high, 200).clamp_min(1e-9).expand(12, 200), depth)
     bar = Image.fromarray((255 * ramp).byte().permute(1, 2, 0).numpy())
     picture = Image.new("RGB", (width, 26), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((6, 7), f"depth: near {low:.3g}", fill="black")
+    draw.text((6, 7), f"depth: {near}", fill="black")
     picture.paste(bar, (110, 7))
-    draw.text((320, 7), f"{high:.3g} far; black: not known", fill="black")
+    draw.text((320, 7), f"{far}; black: not known", fill="black")
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
