@@ -9,7 +9,7 @@ Run     python 05_probe.py      the built-in ViT and out/04_distill/student if i
                                 on 200 rooms that no student has seen, as the paper probes on other data sets
         python 05_probe.py --models start=tiny snd=out/04_distill/student both=tiny+out/04_distill/student
         python 05_probe.py --scene_dir nyuv2/ --models dinov2_vits14 --preset paper --max_depth 10
-Copy    01_data.py 02_lift.py 05_probe.py tiny/vit.safetensors
+Copy    01_data.py 02_lift.py 05_probe.py tiny/rooms.py tiny/vit.safetensors
 Read    depth_metrics, normal_metrics, segmentation_metrics, reprojection_error, Views, Features, LinearHead, fit,
         expected_depth, sig_loss, depth_probe, angular_loss, normal_probe, segmentation_probe, sample_points, match,
         nearest_with_ratio, match_pair, correspondence, recall, place_share

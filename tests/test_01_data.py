@@ -146,7 +146,7 @@ def test_rooms_are_not_written_over_anything(tmp_path, there, settings, words):
     assert "\n" not in str(error.value) and tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("folder", ["data", "data_small"])
+@pytest.mark.parametrize("folder", ["data", "data_small", "data_probe"])
 def test_missing_data_folders_are_filled_with_their_rooms(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(data.BUILT_IN, folder, dict(scenes=2, views=3, size=(12, 16), seed=0))
@@ -525,6 +525,18 @@ def test_maps_are_aligned_with_the_image(tmp_path, distortion):
 
 
 # -------------------------------------------------------------------------------------------------- transforms variants
+
+
+def test_poses_and_intrinsics_as_written(tmp_path):
+    write_scene(tmp_path)
+    scene = only_scene(tmp_path)
+    assert scene.name == tmp_path.name and [f.name for f in scene.frames] == [f"images/{i}.png" for i in range(4)]
+    assert np.allclose(scene.c2w, [pose(i) for i in range(4)])
+    view = scene.view(2)
+    assert torch.equal(view.K, torch.tensor([[30, 0, 16.5], [0, 31, 11.5], [0, 0, 1]]))
+    assert view[4:] == (None, None, None, None)
+    stored = np.array(Image.open(tmp_path / "images/2.png"))
+    assert (np.round(view.image.numpy() * 255) == stored.transpose(2, 0, 1)).all()
 
 
 def test_fisheye_files_of_scannetpp_are_passed_over(tmp_path):

@@ -364,6 +364,11 @@ def test_splat_to_tokens(H, W, h, w, share):
     assert error([tokens[found]], [expected[found]]) < 1e-8
 
 
+@pytest.mark.parametrize("pixels, enough", [([[1, 0], [1, 0]], True), ([[1, 0], [0, 0]], False)])
+def test_half_of_the_weight_is_enough(pixels, enough):
+    assert splat.splat_to_tokens(torch.ones(2, 2, 1), torch.tensor(pixels).bool(), (1, 1))[1].tolist() == [enough]
+
+
 def test_the_mean_over_a_patch_is_average_pooling():
     features = torch.randn(24, 40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y, valid = splat.splat_to_tokens(features, torch.ones(24, 40, dtype=torch.bool), (3, 5), "area")
@@ -481,6 +486,15 @@ def test_wrong_shapes_are_named(name):
         arguments |= dict(height=5, width=5)
     with pytest.raises(AssertionError, match=message):
         call(**{**arguments, name: wrong})
+
+
+def test_gradient_of_the_tokens():
+    s = lifted(40, 56, (5, 7))
+    x, g = context_tokens(s).requires_grad_(), torch.randn(35, 3, dtype=torch.float64)
+    s["means"].requires_grad_()  # is ignored: geometry is frozen
+    operator = splat.splat_operator(**s)
+    wanted, (found,) = splat.splat_operator_plainly(**s)[0].T @ g, torch.autograd.grad(operator(x), x, g)
+    assert (found - wanted).abs().max() < 1e-10 and wanted.abs().max() > 0.1
 
 
 def test_without_masks_only_the_taps_are_rasterised(monkeypatch):

@@ -96,6 +96,19 @@ def test_lora_starts_at_the_pretrained_network_and_merges_exactly():
     assert torch.allclose(merged.blocks[0].attn.qkv.weight, weight + 8 / 4 * adapted.B @ adapted.A, atol=1e-6)
 
 
+@pytest.mark.parametrize("taus", [(1.0, 1.0), (0.1, 0.04)])
+def test_loss_is_the_cross_entropy_of_equation_5(taus):
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(7, 11, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss, total = distill.distill_loss(student, teacher, *taus), 0
+    for s, t in zip(student.tolist(), teacher.tolist()):
+        p, q = [math.exp(v / taus[1]) for v in t], [math.exp(v / taus[0]) for v in s]
+        total -= sum(a / sum(p) * math.log(b / sum(q)) for a, b in zip(p, q))
+    assert abs(loss.item() - total / 7) < 1e-9
+    loss.backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0  # sg(.): nothing flows into the teacher
+
+
 @pytest.mark.parametrize("block", [1, 3, 100])
 def test_blocked_loss_is_exact_in_value_and_gradient(block):
     torch.manual_seed(0)

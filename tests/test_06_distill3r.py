@@ -168,6 +168,18 @@ def test_fast3r_gives_the_published_numbers(case, monkeypatch):
     model.eval()
 
 
+@pytest.mark.parametrize("case", ["n1", "n3_mixed"])
+@torch.no_grad()
+def test_tokens_and_levels_are_fast3rs(case):
+    model, images = toy_fast3r(), toy_images(case)
+    tokens = d3r.a_few_at_once(model.tokens, 8, images)
+    levels = model.decoder(tokens, list(range(len(images))))
+    names = ["encoder", "hook0", "hook5", "hook7", "hook10"]
+    for name, ours in zip(names, [tokens[0]] + [torch.cat(list(views)) for views in levels]):
+        theirs = FAST3R_TRUTH[f"{case}/{name}"][0]
+        assert error_to(ours[pick(len(ours), len(theirs))], theirs) < TOKENS, name
+
+
 @torch.no_grad()
 def test_operations_are_fast3rs():
     ops = {key.removeprefix("ops/"): value for key, value in FAST3R_TRUTH.items() if key.startswith("ops/")}
@@ -457,6 +469,20 @@ LOSS = json.loads((NETWORKS / "distill3r_loss.json").read_text())
 LOSS_TRUTH = load_file(NETWORKS / "distill3r_loss.safetensors")
 
 
+def test_what_the_loss_does_not_see():
+    pred, target, masks = loss_case("three")
+    loss = d3r.pointmap_loss(pred, target, masks)
+    larger = [Pointmap(7 * view.points_global, 7 * view.points_local, *view[2:]) for view in pred]
+    every = [new._replace(points_local=old.points_local) for new, old in zip(larger, pred)]
+    assert d3r.pointmap_loss(every, target, masks).global_.item() == pytest.approx(loss.global_.item(), rel=1e-12)
+    changed = d3r.pointmap_loss([larger[0], *pred[1:]], target, masks)
+    assert changed.local.item() == pytest.approx(loss.local.item(), rel=1e-12)  # a scale for each view
+    assert abs(changed.global_.item() / loss.global_.item() - 1) > 0.01  # one for all views
+    assert [x.item() for x in d3r.pointmap_loss(target, target, masks)] == [0, 0, 0, 0]
+    half = [Pointmap(*(x.half() for x in view)) for view in target]  # as the cache has it
+    assert d3r.pointmap_loss(pred, half, masks).total.dtype == torch.float64
+
+
 @pytest.mark.parametrize("name, weight", [
     ("default", "clamped"), ("no_conf_weight", "none"), ("student_conf_weight", "student")])
 @pytest.mark.parametrize("case", ["b1n1_masked", "b1n3_full", "b1n3_masked"])
@@ -541,6 +567,16 @@ def test_no_photo_is_lost_or_taken_for_a_map_and_bad_ones_are_named(tmp_path, ca
     pictures(tmp_path / "other", [f"{n}{end}" for n, end in enumerate(endings)])
     assert [Path(path).suffix for path in paths_of(tmp_path / "other")] == endings
     assert paths_of(bad, 20, 1, True) == ["a.png"] and "c.jpg: cannot be decoded" in capsys.readouterr().out
+
+
+def test_pictures_of_other_types_are_read_and_huge_ones_are_to_be_made_smaller(tmp_path, monkeypatch):
+    endings = [".Jpg", ".webp", ".tif", ".bmp", ".JPEG"]
+    pictures(tmp_path / "p", [f"{n}{end}" for n, end in enumerate(endings)])
+    assert [Path(path).suffix for path in paths_of(tmp_path / "p")] == endings
+    scene, index = d3r.open_scene(tmp_path / "p", "p")
+    assert all(scene.view(i, SMALL).image.shape == (3, *SMALL) for i in index.values())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # as if they had 200 million
+    assert "make the picture smaller" in refusal(d3r.make_manifest, tmp_path / "p", kind=DataError)
 
 
 @pytest.mark.parametrize("orientation", [*range(1, 9), b"junk", b"II*\0\x08"])
