@@ -271,7 +271,12 @@ def test_rooms_are_plausible():
         size, prims, _, walk = room_maker.make_room(np.random.default_rng([0, index]))
         cameras, look_at = walk.cameras(400)
         assert (cameras > 0.2).all() and (cameras < size - 0.2).all()
+        assert np.linalg.norm(np.diff(cameras, axis=0), axis=1).max() < 0.05  # smooth
         assert (np.linalg.norm(look_at - cameras, axis=1) > 0.3).all()
+        assert (prims.centre > 0).all() and (prims.centre < size).all()
+        for instance in set(prims.instance[prims.label != room_maker.CLASSES.index("picture")].tolist()):
+            of = prims.instance == instance
+            assert abs((prims.centre[of, 2] - prims.half[of, 2]).min()) < 1e-9  # stands on the floor
         reach = np.hypot(*prims.half[:, :2].T)  # no camera within a part, whatever its yaw
         apart = np.linalg.norm(cameras[:, None, :2] - prims.centre[:, :2], axis=2) > reach
         assert (apart | (cameras[:, None, 2] > prims.centre[:, 2] + prims.half[:, 2]) | (prims.label == 9)).all()

@@ -318,24 +318,30 @@ def world_positions(views, i, points, depth):
     return (rays * depth[:, None]) @ views.c2w[i, :3, :3].T + views.c2w[i, :3, 3]
 
 
-def test_true_positions_match_and_random_features_do_not(views, monkeypatch):
+@pytest.mark.parametrize("of, ranges, least", [
+    ("room_views", ("0-15", "15-30", "30-60"), 99), ("views", ("0-15",), 94)])  # in these some are seen by one alone
+def test_true_positions_match_and_random_features_do_not(of, ranges, least, request, monkeypatch):
+    views = request.getfixturevalue(of)
     pairs, original = probe.choose_pairs(views, 4, seed=0), probe.sample_points
+    h, w = (side // 8 for side in views.images.shape[2:])
     frequencies, phase = randn(256, 3) / 0.3, 2 * math.pi * rand(256)
 
     def knowing(tokens, depth):  # the tokens say which view it is, the features where in the world each point lies
         points, _, z = original(tokens, depth)
         position = world_positions(views, int(tokens[0, 0, 0]), points, z)
         return points, (position @ frequencies.T + phase).cos(), z
-    numbers = torch.arange(len(views.images)).view(-1, 1, 1, 1).expand(-1, 6, 8, 1).float()
+    numbers = torch.arange(len(views.images)).view(-1, 1, 1, 1).expand(-1, h, w, 1).float()
     with monkeypatch.context() as patched:
         patched.setattr(probe, "sample_points", knowing)
         scores, chance, matches = probe.correspondence(probe.Features(None, numbers), views, pairs)
-    assert scores["5 px"] == scores["5 px 0-15"] > 94 and "5 px 15-30" not in scores  # some are seen by one view alone
-    assert scores["1.5 patches"] >= scores["5 grid"] > 94 and chance["10 px"] < 25
+    assert min(scores["5 px"], *(scores[f"5 px {name}"] for name in ranges)) > least
+    of_pairs = {name for name, (low, high) in probe.VIEWPOINTS.items() if any(low <= p.angle < high for p in pairs)}
+    assert {name[5:] for name in scores if name.startswith("5 px ")} == of_pairs >= set(ranges)
+    assert scores["1.5 patches"] >= scores["5 grid"] > least and chance["10 px"] < 12
     assert torch.cat([m.error for m in matches]).median() < 1.2
-    noise = probe.Features(None, randn(len(numbers), 6, 8, 64))
+    noise = probe.Features(None, randn(len(numbers), h, w, 64))
     random, chance, matches = probe.correspondence(noise, views, pairs)
-    assert abs(random["10 px"] - chance["10 px"]) < 5 and random["10 px"] < 25
+    assert abs(random["10 px"] - chance["10 px"]) < 3 and random["10 px"] < 12
     # Thresholds: the grid's spacing is 2 pixels here, a patch 8.
     share = lambda limit: pytest.approx(np.mean([100 * (m.error < limit).double().mean().item() for m in matches]))
     for score, limit in (("10 grid", 20), ("20 px", 20), ("10 px", 10), ("1.5 patches", 12)):

@@ -976,7 +976,7 @@ def test_evaluation_of_the_truth_the_noisy_and_the_mean(crooked, crooked_dir, ca
         Scaled(SMALL, 0.0), GeometricTeacher(SMALL), d3r.MeanTeacher(cached)))
     assert max(exact["mean"][:4]) < 1e-5 and exact["mean"].scale == pytest.approx(4, rel=1e-5)
     for score in ("accuracy_median", "completeness_median"):
-        assert 1e-3 < getattr(noisy["mean"], score) < 0.5 * getattr(mean["mean"], score)
+        assert 1e-3 < getattr(noisy["mean"], score) < 0.3 * getattr(mean["mean"], score)
     assert list(noisy["scenes"]) == [s.name for s in crooked] and noisy["mean"].scale == pytest.approx(1, abs=0.05)
     assert noisy["calibration"]["rank"] < -0.3 and abs(mean["calibration"]["rank"]) < 0.02
     assert mean["mean"].accuracy_mean == pytest.approx(np.mean([s.accuracy_mean for s in mean["scenes"].values()]))
