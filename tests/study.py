@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
-data, lift, distill, probes, distill3r = (importlib.import_module(n) for n in ("01_data", "02_lift", "04_distill", "05_probe", "06_distill3r"))
+data, lift, distill, probes, distill3r, train = (
+    importlib.import_module(n) for n in ("01_data", "02_lift", "04_distill", "05_probe", "06_distill3r", "tiny.train"))
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 PLAIN = ["--no_blend", "--upscale", "bilinear"]
@@ -81,9 +82,10 @@ CIRCLE_ROOMS = dict(scenes=48, seed=1)  # rooms that Distill3R's student has not
 CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred"}
 THREE = "start", "2D control", "SnD"
 LONG = ["--max_steps", "600", "--triplets", "600"]  # four triplets a step, on 200 of the rooms
-ARTIFACTS = {  # name -> run, standard deviations of the noise on the start's position embedding, whether it is fresh in every picture
-    f"{kind.partition(' (')[0]} {noise}{strength}": (kind, strength, noise == "fresh")
-    for noise, strength, kinds in (
+STARTS = {  # name -> run, kind of start, standard deviations of the noise on its position embedding
+    f"{kind.partition(' (')[0]} {start}{strength}": (kind, start, strength)
+    for start, strength, kinds in (
+        ("foreign", "", THREE),
         ("artifacts", 0, THREE), ("artifacts", 1, THREE), ("artifacts", 2, THREE),
         ("artifacts", 4, [kind for kind in MAIN | TABLE5 if kind not in BESIDE]), ("fresh", 4, THREE),
         ("artifacts", 4, ["SnD beside the start's", "start beside itself"])) for kind in kinds}
@@ -164,14 +166,48 @@ def fresh_noise(strength):
     return mock.patch.object(lift.VisionTransformer, "embed", noisy)
 
 
-def score_artifacts(name, seed, args):
-    kind, strength, fresh = ARTIFACTS[name]
+def score_start(name, seed, args):
+    kind, start, strength = STARTS[name]
     args = argparse.Namespace(**vars(args) | dict(scene_dir=f"{args.scene_dir}_200"))
     data.make_rooms(args.scene_dir, scenes=200)
     flags = None if kind.startswith("start") else [*LONG, *RUNS.get(kind, [])]
     torch.manual_seed(seed)
-    with fresh_noise(strength) if fresh else contextlib.nullcontext():
-        score_run(name, seed, args, flags, "tiny" if fresh else start_with_artifacts(strength, args))
+    if start == "fresh":
+        with fresh_noise(strength):
+            score_run(name, seed, args, flags)
+    else:
+        score_run(name, seed, args, flags, foreign_start(args) if start == "foreign" else start_with_artifacts(strength, args))
+
+
+def foreign_start(args) -> str:
+    """The folder of a ViT that has never seen a room: the recipe of the built-in one, on 3,000 pictures of overlapping shapes."""
+    folder = Path(args.out) / "start_foreign"
+    if not folder.exists():
+        images = torch.stack([shapes(np.random.default_rng(n)) for n in range(3000)])
+        recipe = argparse.Namespace(out=str(folder.with_name("foreign")), max_steps=3500, seed=0, device="cpu", save_minutes=2.0, resume=True)
+        vit = train.standardise(train.train_vit(recipe, images), images)
+        lift.save_vit(vit, folder.with_name(".start_foreign"))
+        folder.with_name(".start_foreign").rename(folder)
+    return str(folder)
+
+
+def shapes(random, height=96, width=128, count=14):
+    """(3, H, W) uint8: ellipses, boxes and triangles of two colours each, striped, chequered, dotted or plain, over one another."""
+    y, x = np.mgrid[:height, :width]
+    picture = np.zeros((height, width, 3))
+    for n in range(count):
+        cx, cy, a, b, angle = random.uniform(0, width), random.uniform(0, height), *random.uniform(8, 40, 2), random.uniform(0, np.pi)
+        u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / a
+        v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / b
+        inside = [u**2 + v**2 < 1, np.maximum(abs(u), abs(v)) < 1, (v < 1) & (v > 2 * abs(u) - 1)][random.integers(3)]
+        waves = [np.sin(k * w + p) for w, k, p in zip((u, v), random.uniform(2, 16, 2), random.uniform(0, 6, 2))]
+        pattern = [waves[0], waves[0] * waves[1], np.minimum(*waves) - 0.4, np.zeros_like(u)][random.integers(4)] > 0
+        colours = random.uniform(0, 255, (2, 3))
+        shade = 1 + 0.25 * (u * random.uniform(-1, 1) + v * random.uniform(-1, 1))
+        paint = np.where(pattern[..., None], *colours) * shade[..., None]
+        where = np.ones_like(inside) if n == 0 else inside
+        picture[where] = paint[where]
+    return torch.from_numpy(picture.clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
 
 
 def score_real(name, seed, args):
@@ -363,7 +399,7 @@ def in_words(name) -> str:
 
 def write_study(args):
     """All that is finished so far; what was written by hand below `KEPT` stays."""
-    study, names = Path(args.study), (*RUNS, *ARTIFACTS, *REAL, TARGETS, *TABLE3, *CIRCLE)
+    study, names = Path(args.study), (*RUNS, *STARTS, *REAL, TARGETS, *TABLE3, *CIRCLE)
     records = {name: found for name in names if (found := remembered(name, args))}
     found = {name: [record["scores"] for record in records[name]] for name in records}
     targets = {name: [scores] for name, scores in found.get(TARGETS, [{}])[0].items()}
@@ -415,11 +451,11 @@ deviations over the seeds of the training; the same heads, views and pairs for a
 
 ## Starts with artifacts
 
-{when(*ARTIFACTS).replace(f"{args.rooms} rooms", "200 rooms")} Noise of 0, 1, 2 or 4 standard deviations stands on the start's position embedding, so that
+{when(*STARTS).replace(f"{args.rooms} rooms", "200 rooms")} Noise of 0, 1, 2 or 4 standard deviations stands on the start's position embedding, so that
 its features depend on their place in the picture; "fresh": it is another one in every picture, so that they do not. 600 steps of four triplets. "Rough place share" is the part of the tokens' variance that their
 place explains and that perspective does not (`place_share` of 05_probe.py).
 
-{table(ARTIFACTS, found, columns=[*COLUMNS, ("place share", "rough", "rough place share %", 1)])}
+{table(STARTS, found, columns=[*COLUMNS, ("place share", "rough", "rough place share %", 1)])}
 {place}
 ## Real pictures
 
@@ -469,7 +505,7 @@ def check_settings(args):
 
 def main(argv=None):
     parts = {name: functools.partial(score_run, flags=flags) for name, flags in RUNS.items()}
-    parts |= dict.fromkeys(ARTIFACTS, score_artifacts) | dict.fromkeys(REAL, score_real) | {TARGETS: score_targets} | dict.fromkeys(TABLE3, score_pointmaps) | dict.fromkeys(CIRCLE, score_circle)
+    parts |= dict.fromkeys(STARTS, score_start) | dict.fromkeys(REAL, score_real) | {TARGETS: score_targets} | dict.fromkeys(TABLE3, score_pointmaps) | dict.fromkeys(CIRCLE, score_circle)
     parser = argparse.ArgumentParser(description="Train and probe every variant; write docs/study.md.")
     parser.add_argument("--scene_dir", default="out/study/rooms", help="made if it is missing")
     parser.add_argument("--rooms", type=int, default=400)

@@ -90,11 +90,14 @@ def warm_up_and_cosine(step, steps, warm=200, least=0.0):  # the share of the pe
     return min((step + 1) / warm, least + (1 - least) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train_vit(args, scenes):
-    """8,000 steps of 32 images by default. A run that was killed goes on with --resume."""
+def pictures_of(scenes):  # all views: (I, 3, H, W) uint8
+    return torch.stack([(s.view(i).image * 255).byte() for s in tqdm(scenes, desc="rooms") for i in range(len(s))])
+
+
+def train_vit(args, images):
+    """8,000 steps of 32 images (I, 3, H, W) by default. A run that was killed goes on with --resume."""
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    images = torch.stack([(s.view(i).image * 255).byte() for s in tqdm(scenes, desc="rooms") for i in range(len(s))])
     model = MaskedAutoencoder(initialise(lift.VisionTransformer(**TINY)))
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
     optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95))
@@ -105,7 +108,7 @@ def train_vit(args, scenes):
         picked = images[torch.randint(len(images), (32,), generator=generator)].float() / 255
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(random_crop(picked, generator), generator)
-        run.check(loss.item(), "this batch of rooms")
+        run.check(loss.item(), "this batch of pictures")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -115,13 +118,13 @@ def train_vit(args, scenes):
 
 
 @torch.no_grad()
-def standardise(vit, scenes):
+def standardise(vit, images):
     """Set the final norm's scale and shift so that patch tokens have mean 0 and variance 1 in every channel.
 
     A masked autoencoder leaves a common offset in all tokens (their mean cosine is 0.99), which its own linear decoder
     removes but a cosine does not. The information in a token, and what a linear probe reads, stays the same.
     """
-    tokens = torch.cat([vit(s.view(i).image[None]).patches[0] for s in scenes for i in range(0, len(s), 4)])
+    tokens = torch.cat([vit(batch.float() / 255).patches.flatten(0, 1) for batch in images[::4].split(16)])
     mean, std = tokens.mean(0), tokens.std(0)
     vit.norm.weight.div_(std)
     vit.norm.bias.sub_(mean).div_(std)
@@ -312,7 +315,8 @@ def make_vit(args, train_scenes, val_scenes):
     torch.manual_seed(args.seed)
     untrained = initialise(lift.VisionTransformer(**TINY)).eval()
     if not args.probe:
-        vit, aside = standardise(train_vit(args, train_scenes), train_scenes), Path(args.out) / "vit"
+        images, aside = pictures_of(train_scenes), Path(args.out) / "vit"
+        vit = standardise(train_vit(args, images), images)
         lift.save_vit(vit, aside)  # names of Hugging Face's layout, which load_vit recognises
         lift.save_tensors(out, {key: value.half() for key, value in load_file(aside / "model.safetensors").items()})
     print("| weights | depth RMSE m | AbsRel | normal RMSE deg | mIoU % | correspondence % |\n|---|---|---|---|---|---|")
