@@ -669,8 +669,11 @@ def load_fast3r(path) -> Fast3R:
 
 
 def load_student(path) -> Student:
-    """A student in evaluation mode, from a folder of `save_student`, or from the official Lightning checkpoint (prefix
-    `student.`), which has no config.json and the published sizes. ValueError names a file that is none."""
+    """A student in evaluation mode: "tiny", the built-in one; or from a folder of `save_student`, or from the official
+    Lightning checkpoint (prefix `student.`), which has no config.json and the published sizes. ValueError names a file
+    that is none."""
+    if str(path) == "tiny":
+        return built_in_student()
     path, config = find_network(path, "give the folder that `train` wrote, or the checkpoint linked at "
                                 "github.com/TheFourthKaramazov/Distill3R")
     try:
@@ -684,6 +687,15 @@ def load_student(path) -> Student:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path.with_name('config.json')}: not of a student ({reason}); copy it again") from None
     return lift.load_strictly(model, network_tensors(path, "student."), path)
+
+
+def built_in_student() -> Student:  # its matrices are stored in 8 bits, with a scale for each row
+    path = Path(__file__).with_name("tiny") / "student.safetensors"
+    stored = lift.read_checkpoint(path)
+    rows = lambda scale, x: scale.float().view(-1, *[1] * (x.ndim - 1))
+    whole = {name: x.float() * rows(stored[f"{name}.scale"], x) if f"{name}.scale" in stored else x.float()
+             for name, x in stored.items() if not name.endswith(".scale")}
+    return lift.load_strictly(built(Student, StudentConfig.tiny), whole, path)
 
 
 def save_student(model: Student, folder):  # {model.safetensors, config.json}, each file whole or not at all
@@ -1359,14 +1371,15 @@ def unseen(args, scenes):
     return held_out or scenes
 
 
-def model_of(args, name):  # "student", "teacher" or "mean", all with the interface of a teacher
+def model_of(args, name):  # "student", "tiny", "teacher" or "mean", all with the interface of a teacher
     if name == "mean":
         return MeanTeacher(cached_part(args, "train", cached_root(args)))
-    if name == "student":
-        student = load_student(args.weights)
+    if name in ("student", "tiny"):
+        student = load_student(args.weights if name == "student" else "tiny")
         if args.any_size:  # then it is asked at the size of pictures that it was trained on
             args.size = list(student.config.size)
-        return NetworkTeacher(student, "student", lambda *stored: oriented(args.size, *stored), args.device)
+        identity = "built-in student" if "tiny" in (name, args.weights) else "student"
+        return NetworkTeacher(student, identity, lambda *stored: oriented(args.size, *stored), args.device)
     if args.teacher == "geometry":
         return importlib.import_module("tiny.teacher").GeometricTeacher(args.size)
     fast3r = load_fast3r(args.teacher)
@@ -1390,7 +1403,7 @@ def cache(args, rank, world):
 def measure(args):
     """Accuracy, completeness, scale and calibration of the models, on scenes that the student has not seen."""
     scenes = unseen(args, data.open_scenes(source_of(args), args.skip_bad_frames))
-    wanted = [name for name in ("student", "mean", "teacher") if name in args.models]
+    wanted = [name for name in ("student", "tiny", "mean", "teacher") if name in args.models]
     if "mean" in wanted and not cached_root(args):
         print(f"mean: left out, as {args.cache} holds no cache to take the mean of; run the cache command first")
         wanted.remove("mean")
@@ -1408,7 +1421,7 @@ def measure(args):
     data.write_whole(path, json.dumps(results, indent=1).encode())
     table, card = "\n".join(table), Path(args.weights, "README.md")
     print(table, f"\n  ->  {path}")
-    if "student" in models and card.exists():  # of a student that was trained here
+    if "student" in models and args.weights != "tiny" and card.exists():  # of a student that was trained here
         before = card.read_text().partition("\n## Scores\n")[0]
         data.write_whole(card, f"{before}\n## Scores\n\n```\n{table}\n```\n".encode())
 
@@ -1417,8 +1430,10 @@ def infer(args):
     """Photos without poses -> a scene with poses, depth and a point cloud, for 01_data and for other tools."""
     root, out = source_of(args), Path(args.out, "scene")
     which = "student" if args.teacher == "geometry" else "teacher"
+    if which == "student" and args.preset == "tiny" and not args.command:
+        which = "tiny"  # a student of a few minutes does not know yet how the camera moved
     names = list(scene_folders(root))
-    chosen = (unseen(args, names) if which == "student" else names)[0]
+    chosen = (names if which == "teacher" else unseen(args, names))[0]
     if len(names) > 1 and args.command:
         print(f"{root}: {len(names)} scenes in here, this is {chosen}; give the folder of another one for that")
     scene, index = open_scene(root, chosen, args.skip_bad_frames)
@@ -1539,14 +1554,14 @@ def parse(argv):
     add("--preset", choices=list(PRESETS), help="full: the paper's setting, default on CUDA; tiny: minutes on a CPU")
     add("--cache", help="folder of the teacher's pointmaps; default: cache/ in --out")
     add("--teacher", default="geometry", help="Fast3R's weights, for infer too; 'geometry': true depth, disturbed")
-    add("--weights", help="student for eval and infer; default: student/ in --out")
+    add("--weights", help="student for eval and infer: a folder, a checkpoint or 'tiny'; default: student/ in --out")
     add("--size", type=data.positive, nargs=2, metavar=("H", "W"), help="of landscape pictures, multiples of the "
         "patch; infer and eval take what the student was trained on [p]")
     add("--views", type=data.positive, help="views a sample, N; lower it when memory runs out [p]")
     add("--stride", type=data.positive, help="take every n-th picture, of a slow video 5 or 10; default: 1")
     add("--tau", type=float, default=0.3, help="least certainty 1 - 1/C of a pixel that counts, 0 to 1")
-    add("--models", nargs="+", choices=("mean", "student", "teacher"), default=["mean", "student", "teacher"],
-        help="for eval and table; mean is the mean pointmap of the cache")
+    add("--models", nargs="+", choices=("mean", "student", "tiny", "teacher"), default=["mean", "student", "teacher"],
+        help="for eval and table; mean is the mean pointmap of the cache, tiny the built-in student")
     add("--counts", type=data.positive, nargs="+", help="numbers of views in table")
     add("--at_once", type=data.positive, default=8, help="views at once in table; lower it when memory runs out")
     add("--skip_bad_frames", action="store_true", help="leave out frames without an image or a valid pose")
@@ -1605,6 +1620,8 @@ def main(argv=None):
             if training:
                 lift.load_vit(args.encoder)
             dist.barrier()
+        if args.preset == "tiny" and not args.command:
+            args.models = [*args.models, "tiny"]
         for command in [args.command] if args.command else ["cache", "train", "eval", "infer"]:
             if command in ("cache", "train"):
                 distill.few_threads(args)

@@ -14,6 +14,7 @@ import importlib
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -23,7 +24,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-data, lift, splat, distill = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat", "04_distill"))
+data, lift, splat, distill, distill3r = (
+    importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat", "04_distill", "06_distill3r"))
+GeometricTeacher = importlib.import_module("tiny.teacher").GeometricTeacher
 
 # ------------------------------------------------------------------------------------------------ ViT
 
@@ -307,6 +310,226 @@ def make_mvsplat(args, train_scenes, val_scenes):
         print("| {} | {:.3f} | {:.1f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *values))
 
 
+# ------------------------------------------------------------------------------------------------ Distill3R's student
+# Trained by `06_distill3r.py train` alone, a student of this size does not learn how the camera moved: shapes are wrong by
+# as much as neighbouring cameras are apart, so the loss hardly says which token of one view shows what another one shows.
+# That is told here first: one head of two of the fusion's blocks is taught to look at the matching tokens of other views.
+
+MATCHING = 2, 3  # the blocks of the fusion whose first head is taught
+VIEWS = 4  # a sample
+STAGES = {"tokens": (3000, 16, 1e-3), "maps": (2000, 8, 5e-4)}  # steps, samples a step, peak learning rate
+
+
+class StudentTrainer(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        vit = lift.load_vit(encoder)
+        self.model = distill3r.Student(distill3r.StudentConfig.tiny)
+        self.model.encoder.load_state_dict(vit.state_dict())
+        self.readout = nn.Linear(self.model.config.dec_dim, 6)  # of the first stage: a global and a local point a token
+
+    def fuse(self, images, ids):
+        """The fusion for a batch of samples: images (B, V, 3, H, W), B of V ids -> the four levels (B, V, N, C), and the
+        logits (B, V N, V N) of the heads that are taught to match."""
+        fusion, (B, V) = self.model.decoder, images.shape[:2]
+        x = tokens = self.model.tokens(images.flatten(0, 1)).unflatten(0, (B, V))
+        codes = torch.stack([distill3r.view_codes(of_sample, fusion.dim) for of_sample in ids])
+        x = (fusion.decoder_embed(x) + codes[:, :, None]).flatten(1, 2)
+        levels, logits = [tokens], []
+        for number, block in enumerate(fusion.dec_blocks, 1):
+            if number in MATCHING:
+                qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1))  # (B, V N, 3, heads, C / heads)
+                q, k = qkv[:, :, 0, 0].float(), qkv[:, :, 1, 0].float()
+                logits.append(q @ k.mT / math.sqrt(q.shape[-1]))
+            x = block(x)
+            if number in fusion.hooks:
+                levels.append(x.unflatten(1, (V, -1)))
+        levels[-1] = fusion.dec_norm(x).unflatten(1, (V, -1))
+        return levels, logits
+
+    def maps(self, levels, size):  # -> a Pointmap of (B, V, H, W, ...)
+        B, V = levels[0].shape[:2]
+        found = self.model.heads(torch.empty(B * V, 3, *size), *(level.flatten(0, 1) for level in levels))
+        return distill3r.Pointmap(*(x.unflatten(0, (B, V)) for x in found))
+
+
+class Windows(NamedTuple):
+    images: torch.Tensor  # (B, V, 3, H, W) in [0, 1]
+    depth: torch.Tensor  # (B, V, H, W)
+    K: torch.Tensor  # (B, V, 3, 3)
+    c2w: torch.Tensor  # (B, V, 4, 4)
+
+
+def draw_windows(rooms, count, strides, generator, mirror=True) -> Windows:
+    """Of `rooms_in_memory`, views of one room at equal steps along the walk, in either direction; half of the batches are
+    mirrored left to right."""
+    images, depth, K, c2w = rooms
+    room = torch.randint(len(depth), (count,), generator=generator)
+    stride = torch.tensor(strides)[torch.randint(len(strides), (count,), generator=generator)]
+    start = (torch.rand(count, generator=generator) * (depth.shape[1] - (VIEWS - 1) * stride)).long()
+    view = start[:, None] + stride[:, None] * torch.arange(VIEWS)
+    backwards = torch.rand(count, generator=generator) < 0.5
+    view = torch.where(backwards[:, None], view.flip(1), view)
+    images, depth, K, c2w = (x[room[:, None], view] for x in (images, depth, K, c2w))
+    if mirror and torch.rand((), generator=generator) < 0.5:
+        flip = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+        images, depth, c2w = images.flip(-1), depth.flip(-1), flip @ c2w @ flip
+    return Windows(images.float() / 255, depth, K, c2w)
+
+
+def true_points(w: Windows):
+    """-> local and global points (B, V, H, W, 3), and poses in the first view's frame (B, V, 4, 4)."""
+    local = lift.pixel_rays(w.K[0, 0], *w.depth.shape[2:]) * w.depth[..., None]
+    poses = torch.linalg.inv(w.c2w[:, :1]) @ w.c2w
+    return local, torch.einsum("bvij,bvhwj->bvhwi", poses[..., :3, :3], local) + poses[..., None, None, :3, 3], poses
+
+
+def matching_tokens(w: Windows, local, P):
+    """Where the other views show what a token's centre shows: weights (B, V N, V N), rows sum to 1, bilinear over four
+    tokens of each view that sees it; and which rows (B, V N) are seen in any."""
+    B, V, H, W = w.depth.shape
+    centres = local[:, :, P // 2::P, P // 2::P].flatten(2, 3)  # (B, V, N, 3)
+    N, rows, cols = centres.shape[2], H // P, W // P
+    world = torch.einsum("bvij,bvnj->bvni", w.c2w[..., :3, :3], centres) + w.c2w[:, :, None, :3, 3]
+    w2c = torch.linalg.inv(w.c2w)
+    there = torch.einsum("buij,bvnj->bvnui", w2c[..., :3, :3], world) + w2c[:, None, None, :, :3, 3]  # (B, V, N, U, 3)
+    pixel = there @ w.K[0, 0].T
+    xy, z = pixel[..., :2] / pixel[..., 2:].clamp_min(1e-6), there[..., 2]
+    inside = (z > 0.05) & (xy > 0).all(-1) & (xy[..., 0] < W) & (xy[..., 1] < H)
+    at = xy.clamp_min(0).long()
+    sample, other = torch.arange(B).view(B, 1, 1, 1), torch.arange(V)
+    depth = w.depth[sample, other, at[..., 1].clamp_max(H - 1), at[..., 0].clamp_max(W - 1)]
+    seen = inside & ((depth - z).abs() < 0.06 * z) & (other.view(1, V, 1, 1) != other)
+    place = (xy / P - 0.5).clamp_min(0).minimum(xy.new_tensor([cols - 1, rows - 1]))
+    low = place.floor().long().minimum(torch.tensor([cols - 2, rows - 2]))
+    share, weights = place - low, torch.zeros(B, V, N, V, N)
+    for right in (0, 1):
+        for down in (0, 1):
+            amount = (share[..., 0] if right else 1 - share[..., 0]) * (share[..., 1] if down else 1 - share[..., 1]) * seen
+            weights.scatter_add_(-1, ((low[..., 1] + down) * cols + low[..., 0] + right)[..., None], amount[..., None])
+    weights = weights.view(B, V * N, V * N)
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.clamp_min(1e-6), total[..., 0] > 0
+
+
+def matching_cost(w: Windows, local, P, logits):
+    weights, seen = matching_tokens(w, local, P)
+    return sum(-(weights * x.log_softmax(-1)).sum(-1)[seen].mean() for x in logits) / len(logits)
+
+
+def token_loss(trainer, w: Windows, ids):
+    """Stage 1: points at the centres of tokens, by the loss of Distill3R without confidences, and the matching of tokens."""
+    local, world, _ = true_points(w)
+    with torch.autocast("cpu", torch.bfloat16):
+        levels, logits = trainer.fuse(w.images, ids)
+        raw = trainer.readout(levels[-1]).float()
+    P = trainer.model.patch
+    centres = lambda x: x[:, :, P // 2::P, P // 2::P].flatten(2, 3)
+
+    def error(raw, theirs, over):
+        distance = raw.norm(dim=-1, keepdim=True)
+        ours = raw / distance.clamp_min(1e-8) * distance.expm1()
+        scale = lambda points: points.norm(dim=-1).mean(over, keepdim=True)[..., None].clamp_min(1e-6)
+        return (ours / scale(ours) - theirs / scale(theirs)).square().sum(-1).mean()
+
+    geometry = 2 * error(raw[..., 3:], centres(world), (1, 2)) + error(raw[..., :3], centres(local), 2)
+    return geometry + 0.3 * matching_cost(w, local, P, logits)
+
+
+def map_loss(trainer, w: Windows, ids, generator):
+    """Stage 2: Distill3R's own loss on the maps of the pretended Fast3R, and still the matching of tokens."""
+    teacher, P = GeometricTeacher(w.depth.shape[2:]), distill3r.Pointmap
+    with torch.autocast("cpu", torch.bfloat16):
+        levels, logits = trainer.fuse(w.images, ids)
+        maps = trainer.maps(levels, w.depth.shape[2:])
+    loss = 0.3 * matching_cost(w, true_points(w)[0], trainer.model.patch, logits)
+    for b in range(len(w.depth)):
+        views = [argparse.Namespace(name="", depth=w.depth[b, v], K=w.K[b, v], c2w=w.c2w[b, v]) for v in range(w.depth.shape[1])]
+        ours = [P(*(x[b, v] for x in maps)) for v in range(len(views))]
+        masks = [view.depth > 0 for view in views]
+        loss = loss + distill3r.pointmap_loss(ours, teacher(views, generator), masks).total / len(w.depth)
+    return loss
+
+
+def train_stage(args, trainer, rooms, stage):  # "tokens" or "maps"
+    steps, batch, peak = STAGES[stage]
+    inside = {name: p for name, p in trainer.named_parameters() if name.startswith("model.encoder.")}
+    rest = [p for name, p in trainer.named_parameters() if name not in inside]
+    groups = [{"params": rest, "share": 1.0}, {"params": list(inside.values()), "share": 0.3}]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.95), fused=True)
+    args = argparse.Namespace(**vars(args) | dict(out=str(Path(args.out, stage)), max_steps=args.max_steps or steps))
+    run = distill.Run(args, {"student": dict(trainer.named_parameters())}, optimiser, name=stage)
+    for step in run:
+        generator = torch.Generator().manual_seed(step)
+        for group in optimiser.param_groups:
+            group["lr"] = peak * group["share"] * warm_up_and_cosine(step, args.max_steps, least=0.02)
+        w = draw_windows(rooms, batch, (1, 2, 3, 4), generator)  # neighbouring views, and views farther apart
+        ids = [distill3r.draw_view_ids(VIEWS, generator) for _ in w.depth]
+        optimiser.zero_grad(set_to_none=True)
+        loss = token_loss(trainer, w, ids) if stage == "tokens" else map_loss(trainer, w, ids, generator)
+        run.check(loss.item(), "these windows")
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
+        optimiser.step()
+        run.log(loss=loss.item())
+
+
+def train_student(args, scenes):
+    """First on tokens, then on maps. A run that was killed goes on with --resume."""
+    torch.manual_seed(args.seed)
+    trainer, rooms, after_tokens = StudentTrainer(args.encoder), rooms_in_memory(scenes), Path(args.out, "tokens.safetensors")
+    if not after_tokens.exists():
+        train_stage(args, trainer, rooms, "tokens")
+        lift.save_tensors(after_tokens, trainer.state_dict())
+    trainer.load_state_dict(load_file(after_tokens))
+    train_stage(args, trainer, rooms, "maps")
+    return trainer.model.eval()
+
+
+@torch.no_grad()
+def compare_poses(model, rooms, stride, windows=100):
+    """Cameras of four views, `stride` apart along the walk, found from their pictures: medians over consecutive cameras.
+
+    -> error of the rotation between them, that of standing still (both degrees), in what share of them the former is
+    smaller (%), and the angle between found and true direction of the motion (degrees).
+    """
+    generator, rows = torch.Generator().manual_seed(1), []
+    angle = lambda R: ((R.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1).acos().rad2deg()
+    w = draw_windows(rooms, windows, (stride,), generator, mirror=False)
+    for images, truth in zip(w.images, true_points(w)[2]):
+        found = distill3r.estimate_cameras(model(list(images), generator=generator)).c2w
+        found, true = (torch.linalg.inv(poses[:-1]) @ poses[1:] for poses in (found, truth))
+        still, off = angle(true[:, :3, :3]), angle(found[:, :3, :3].mT @ true[:, :3, :3])
+        turned = F.cosine_similarity(found[:, :3, 3], true[:, :3, 3]).clamp(-1, 1).acos().rad2deg()
+        rows.append(torch.stack([off, still, 100.0 * (off < still), turned], 1))
+    rows = torch.cat(rows)
+    off, still, _, turned = rows.median(0).values.tolist()
+    return off, still, rows[:, 2].mean().item(), turned
+
+
+def in_8_bits(state) -> dict:
+    """Matrices as int8 with a scale a row (`name.scale`), all else in fp16: `distill3r.load_student("tiny")` undoes it."""
+    stored = {}
+    for name, x in state.items():
+        stored[name] = x.half()
+        if x.ndim > 1:
+            scale = (x.flatten(1).abs().amax(1) / 127).clamp_min(1e-6).half()
+            stored[name] = (x / scale.float().view(-1, *[1] * (x.ndim - 1))).round().clamp(-127, 127).to(torch.int8)
+            stored[f"{name}.scale"] = scale
+    return stored
+
+
+def make_student(args):
+    data.make_rooms(args.scene_dir, args.rooms, size=(48, 64), seed=7)
+    if not args.probe:
+        student = train_student(args, data.load_scenes(args.scene_dir))
+        lift.save_tensors(ROOT / "tiny" / "student.safetensors", in_8_bits(student.state_dict()))
+    held_out = rooms_in_memory(data.open_scenes("data_small")[:100])  # of another seed
+    print("| views apart | rotation off by | standing still | better in % | direction off by |\n|---|---|---|---|---|")
+    for stride in (1, 2, 3):
+        print("| {} | {:.2f} | {:.2f} | {:.0f} | {:.0f} |".format(stride, *compare_poses(distill3r.load_student("tiny"), held_out, stride)))
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -326,19 +549,23 @@ def make_vit(args, train_scenes, val_scenes):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train the tiny ViT or the tiny MVSplat on the training rooms, and measure it.")
-    parser.add_argument("what", choices=("vit", "mvsplat"))
-    parser.add_argument("--scene_dir", default="out/tiny/rooms", help="where the rooms are, or are written")
-    parser.add_argument("--rooms", type=data.positive, default=400)
-    parser.add_argument("--out", help="the run's folder; default out/tiny/vit or out/tiny/mvsplat")
-    parser.add_argument("--max_steps", type=data.positive, help="default: 8000 for vit, 7500 for mvsplat")
+    parser.add_argument("what", choices=("vit", "mvsplat", "student"))
+    parser.add_argument("--scene_dir", help="where the rooms are, or are written; default out/tiny/rooms, for student out/tiny/small")
+    parser.add_argument("--rooms", type=data.positive, help="default: 400, for student 1500 of 48x64")
+    parser.add_argument("--out", help="the run's folder; default out/tiny/ and what is made")
+    parser.add_argument("--max_steps", type=data.positive, help="default: 8000 for vit, 7500 for mvsplat, 3000 and 2000 for student")
+    parser.add_argument("--encoder", default="tiny", help="the ViT that a student starts from")
     parser.add_argument("--save_minutes", type=float, default=2.0, help="between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe", action="store_true", help="measure the existing weights instead of making new ones")
     args = parser.parse_args(argv)
     args.device, args.out = "cpu", args.out or f"out/tiny/{args.what}"
-    args.max_steps = args.max_steps or {"vit": 8000, "mvsplat": 7500}[args.what]
+    rooms, folder, steps = dict(vit=(400, "rooms", 8000), mvsplat=(400, "rooms", 7500), student=(1500, "small", None))[args.what]
+    args.rooms, args.max_steps, args.scene_dir = args.rooms or rooms, args.max_steps or steps, args.scene_dir or f"out/tiny/{folder}"
     with data.explained(args, f"`--resume --out {args.out}` goes on from the last checkpoint"):
+        if args.what == "student":
+            return make_student(args)
         data.make_rooms(args.scene_dir, args.rooms)
         scenes = data.load_scenes(args.scene_dir)
         make = make_vit if args.what == "vit" else make_mvsplat
