@@ -1,0 +1,51 @@
+"""What stands in where nothing can be downloaded: the recipe and the weights of Distill3R's built-in student."""
+import importlib
+
+import pytest
+import torch
+
+data, distill3r, recipes = (importlib.import_module(name) for name in ("01_data", "06_distill3r", "tiny.train"))
+
+
+@pytest.fixture(scope="module")
+def small_rooms(tmp_path_factory):  # of a seed that nothing was trained on
+    folder = tmp_path_factory.mktemp("small")
+    data.make_rooms(folder, scenes=8, size=(48, 64), seed=3)
+    return recipes.rooms_in_memory(data.load_scenes(folder))
+
+
+def windows(rooms, stride, count=4):
+    return recipes.draw_windows(rooms, count, (stride,), torch.Generator().manual_seed(0), mirror=False)
+
+
+def test_tokens_match_where_the_other_views_show_the_same_place(small_rooms):
+    w = windows(small_rooms, 1)
+    still = w._replace(c2w=w.c2w[:, :1].expand_as(w.c2w), depth=w.depth[:, :1].expand_as(w.depth))  # one view, four times
+    local, _, _ = recipes.true_points(still)
+    weights, seen = recipes.matching_tokens(still, local, 8)
+    same = torch.eye(48).repeat(4, 4) - torch.block_diag(*[torch.eye(48)] * 4)  # the same token of the three others
+    assert seen.all() and (weights - same / 3).abs().max() < 0.1  # a token's centre lies between two pixels
+    local, world, _ = recipes.true_points(w)
+    weights, seen = recipes.matching_tokens(w, local, 8)
+    assert 0.5 < seen.float().mean() < 1 and torch.allclose(weights.sum(-1), seen.float(), atol=1e-5)
+    assert torch.allclose(world[:, 0], local[:, 0], atol=1e-5)
+    at = world[:, :, 4::8, 4::8].flatten(1, 3)  # (B, V N, 3): what the centres show, in the first view's frame
+    apart = (weights @ at - at).norm(dim=-1)[seen]
+    chance = (at.mean(1, keepdim=True) - at).norm(dim=-1)[seen]
+    assert apart.median() < 0.25 * chance.median()
+
+
+def test_eight_bits_are_read_back():
+    state = distill3r.load_student("tiny").state_dict()
+    stored = recipes.in_8_bits(state)
+    name = "decoder.dec_blocks.0.attn.qkv.weight"
+    assert stored[name].dtype == torch.int8
+    read = stored[name].float() * stored[f"{name}.scale"].float()[:, None]
+    assert (read - state[name]).abs().max() < 1e-3 * state[name].abs().max()  # they come from 8 bits, so nothing is lost
+
+
+def test_the_built_in_student_knows_how_the_camera_moved(small_rooms):
+    student = distill3r.load_student("tiny")
+    for stride in (1, 3):
+        off, still, better, _ = recipes.compare_poses(student, small_rooms, stride, windows=8)
+        assert off < still / 2 and better > 80, (stride, off, still, better)
