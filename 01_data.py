@@ -145,9 +145,9 @@ class Scene:
         return part
 
 
-def regions(view: View, count=64) -> Tensor:  # (H, W) int64
+def regions(view: View) -> Tensor:  # (H, W) int64
     """What counts as an object: the view's masks, or superpixels (workshop) where it has none."""
-    return view.mask if view.mask is not None else superpixels(view.image, count)
+    return view.mask if view.mask is not None else superpixels(view.image, 64)
 
 
 # ------------------------------------------------------------------------ 2. What does a view see?
@@ -173,8 +173,6 @@ def unproject(x, y, z, frame):  # pixels and z-depth -> (M, 3) world
 
 def find_depth_range(scene):  # -> near, far, where they come from
     """The first of these that exists: measured depth, sparse points inside a picture, a guess from the camera poses."""
-    # Differs: the official code takes 1 and 100 in the data set's unit, so that in metres nothing nearer than one metre
-    # exists; here near and far come from the scene.
     some = [scene.frames[i] for i in np.linspace(0, len(scene) - 1, min(8, len(scene))).astype(int)]
     measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]  # every seventh pixel
     sparse = [into_picture(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
@@ -317,7 +315,9 @@ def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
     if settings:  # also completes rooms whose making was interrupted
         make_rooms(folder, **settings)
     scenes = load_scenes(folder, skip_bad_frames)
-    for scene in scenes if near is not None or far is not None else ():
+    if near is None and far is None:
+        return scenes
+    for scene in scenes:
         found = scene.depth_range
         scene.depth_range = (found[0] if near is None else near, found[1] if far is None else far)
         scene.range_source = "--near and --far"
@@ -690,7 +690,7 @@ def read_transforms(folder):
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise DataError(f"{file}: 'class_names' must be a list of names")
     return frames, dict(depth_scale=depth_scale, unit_given=bool(unit), notes=notes,
-                        class_names=tuple(map(str, names)) if names else None)
+                        class_names=tuple(names) if names else None)
 
 
 def spare_pictures(there, frames, expected=0):  # -> sentences about pictures without a pose, and pictures of no use
@@ -836,9 +836,7 @@ def colmap_binary(model):
         cameras[identity] = (name, width, height, take(f"{count}d"))
     for take in records(model / "images.bin"):
         _, *pose, camera = take("i7di")
-        name = b""
-        while (letter := take("c")[0]) != b"\0":
-            name += letter
+        name = b"".join(iter(lambda: take("c")[0], b"\0"))  # up to the 0 at its end
         count = take("Q")[0]
         in_picture = np.frombuffer(take(f"{24 * count}s")[0], "<f8, <f8, <i8")  # x, y, id of the point or -1
         poses.append((name.decode(), camera, pose[:4], pose[4:], in_picture["f2"].tolist()))
@@ -870,8 +868,8 @@ def colmap_text(model):
     poses = []
     for w in colmap_lines(model / "images.txt", 9):  # a name may have blanks in it
         if not re.fullmatch(r"[-+.\de]+|[-+]?(nan|inf)", w[-1].split()[-1], re.I):
-            quaternion, translation = np.array(w[1:8], float)[:4], np.array(w[1:8], float)[4:]
-            poses.append((w[9], int(w[8]), quaternion, translation, []))
+            pose = np.array(w[1:8], float)
+            poses.append((w[9], int(w[8]), pose[:4], pose[4:], []))
         elif poses:
             poses[-1][4].extend(int(float(number)) for number in " ".join(w).split()[2::3])
     if not (model / "points3D.txt").exists():
@@ -904,7 +902,7 @@ def read_rgbd(folder):
     images = [find_file(folder, f"{stem}.color.png", str(folder), endings=READABLE) for stem in stems]
     K, size, file = rgbd_intrinsics(folder)
     notes = [f"intrinsics from {file}"]
-    kinect = K is None or K[[0, 1, 0, 1], [0, 1, 2, 2]].tolist() == [KINECT_DEPTH_F, KINECT_DEPTH_F, 320, 240]
+    kinect = K is None or np.array_equal(K[:2], [[KINECT_DEPTH_F, 0, 320], [0, KINECT_DEPTH_F, 240]])
     if kinect:
         sizes = {shape[1::-1] for path in images if path.exists() and (shape := header(path))}
         if K is None and sizes and sizes != {(640, 480)}:
@@ -942,8 +940,8 @@ def rgbd_intrinsics(folder):
             size = int(pairs["m_colorHeight"]), int(pairs["m_colorWidth"])
             text = pairs["m_calibrationColorIntrinsic"]
         numbers = np.array(text.split(), float)
-        side = math.isqrt(numbers.size)
-        return numbers.reshape(side, side)[:3, :3] + 0 * np.eye(3), size, file  # three rows of three, or four of four
+        side = {9: 3, 16: 4}[numbers.size]  # three rows of three, or four of four
+        return numbers.reshape(side, side)[:3, :3], size, file
     except (ValueError, KeyError):
         raise DataError(f"{file}: not nine numbers; write K as three rows of three "
                         f"into {folder / 'camera-intrinsics.txt'}") from None
@@ -1062,6 +1060,13 @@ def covering_crop(stored, size):
     return scale, (left, top, right, bottom)
 
 
+def fit_size(scene, pixels, multiple):
+    """(H, W): about `pixels` in number, the scene's aspect ratio, both sides multiples of the patch size."""
+    height, width = scene.frames[0].size
+    scale = math.sqrt(pixels / (height * width))
+    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+
+
 def read_image(frame, size) -> Tensor:
     """-> (3, H, W) uint8, undistorted, covering `size`. To save time, a large photo is decoded and undistorted at two
     to four times that size, which changes pixels by less than 1/255 on average."""
@@ -1168,6 +1173,7 @@ def read_maps(scene, frame, size):
     scale, corner = covering_crop(frame.size, size)
     x, y = stored_position(frame, size, (scale, scale), corner)
     found = {}
+    read_label = lambda scene, frame: decode_ids(frame.label)  # (H, W) int64
     for kind, read in dict(mask=read_mask, depth=read_depth, normal=read_normal, label=read_label).items():
         if getattr(frame, kind):
             stored = read(scene, frame)
@@ -1181,10 +1187,6 @@ def read_maps(scene, frame, size):
 def read_mask(scene, frame):  # -> (H, W) int64
     ids = decode_ids(frame.mask)
     return 1 + (ids > ids.max() / 2) if frame.two_regions else ids  # validity is stored as 0 and 1, or as 0 and 255
-
-
-def read_label(scene, frame):  # -> (H, W) int64
-    return decode_ids(frame.label)
 
 
 def read_depth(scene, frame):  # -> (H, W) float32 z-depth in the data set's unit, 0 where it is not known
@@ -1421,7 +1423,7 @@ def depth_legend(depth: Tensor | None, width: int) -> Tensor:
     draw.text((6, 7), f"depth: {near}", fill="black")
     picture.paste(bar, (110, 7))
     draw.text((320, 7), f"{far}; black: not known", fill="black")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return from_image(picture)
 
 
 def colour_ids(ids: Tensor) -> Tensor:  # (H, W) -> (3, H, W): one fixed colour an id, unlabelled black
@@ -1501,14 +1503,17 @@ def camera_plan(scene, triplets, width):
     return line_chart("from above: context, target, context of each triplet", curves, width, 360, even=True)
 
 
-def fit_size(scene, pixels, multiple):
-    """(H, W): about `pixels` in number, the scene's aspect ratio, both sides multiples of the patch size."""
-    height, width = scene.frames[0].size
-    scale = math.sqrt(pixels / (height * width))
-    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
-
-
 # ------------------------------------------------------------------------ report and command
+
+
+def held_out_triplets(scenes, seed, count=4):
+    """Up to `count` triplets (scene, (a, b, target)), of held-out scenes if there are any. No contexts come twice."""
+    scenes, found = (split(scenes, "val") or scenes)[:count], {}
+    for n in range(4 * count):  # where there are few views, the same pair may come again
+        scene = scenes[n % len(scenes)]
+        a, b, target = sample_triplet(scene, torch.Generator().manual_seed(seed + n))
+        found.setdefault((scene.name, *sorted((a, b))), (scene, (a, b, target)))
+    return list(found.values())[:count]
 
 
 def show_triplets(scene, triplets, path):

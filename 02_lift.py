@@ -488,6 +488,10 @@ def normalised(images: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1] -> as the ne
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
 
+def no_autocast(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def interpolate_positions(pos_embed: Tensor, size, way) -> Tensor:
     """(1, 1 + grid * grid, C), learned for a square grid -> (1, 1 + h * w, C) for a grid of size (h, w).
 
@@ -689,10 +693,6 @@ def misplaced(x: Tensor) -> Tensor:
     x = x.reshape(V, 2, 2, M, h // 2, w // 2, C).movedim(3, 5)
     x = x.transpose(2, 3).reshape(V, h, w, M, C)
     return x.roll((h // 4, w // 4), (1, 2))
-
-
-def no_autocast(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class ResidualBlock(nn.Module):  # of UNet
@@ -1100,17 +1100,6 @@ def pca_colours(features: Tensor, basis) -> Tensor:  # (H, W, C) -> (3, H, W) in
     return (((features - mean) @ axes - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).permute(2, 0, 1)
 
 
-def held_out_pairs(scenes, seed, count=4):
-    """Up to `count` different pairs of context views (scene, a, b), from held-out scenes if there are any."""
-    data = importlib.import_module("01_data")
-    scenes, found = (data.split(scenes, "val") or scenes)[:count], {}
-    for n in range(4 * count):  # where there are few views, the same pair may come again
-        scene = scenes[n % len(scenes)]
-        a, b, _ = data.sample_triplet(scene, torch.Generator().manual_seed(seed + n))
-        found.setdefault((scene.name, *sorted((a, b))), (scene, a, b))
-    return list(found.values())[:count]
-
-
 def depth_of_points(points, view) -> Tensor:
     """(H, W): the z-depth of the nearest of a scene's sparse points (M, 3) in each pixel, 0 where there is none."""
     _, height, width = view.image.shape
@@ -1173,7 +1162,7 @@ def main(argv=None):
         vit, mvsplat = load_vit(args.model).to(args.device), load_mvsplat(args.mvsplat).to(args.device)
         scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
         rows, errors, files = [], {}, []
-        for scene, a, b in held_out_pairs(scenes, args.seed):
+        for scene, (a, b, _) in data.held_out_triplets(scenes, args.seed):
             views = [scene.view(i, data.fit_size(scene, args.pixels, vit.patch)) for i in (a, b)]
             gaussians, depth, pictures = lifted_pair(scene, views, vit, mvsplat, args.device)
             rows.append(list(pictures.values()))

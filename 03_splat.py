@@ -278,7 +278,7 @@ def splat_operator_plainly(
 
 class SplatOperator(NamedTuple):
     """The same matrix in sparse parts, made by `splat_operator` (workshop): y = operator(x) takes the context views'
-    tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid."""
+    tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid. (The workshop adds `save` and `load`.)"""
 
     S: Tensor  # (N, V*N) sparse, like the next two
     L: Tensor  # (N, masks)
@@ -298,6 +298,10 @@ class SplatOperator(NamedTuple):
 
 # ------------------------------------------------------------------------ rasterize
 # In the shapes below, a step works on B blocks, S Gaussians of the list of each, and the P pixels of a block.
+
+BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
+CHUNK = 32  # Gaussians that one step takes from a block's list
+FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
 
 
 def rasterize(
@@ -329,11 +333,6 @@ def rasterize(
     return Render(image, alpha[..., 0], depth[..., 0])
 
 
-BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
-CHUNK = 32  # Gaussians that one step takes from a block's list
-FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
-
-
 def elements_at_once(like: Tensor) -> int:
     return 2**24 if like.is_cuda else 2**20
 
@@ -341,16 +340,6 @@ def elements_at_once(like: Tensor) -> int:
 def pieces(count: int, size: int) -> list[slice]:
     """0, 1, ... count - 1 in slices of `size`, but at least 1."""
     return [slice(i, i + max(1, size)) for i in range(0, count, max(1, size))]
-
-
-def segment_means(features: Tensor, segment: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The mean of the valid pixels of each segment 0, 1, ... count - 1 (count, C), and which have any (count,)."""
-    bins = segment.where(valid, count).flatten()  # invalid pixels, which may be NaN, go to a row of their own
-    total = features.new_zeros(count + 1, features.shape[-1], dtype=torch.float64)  # float32 loses digits
-    for i, rows in zip(bins.split(2**14), features.flatten(0, 1).split(2**14)):  # a float64 copy of a part at a time
-        total.index_add_(0, i, rows.double())
-    pixels = torch.bincount(bins, minlength=count + 1)[:-1]
-    return (total[:-1] / pixels.clamp(min=1)[:, None]).to(features.dtype), pixels > 0
 
 
 class Precision:  # how many threads are inside `full_precision`, and what was set outside
@@ -387,16 +376,17 @@ def check_arguments(means, covariances, opacities, features, w2c, K, background)
     assert background is None or background.shape == (C,), f"background must be ({C},), a value per channel"
 
 
-def check_operator_arguments(means, index, weight, mask, size):
-    G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
-    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
-    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
-    assert mask is None or mask.shape == size, f"mask must be {size}, not {tuple(mask.shape)}"
+# ------------------------------------------------------------------------ means of instances, taps, checks
 
 
-def companions():
-    """01_data and 02_lift, imported late: part 1 can be copied without them."""
-    return importlib.import_module("01_data"), importlib.import_module("02_lift")
+def segment_means(features: Tensor, segment: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The mean of the valid pixels of each segment 0, 1, ... count - 1 (count, C), and which have any (count,)."""
+    bins = segment.where(valid, count).flatten()  # invalid pixels, which may be NaN, go to a row of their own
+    total = features.new_zeros(count + 1, features.shape[-1], dtype=torch.float64)  # float32 loses digits
+    for i, rows in zip(bins.split(2**14), features.flatten(0, 1).split(2**14)):  # a float64 copy of a part at a time
+        total.index_add_(0, i, rows.double())
+    pixels = torch.bincount(bins, minlength=count + 1)[:-1]
+    return (total[:-1] / pixels.clamp(min=1)[:, None]).to(features.dtype), pixels > 0
 
 
 def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
@@ -410,6 +400,18 @@ def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 TAPS = {"bilinear": bilinear_taps, "area": area_taps}
+
+
+def check_operator_arguments(means, index, weight, mask, size):
+    G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
+    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
+    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
+    assert mask is None or mask.shape == size, f"mask must be {size}, not {tuple(mask.shape)}"
+
+
+def companions():
+    """01_data and 02_lift, imported late: part 1 can be copied without them."""
+    return importlib.import_module("01_data"), importlib.import_module("02_lift")
 
 
 # ------------------------------------------------------------------------ rasterize: projection
@@ -1064,7 +1066,7 @@ def warning_of(scores: list[tuple[float, float]]) -> str | None:
 # ------------------------------------------------------------------------ pictures and the command
 
 
-def between(a: Tensor, b: Tensor, count: int) -> Tensor:
+def flight_path(a: Tensor, b: Tensor, count: int) -> Tensor:
     """Camera poses (count, 4, 4) from c2w `a` to `b` (4, 4) and back, slow at both ends, so that the film can loop."""
     data, _ = companions()
     t = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(count) / count)[:, None]
@@ -1082,13 +1084,13 @@ def fly(scenes, args) -> Path:
     from PIL import Image
 
     data, lift = companions()
-    scene, net = scenes[0], lift.load_mvsplat(args.mvsplat).to(args.device)
-    indices = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed))
+    (scene, indices), = data.held_out_triplets(scenes, args.seed, count=1)
+    net = lift.load_mvsplat(args.mvsplat).to(args.device)
     t = load_triplet(scene, indices, data.fit_size(scene, args.pixels, 16), args.device)
     gaussians, colours = reconstruct("mvsplat", t, net)
     height, width = t.images.shape[-2:]
     frames, zoom = [], max(1, round(640 / width))  # enlarged afterwards: drawn larger, Gaussians are a grid of dots
-    for pose in tqdm(between(*t.c2w[:2], 48), desc="flight", leave=False):
+    for pose in tqdm(flight_path(*t.c2w[:2], 48), desc="flight", leave=False):
         view = t._replace(c2w=torch.stack([*t.c2w[:2], pose]))
         pixels = (render_target(gaussians, colours, view).features.clamp(0, 1) * 255).byte().cpu().numpy()
         frames.append(Image.fromarray(pixels).resize((zoom * width, zoom * height), Image.BICUBIC))
@@ -1104,25 +1106,23 @@ def novel_view(scene, indices, vit, net, args):
     data, lift = companions()
     size = data.fit_size(scene, args.pixels, vit.patch)
     t, grid = load_triplet(scene, indices, size, args.device, "files"), tuple(side // vit.patch for side in size)
-    truth = t.images[2].permute(1, 2, 0)
-    tokens = vit(t.images[:2]).patches
-    features = torch.cat([lift.mask_aware_upscale(x, mask, grid).flatten(0, 1) for x, mask in zip(tokens, t.masks)])
-    images, covered = {}, {}
+    truth, tokens = t.images[2].permute(1, 2, 0), vit(t.images[:2]).patches
+    images, covered = {}, {}  # of each geometry, colours and features in one image (H, W, 3 + C)
     for name in ("mvsplat", "depth")[: 2 if t.depth is not None else 1]:
         gaussians, colours = reconstruct(name, t, net)
-        image, covered[name] = divide_by_alpha(render_target(gaussians, torch.cat([colours, features], 1), t))
-        images[name], rendered = image[..., :3], image[..., 3:] if name == "mvsplat" else rendered
-    seen = covered["mvsplat"]
+        features = torch.cat([colours, lift.lift_features(gaussians, tokens, t.masks, grid).features], 1)
+        images[name], covered[name] = divide_by_alpha(render_target(gaussians, features, t))
+    seen, rendered = covered["mvsplat"], images["mvsplat"][..., 3:]
     everywhere = torch.stack(list(covered.values())).all(0)
     if not everywhere.any():
         raise ValueError(f"{scene.name}: the splatted views cover nothing of the target; "
                          f"depth range taken: {scene.depth_range}")
-    scores = {name: psnr(image[everywhere], truth[everywhere]) for name, image in images.items()}
+    scores = {name: psnr(image[everywhere][:, :3], truth[everywhere]) for name, image in images.items()}
     scores["mean colour"] = psnr(truth[everywhere].mean(0), truth[everywhere])
     blended = semantic_blend(rendered, t.masks[2], valid=seen)
     basis = lift.pca_basis(rendered[seen])
-    colours = [images[name].permute(2, 0, 1) * covered[name] for name in images] + [None] * (2 - len(images))
-    return [*t.images, *colours, *(lift.pca_colours(f, basis) * seen for f in (rendered, blended))], scores
+    splatted = [images[n][..., :3].permute(2, 0, 1) * covered[n] for n in images] + [None] * (2 - len(images))
+    return [*t.images, *splatted, *(lift.pca_colours(f, basis) * seen for f in (rendered, blended))], scores
 
 
 def show(scenes, args) -> None:
@@ -1130,9 +1130,7 @@ def show(scenes, args) -> None:
     data, lift = companions()
     vit, net = lift.load_vit(args.model).to(args.device), lift.load_mvsplat(args.mvsplat).to(args.device)
     rows, scores = [], []
-    for n in range(4):
-        scene = scenes[n % min(4, len(scenes))]
-        indices = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed + n))
+    for scene, indices in data.held_out_triplets(scenes, args.seed):
         row, score = novel_view(scene, indices, vit, net, args)
         rows, scores = rows + [row], scores + [score]
     headings = ["context", "context", "target view", "by mvsplat", "by measured depth", "features (PCA)", "blended"]
@@ -1145,22 +1143,17 @@ def show(scenes, args) -> None:
         print(warning)
 
 
-def parse(argv):
+def main(argv=None):
     data, _ = companions()
     parser = argparse.ArgumentParser(description="Splat two views into a third: a picture, or a flight.")
     data.scene_flags(parser, "out/03_splat", view_memory=0)
     parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny', a published name, a file or folder")
     parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights: 'tiny', re10k.ckpt, or fine-tuned by 04")
-    parser.add_argument("--flight", action="store_true", help="animated, between two views of a held-out scene")
+    parser.add_argument("--flight", action="store_true", help="instead, an animated flight between two held-out views")
     parser.add_argument("--pixels", type=data.positive, default=96 * 128, help="pixels a view; fewer need less memory")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args, (data, _) = parse(argv), companions()
-    with data.explained(args, "the same command begins again"):
+    args = parser.parse_args(argv)
+    with data.explained(args, "the same command starts again"):
         scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
-        scenes = data.split(scenes, "val") or scenes
         if args.flight:
             print(f"a flight  ->  {fly(scenes, args)}")
         else:
