@@ -13,9 +13,11 @@ Read    View, Frame, Scene, regions, into_picture, unproject, find_depth_range, 
 Try     LEVELS = ((0.9, 0.4),) in section 3, then `python 01_data.py --rooms 9 --scene_dir nine/`: the median distance
         of two contexts falls from 0.54 to 0.37 m, and the overlap of target and contexts rises from 0.88 to 0.96. With
         LEVELS = ((0.1, 2.0),) they are 1.2 m and 0.73.
-        `--scene_dir nine/ --near 0.1 --far 1` stops at the first room; four of the nine have no triplet left.
+        `--scene_dir nine/ --near 0.1 --far 1` stops at the first room, and four of the nine have no triplet left: the
+        typical depth is now 2 / (1 / 0.1 + 1 / 1) = 0.18 m, and most baselines are too wide for it.
 Not     fisheye cameras, images without poses, video files.
-Words   V views, H W pixels, K (3, 3) intrinsics, c2w camera-to-world, w2c its inverse, target / context as in SnD.
+Words   V views, H W pixels, K (3, 3) intrinsics, c2w camera-to-world, w2c its inverse, target / context as in SnD. The
+        paper's I_i is View.image, its projection P_i (3, 4) is K times the first three rows of w2c.
 
 Conventions, true in all six files. Camera axes are OpenCV's: x right, y down, z forward. `K` is in pixels of the image
 at hand and pixel centres sit at +0.5: the top-left pixel's centre is (0.5, 0.5). Depth is z-depth in the data set's
@@ -87,7 +89,7 @@ class Frame:
     depth: Path | None = None
     normal: Path | None = None
     label: Path | None = None
-    seen: object = ...  # indices of the sparse points found in this picture; points[...] is all of them
+    seen: object = ...  # which rows of Scene.points this picture shows: a list of indices, or `...` for all
     # The rest is for the workshop.
     two_regions: bool = False  # the mask says which pixels are valid: its two sides are two regions
     upright: bool = False  # the camera is that of the picture turned as its EXIF tag says
@@ -119,7 +121,8 @@ class Scene:
         """
         frame = self.frames[i]
         size = tuple(size or frame.size)
-        # Scale and crop act on pixels, x_view = scale * (x - left), so they multiply K from the left.
+        # Scale and crop act on pixels, x_view = scale * (x - left), so they multiply K from the left. (What reads files
+        # and undoes the lens is in the workshop: covering_crop, undistorted_K, decoded_once, read_image, read_maps.)
         scale, (left, top, *_) = covering_crop(frame.size, size)
         to_view = np.array([[scale, 0, -scale * left], [0, scale, -scale * top], [0, 0, 1]])
         K = torch.from_numpy(to_view @ undistorted_K(frame)).float()
@@ -142,9 +145,9 @@ class Scene:
         return part
 
 
-def regions(view: View, count=64) -> Tensor:  # (H, W) int64
-    """What counts as an object: the view's masks, or `count` superpixels where it has none."""
-    return view.mask if view.mask is not None else superpixels(view.image, count)
+def regions(view: View) -> Tensor:  # (H, W) int64
+    """What counts as an object: the view's masks, or superpixels (workshop) where it has none."""
+    return view.mask if view.mask is not None else superpixels(view.image, 64)
 
 
 # ------------------------------------------------------------------------ 2. What does a view see?
@@ -170,8 +173,6 @@ def unproject(x, y, z, frame):  # pixels and z-depth -> (M, 3) world
 
 def find_depth_range(scene):  # -> near, far, where they come from
     """The first of these that exists: measured depth, sparse points inside a picture, a guess from the camera poses."""
-    # Differs: the official code takes 1 and 100 in the data set's unit, so that in metres nothing nearer than one metre
-    # exists; here near and far come from the scene.
     some = [scene.frames[i] for i in np.linspace(0, len(scene) - 1, min(8, len(scene))).astype(int)]
     measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]  # every seventh pixel
     sparse = [into_picture(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
@@ -179,7 +180,7 @@ def find_depth_range(scene):  # -> near, far, where they come from
         known = np.concatenate(depths) if depths else np.zeros(0)
         known = known[known > 0]
         if len(known) > 50:
-            near, far = np.percentile(known, [1, 99])  # 1 % are dropped at each end, then a fifth is added as a margin
+            near, far = np.percentile(known, [1, 99])  # without 1 % at each end, and with a margin of a fifth
             return float(0.8 * near), float(1.2 * far), source
     return *layout_depth_range(np.stack([frame.c2w for frame in scene.frames])), "the camera layout"
 
@@ -196,7 +197,7 @@ def frustum_points(scene, i):
 def overlap(scene, i, j):
     """The share of view i's frustum that view j sees, and the other way round: the smaller of the two.
 
-    Walls are not considered: two cameras with a wall between them still overlap if they look the same way.
+    It knows nothing of walls: two cameras with a wall between them overlap if they look the same way.
     """
     def share(a, b):
         _, _, z = into_picture(frustum_points(scene, a), scene.frames[b])
@@ -216,8 +217,8 @@ def context_pairs(scene, target, least, widest):
     """Pairs of views from which stereo can reconstruct what `target` sees: [(a, b), ...].
 
     They are chosen among the 24 views nearest to the target. Each overlaps the target by at least `least`, and the two
-    overlap each other by three quarters of that. Their baseline is 0.02 to `widest` times the typical depth. The target
-    lies between them: beyond both it would see surfaces that neither sees, where nothing can be splatted.
+    overlap each other by at least three quarters of that. Their baseline is 0.02 to `widest` times the typical depth.
+    The target lies between them: beyond both, it would see surfaces that neither sees, and get no features there.
     """
     if (target, least, widest) in scene.pairs:
         return scene.pairs[target, least, widest]
@@ -251,7 +252,7 @@ def sample_triplet(scene, generator, targets=None):
     # Differs: the official sampler takes contexts eight frames apart and a target that may be one of them; here the
     # cameras decide (overlap, baseline, target in between), and the three views are always distinct.
     targets = list(range(len(scene))) if targets is None else list(targets)
-    for n in torch.randperm(len(targets), generator=generator)[:400].tolist():  # after 400 targets without any, give up
+    for n in torch.randperm(len(targets), generator=generator)[:400].tolist():  # gives up after 400 targets
         _, pairs = best_pairs(scene, targets[n])
         if pairs:
             a, b = pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
@@ -266,10 +267,10 @@ def sample_triplet(scene, generator, targets=None):
 def split(scenes, part):
     """The `train` or `val` scenes: every eighth scene is held out, or the last one where there are fewer than eight.
 
-    A single scene is never held out; `held_out_views` are then held out of it.
+    A single scene is always a training scene; then some of its views are held out instead, see `held_out_views`.
     """
     # Differs: the official code trains on every scene folder, the validation scenes included; here every eighth scene
-    # is held out, of a single scene every eighth view.
+    # is held out or, if there is only one scene, every eighth of its views.
     assert part in ("train", "val"), f"split takes 'train' or 'val', not {part!r}"
     held_out = range(7, len(scenes), 8)
     if 1 < len(scenes) < 8:
@@ -278,7 +279,7 @@ def split(scenes, part):
 
 
 def held_out_views(scene) -> list[int]:
-    """Every eighth view, from the third on, so that the first that is held out has neighbours on both sides too."""
+    """Every eighth view, starting with the third, so that the first held-out view has neighbours on both sides."""
     return list(range(min(2, len(scene) - 1), len(scene), 8))
 
 
@@ -292,7 +293,7 @@ UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3",
 MAPS = dict(mask=("instance_segmentation", "masks"), depth=("depth",), normal=("normals",), label=("labels",))
 CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
 DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
-BUILT_IN = {  # folders that are made where they are missing: to train on; other rooms, for 05; small ones, for 06
+BUILT_IN = {  # folders that are made if missing: rooms to train on, other rooms for 05, and small rooms for 06
     "data": DEFAULT_ROOMS, "data_probe": DEFAULT_ROOMS | dict(scenes=200, views=4, seed=1),
     "data_small": DEFAULT_ROOMS | dict(scenes=200, size=(48, 64))}
 
@@ -314,7 +315,9 @@ def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
     if settings:  # also completes rooms whose making was interrupted
         make_rooms(folder, **settings)
     scenes = load_scenes(folder, skip_bad_frames)
-    for scene in scenes if near is not None or far is not None else ():
+    if near is None and far is None:
+        return scenes
+    for scene in scenes:
         found = scene.depth_range
         scene.depth_range = (found[0] if near is None else near, found[1] if far is None else far)
         scene.range_source = "--near and --far"
@@ -447,15 +450,15 @@ def problem_of(frame, thorough=False):
 
 
 def fit_camera(frame, stored):
-    """Where a camera is for another size than that of its picture, `stored` (H, W), or for the picture turned as EXIF
-    says, its size and K become those of the picture. -> what is wrong, or None"""
+    """Adapts a camera to its picture of size `stored` (H, W), where it was made for another size or for the picture
+    turned as its EXIF tag says: changes the frame's size and K. -> what is wrong, or None"""
     declared, frame.size = frame.size, stored
     if declared == stored:
         return None
     if declared and min(declared) < 1:
         return f"{frame.image}: its camera is for {declared[1]:g}x{declared[0]:g} pixels; export it again"
     upright = upright_size(frame.image, stored)
-    if declared is None:  # then its centre tells
+    if declared is None:  # then the principal point tells whether it was turned
         turned = np.abs(2 * frame.K[[1, 0], 2] / upright - 1).max() < 0.08 < abs(stored[0] / stored[1] - 1)
         declared = upright if turned else stored
     for size in (stored, upright):
@@ -505,7 +508,7 @@ def problem_of_camera(frame):
                 f"picture of about {2 * cx:.0f}x{2 * cy:.0f}: scale them to the size of the image")
     if abs(scale - 1) > 0.02:
         frame.c2w[:3, :3] /= scale
-        frame.notes += (f"the rotation of poses was scaled by {scale:.3g}, which is taken out",)
+        frame.notes += (f"the rotations of its poses were scaled by {scale:.3g}; the scale was removed",)
     undistorted_K(frame)  # raises where the lens cannot be undone
 
 
@@ -529,7 +532,7 @@ def stored_size(path, thorough=False, channels=None):
     """(H, W) of a picture or array. Its header and its last bytes are looked at, which shows most damage; `thorough`
     decodes it to the end."""
     if not path.is_file():
-        raise DataError(f"{path}: a folder or a pipe; put the picture there")
+        raise DataError(f"{path}: a folder or a pipe, not a file; put the picture there")
     shape = decode_map(path).shape if path.suffix == ".npy" else header(path)
     if not shape or (path.suffix != ".npy" and (thorough or not ends_well(path))):
         shape = np.array(decode(path)).shape  # raises, and says what is wrong with the file
@@ -560,7 +563,7 @@ def ends_well(path):  # whether the last bytes of a PNG or JPEG are there; of ot
 
 
 def inside(path, root, where):
-    """`path` as a normal path; a file outside the scene folder is refused, whoever wrote the list."""
+    """`path` without `..`; files outside the scene folder are refused, as a list may come from anyone."""
     path = Path(os.path.normpath(path))
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
         raise DataError(f"{where}: names {path}, outside the scene folder; "
@@ -593,7 +596,7 @@ def find_file(root, name, where, folders=(), endings=()):
     return first
 
 
-def plain(name):  # alike for names that only the disk's file system tells apart: case, composed and decomposed accents
+def plain(name):  # the same for names that differ only in case, or in how an accent is encoded (macOS decomposes it)
     return unicodedata.normalize("NFC", name).lower()
 
 
@@ -617,7 +620,7 @@ def folders_not_read(folder, frames):  # -> sentences: their maps may be called 
     used = {parent for file in files if file for parent in file.parents}
     homes = {frame.image.parent.parent for frame in frames} | {folder}
     spare = {d for home in homes for d in home.iterdir() if d.is_dir() and d not in used and d.name[0] != "."
-             and d.name != "confidence" and not d.name.startswith("images_")}  # of 06; smaller copies
+             and d.name != "confidence" and not d.name.startswith("images_")}  # by 06; smaller copies of images/
     names = sorted({d.name for d in spare for file in d.iterdir() if is_picture(file) or file.suffix == ".npy"})
     return [f"ignored: {name}/ (maps are read from depth/ masks/ normals/ labels/, with the names of the images)"
             for name in names]
@@ -678,7 +681,7 @@ def read_transforms(folder):
     notes = [f"ignored: {other.relative_to(folder)} ({file.relative_to(folder)} comes first)" for other in others]
     notes += [f"left out: {bad} frames that are marked is_bad"] if bad else []
     if frames and all(frame.two_regions and not frame.mask.exists() for frame in frames):
-        notes.append("the masks that mask_path names are not there; read without")
+        notes.append("the masks that mask_path names do not exist; the scene is read without them")
         for frame in frames:
             frame.mask, frame.two_regions = None, False
     places = {frame.image.parent for frame in frames}
@@ -687,7 +690,7 @@ def read_transforms(folder):
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise DataError(f"{file}: 'class_names' must be a list of names")
     return frames, dict(depth_scale=depth_scale, unit_given=bool(unit), notes=notes,
-                        class_names=tuple(map(str, names)) if names else None)
+                        class_names=tuple(names) if names else None)
 
 
 def spare_pictures(there, frames, expected=0):  # -> sentences about pictures without a pose, and pictures of no use
@@ -719,7 +722,7 @@ def transforms_frame(meta, entry, root, where):
         K, size, distortion = transforms_camera(settings, image, where)
         pose = np.array(entry["transform_matrix"], float)
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise DataError(f"{where}: a number is not a number ({str(error).splitlines()[0]}); mend the frame") from None
+        raise DataError(f"{where}: a value is not a number ({str(error).splitlines()[0]}); mend the frame") from None
     if pose.shape == (3, 4):
         pose = np.vstack([pose, [0, 0, 0, 1]])
     c2w = pose * OPENGL.diagonal() if pose.shape == (4, 4) else pose  # flips the y and z axes: columns 1 and 2
@@ -739,7 +742,7 @@ def transforms_maps(entry, image, root, where):  # -> {kind: path or None}, and 
 def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None, distortion
     get = lambda key, default=None: default if settings.get(key) is None else float(settings[key])
     size = (int(get("h")), int(get("w"))) if get("h") and get("w") else None
-    height, width = size or (header(image) or (1, 1))[:2]  # an image that cannot be read is named later
+    height, width = size or (header(image) or (1, 1))[:2]  # an image that cannot be read is reported later
 
     def focal(axis, side):
         angle = get(f"camera_angle_{axis}")
@@ -784,14 +787,14 @@ def read_colmap(folder):
         K, size, distortion = colmap_camera(*cameras[camera], model)
         w2c = np.eye(4)
         w2c[:3, :3], w2c[:3, 3] = rotation_of(quaternion), translation
-        c2w = np.linalg.inv(w2c) if np.isfinite(w2c).all() else w2c  # a pose that is not finite is named later
+        c2w = np.linalg.inv(w2c) if np.isfinite(w2c).all() else w2c  # a pose that is not finite is reported later
         seen = [row_of[n] for n in ids if n in row_of]
         frames.append(Frame(name, image, K, c2w, size, distortion, **maps_beside(image, folder)))
         frames[-1].seen = seen if len(seen) > 9 else ...
     frames.sort(key=lambda frame: natural(frame.name))
     notes = [f"ignored: {other.relative_to(folder)}, another model (that of {model.relative_to(folder)} is larger)"
              for other in others]
-    notes += [] if points is not None else ["no points3D are read: near and far come from the depth or the cameras"]
+    notes += [] if points is not None else ["it has no points3D: near and far come from the depth or the cameras"]
     notes += spare_pictures(list(root.rglob("*")), frames)
     return frames, dict(points=points, notes=notes)
 
@@ -833,9 +836,7 @@ def colmap_binary(model):
         cameras[identity] = (name, width, height, take(f"{count}d"))
     for take in records(model / "images.bin"):
         _, *pose, camera = take("i7di")
-        name = b""
-        while (letter := take("c")[0]) != b"\0":
-            name += letter
+        name = b"".join(iter(lambda: take("c")[0], b"\0"))  # up to the 0 at its end
         count = take("Q")[0]
         in_picture = np.frombuffer(take(f"{24 * count}s")[0], "<f8, <f8, <i8")  # x, y, id of the point or -1
         poses.append((name.decode(), camera, pose[:4], pose[4:], in_picture["f2"].tolist()))
@@ -860,15 +861,15 @@ def colmap_text(model):
     """The same from cameras.txt, images.txt and points3D.txt.
 
     In images.txt an image is one line, and its 2D points are the next one, which may be empty. Programs that write such
-    files leave lines out or add some, so a line is told by its last word: that of 2D points is a number.
+    files leave lines out or add some, so a line of 2D points is recognised by its last word, which is a number.
     """
     cameras = {int(w[0]): (w[1], round(float(w[2])), round(float(w[3])), tuple(map(float, w[4:])))
                for w in colmap_lines(model / "cameras.txt")}
     poses = []
     for w in colmap_lines(model / "images.txt", 9):  # a name may have blanks in it
         if not re.fullmatch(r"[-+.\de]+|[-+]?(nan|inf)", w[-1].split()[-1], re.I):
-            quaternion, translation = np.array(w[1:8], float)[:4], np.array(w[1:8], float)[4:]
-            poses.append((w[9], int(w[8]), quaternion, translation, []))
+            pose = np.array(w[1:8], float)
+            poses.append((w[9], int(w[8]), pose[:4], pose[4:], []))
         elif poses:
             poses[-1][4].extend(int(float(number)) for number in " ".join(w).split()[2::3])
     if not (model / "points3D.txt").exists():
@@ -901,7 +902,7 @@ def read_rgbd(folder):
     images = [find_file(folder, f"{stem}.color.png", str(folder), endings=READABLE) for stem in stems]
     K, size, file = rgbd_intrinsics(folder)
     notes = [f"intrinsics from {file}"]
-    kinect = K is None or K[[0, 1, 0, 1], [0, 1, 2, 2]].tolist() == [KINECT_DEPTH_F, KINECT_DEPTH_F, 320, 240]
+    kinect = K is None or np.array_equal(K[:2], [[KINECT_DEPTH_F, 0, 320], [0, KINECT_DEPTH_F, 240]])
     if kinect:
         sizes = {shape[1::-1] for path in images if path.exists() and (shape := header(path))}
         if K is None and sizes and sizes != {(640, 480)}:
@@ -939,8 +940,8 @@ def rgbd_intrinsics(folder):
             size = int(pairs["m_colorHeight"]), int(pairs["m_colorWidth"])
             text = pairs["m_calibrationColorIntrinsic"]
         numbers = np.array(text.split(), float)
-        side = math.isqrt(numbers.size)
-        return numbers.reshape(side, side)[:3, :3] + 0 * np.eye(3), size, file  # three rows of three, or four of four
+        side = {9: 3, 16: 4}[numbers.size]  # three rows of three, or four of four
+        return numbers.reshape(side, side)[:3, :3], size, file
     except (ValueError, KeyError):
         raise DataError(f"{file}: not nine numbers; write K as three rows of three "
                         f"into {folder / 'camera-intrinsics.txt'}") from None
@@ -985,7 +986,7 @@ def read_llff(folder):
         frames.append(Frame(image.name, image, K, c2w, size, **maps_beside(image, folder)))
     near, far = np.nanmin(table[:, 15]), np.nanmax(table[:, 16])
     bounds = (float(near), float(far)) if 0 < near < far < math.inf else None
-    odd = [] if bounds else [f"{file.name}: its near and far are not 0 < near < far, and are not used"]
+    odd = [] if bounds else [f"{file.name}: its near and far are not used, because they are not 0 < near < far"]
     return frames, dict(bounds=bounds, notes=odd + left_out(root.iterdir()))
 
 
@@ -993,8 +994,8 @@ def read_llff(folder):
 
 
 def settle_depth_unit(scene):
-    """Where the data set does not name the unit of its depth: floats are taken in the unit of the poses, integers as
-    millimetres. Beside sparse points depth is then scaled to these; else views that disagree give a warning."""
+    """For a data set that does not name the unit of its depth: floats are in the unit of the poses, integers are
+    millimetres. If there are sparse points, depth is scaled to fit them; if not, it warns of views that disagree."""
     frames = [frame for frame in scene.frames if frame.depth]
     if not frames:
         return
@@ -1011,9 +1012,9 @@ def settle_depth_unit(scene):
 
 
 def ratio_to_points(scene, frames):
-    """How many times as far as the sparse points the measured depth is; None where they do not tell.
+    """The ratio of measured depth to the depth of the sparse points, or None if they do not agree on one.
 
-    A view may show something in front of a point, so the narrowest third of the sorted ratios is taken.
+    Something may hide a point, so this is the median of the third of the sorted ratios that lie closest together.
     """
     ratios = []
     for n in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int):
@@ -1059,6 +1060,13 @@ def covering_crop(stored, size):
     return scale, (left, top, right, bottom)
 
 
+def fit_size(scene, pixels, multiple):
+    """(H, W): about `pixels` in number, the scene's aspect ratio, both sides multiples of the patch size."""
+    height, width = scene.frames[0].size
+    scale = math.sqrt(pixels / (height * width))
+    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+
+
 def read_image(frame, size) -> Tensor:
     """-> (3, H, W) uint8, undistorted, covering `size`. To save time, a large photo is decoded and undistorted at two
     to four times that size, which changes pixels by less than 1/255 on average."""
@@ -1090,8 +1098,8 @@ def undistorted(image, shrunk, frame, work):  # -> the whole picture at size `wo
 
 
 def stored_position(frame, size, scale, corner=(0, 0)):
-    """-> x, y (H, W) in 0 ... 1: where in the stored picture the centres of `size` pixels lie, if they show the
-    undistorted picture `scale` (x, y) times as large, from its point `corner` on."""
+    """Where the pixels of a view lie in the stored picture: -> x, y (H, W), each from 0 to 1. The view has `size`
+    (H, W) and shows the undistorted picture enlarged by `scale` (x, y), from its point `corner` (x, y) on."""
     rows, cols = np.mgrid[0:size[0], 0:size[1]] + 0.5
     x, y = cols / scale[0] + corner[0], rows / scale[1] + corner[1]
     x, y = distort(x, y, undistorted_K(frame), frame) if is_distorted(frame) else (x, y)
@@ -1142,8 +1150,8 @@ def undistorted_K(frame):
 def zoomed_K(stored_K, size, distortion):
     """K of the undistorted picture, or None.
 
-    The focal length is raised, a quarter of a percent at a time, until no pixel of the straight picture lies outside of
-    the stored one, and the lens polynomial does not turn round in it and show a place twice.
+    The focal length is raised, a quarter of a percent at a time, until every pixel of the straight picture lies within
+    the stored one, and the lens polynomial is monotonic there, so that no place is shown twice.
     """
     K, (height, width) = np.array(stored_K).reshape(3, 3), size
     frame = Frame("", None, K, None, size, distortion)
@@ -1165,6 +1173,7 @@ def read_maps(scene, frame, size):
     scale, corner = covering_crop(frame.size, size)
     x, y = stored_position(frame, size, (scale, scale), corner)
     found = {}
+    read_label = lambda scene, frame: decode_ids(frame.label)  # (H, W) int64
     for kind, read in dict(mask=read_mask, depth=read_depth, normal=read_normal, label=read_label).items():
         if getattr(frame, kind):
             stored = read(scene, frame)
@@ -1178,10 +1187,6 @@ def read_maps(scene, frame, size):
 def read_mask(scene, frame):  # -> (H, W) int64
     ids = decode_ids(frame.mask)
     return 1 + (ids > ids.max() / 2) if frame.two_regions else ids  # validity is stored as 0 and 1, or as 0 and 255
-
-
-def read_label(scene, frame):  # -> (H, W) int64
-    return decode_ids(frame.label)
 
 
 def read_depth(scene, frame):  # -> (H, W) float32 z-depth in the data set's unit, 0 where it is not known
@@ -1203,7 +1208,7 @@ def read_normal(scene, frame):  # -> (H, W, 3) float32
 
 
 def decode(path, colour=False, least=None, upright=False):
-    """The picture at `path`, decoded to the last byte; transparent pixels become white. Raises DataError.
+    """The picture at `path`, decoded to the last byte; `colour`: as RGB, transparent pixels white. Raises DataError.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is not below `least` (W, H). `upright` turns it by EXIF.
     """
@@ -1236,7 +1241,7 @@ def decode_map(path):  # -> (H, W) or (H, W, C) as stored
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # reads the header and checks the length of the file
         if array.dtype.kind not in "buif":
-            raise ValueError(f"it holds {array.dtype}, no numbers")
+            raise ValueError(f"it holds {array.dtype}, not numbers")
         return array
     except Exception as error:  # a damaged header makes NumPy raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -1246,7 +1251,7 @@ def decode_map(path):  # -> (H, W) or (H, W, C) as stored
 def decode_ids(path):  # -> (H, W) int64; palette and grey files hold ids, colour files hold ids in base 256
     stored = decode_map(path)
     if not (np.isfinite(stored).all() and (stored >= -1).all() and (stored < 2**31).all()):
-        raise DataError(f"{path}: holds numbers that are no ids (0 or more, -1: none); write it again")
+        raise DataError(f"{path}: holds numbers that are not ids (0 or more; -1 is none); write it again")
     ids = stored.astype(np.int64)
     if ids.ndim == 2:
         return ids
@@ -1289,7 +1294,7 @@ def superpixels(image: Tensor, count: int) -> Tensor:
     cols = min(max(1, round(count / rows)), width)
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     smooth = F.avg_pool2d(F.pad(image[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
-    compactness = 0.1 / math.sqrt(height * width / (rows * cols))  # one cell's width weighs as much as 0.2 of colour
+    compactness = 0.1 / math.sqrt(height * width / (rows * cols))  # one cell's width weighs as much as 0.1 of colour
     position = compactness * torch.stack([x, y]).to(image)
     feature = torch.cat([smooth, position]).reshape(5, -1).T  # (H*W, 5)
 
@@ -1311,7 +1316,7 @@ def superpixels(image: Tensor, count: int) -> Tensor:
 
 @contextmanager
 def naming(path):
-    """Around the writing of a file: a full disk's error does not name it."""
+    """Wraps the writing of a file: an error such as a full disk's does not name the file, this does."""
     try:
         yield
     except OSError as error:
@@ -1319,7 +1324,7 @@ def naming(path):
 
 
 def write_whole(path, content: bytes):
-    """Written under a name of this process and thread, flushed, and renamed: a killed run leaves no half a file."""
+    """Writes a file under another name, flushes and renames it, so that a killed run never leaves half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
@@ -1334,29 +1339,29 @@ def write_whole(path, content: bytes):
         aside.unlink(missing_ok=True)  # still there where the disk was full
 
 
-def positive(text):  # the type of a flag that counts
+def positive(text):  # the type of a flag that is a count
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return int(text)
 
 
 def scene_flags(parser, out, view_memory=2, scenes="data"):
-    """The flags that all stages have. A stage that looks at each view once has no use for `view_memory`: it gives 0."""
+    """The flags that all stages have. A stage that looks at each view only once gives `view_memory` as 0."""
     add = parser.add_argument
     add("--scene_dir", default=scenes, help=f"a scene or a folder of scenes; default: {scenes}/, made if it is missing")
     add("--out", default=out, help=f"where everything is written; default: {out}/")
     add("--skip_bad_frames", action="store_true", help="leave out frames that have a problem, and list them")
     add("--near", type=float, help="nearest depth, in the scene's unit; default: from depth, sparse points or cameras")
-    add("--far", type=float, help="farthest depth; python 01_data.py shows the range that is taken")
+    add("--far", type=float, help="farthest depth; python 01_data.py shows which range is used")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
-    add("--seed", type=int, default=0, help="of everything that is drawn at random")
-    add("--view_memory", type=float, default=view_memory, metavar="GB", help="for views, so that each is decoded once")
+    add("--seed", type=int, default=0, help="the seed of everything random")
+    add("--view_memory", type=float, default=view_memory, metavar="GB", help="memory for decoded views")
 
 
 @contextmanager
 def explained(args, goes_on):
-    """Stands around the body of a command. Bad input, a disk that cannot be written, Ctrl-C and a --device that is not
-    there end it with one line; `goes_on` says how to continue. Any other error is a bug and keeps its traceback."""
+    """Wraps the body of a command. Bad input, a disk that cannot be written, Ctrl-C and a --device that does not exist
+    end it with one line; `goes_on` says how to continue. Any other error is a bug and keeps its traceback."""
     try:
         torch.zeros(1, device=args.device)
     except (AssertionError, RuntimeError) as error:
@@ -1388,7 +1393,7 @@ def from_image(image) -> Tensor:
 
 def usual_range(depth: Tensor) -> Tensor:  # -> (2,): all but the nearest and the farthest 2 % of what is known
     known = depth[depth > 0]
-    known = known[::len(known) // 1_000_000 + 1]  # of so many, as quantile takes no more than 16 million
+    known = known[::len(known) // 1_000_000 + 1]  # a part of them: quantile takes at most 16 million values
     return known.quantile(torch.tensor([0.02, 0.98])) if len(known) else torch.tensor([0.0, 1.0])
 
 
@@ -1407,8 +1412,8 @@ def colour_normals(normal: Tensor) -> Tensor:  # (H, W, 3) -> (3, H, W): red rig
 
 
 def depth_legend(depth: Tensor | None, width: int) -> Tensor:
-    """(3, 26, width): which colour `colour_depth` gives to which depth of `depth`, and to what is not known. None: for
-    rows that have a scale each."""
+    """(3, 26, width): the colours of `colour_depth` and what they mean on the scale of `depth`. With None, the legend
+    says that each row has its own scale."""
     low, high = (0.0, 1.0) if depth is None else usual_range(depth).tolist()
     near, far = ("near", "far, each row on its own scale") if depth is None else (f"near {low:.3g}", f"{high:.3g} far")
     ramp = colour_depth(torch.linspace(low, high, 200).clamp_min(1e-9).expand(12, 200), depth)
@@ -1418,7 +1423,7 @@ def depth_legend(depth: Tensor | None, width: int) -> Tensor:
     draw.text((6, 7), f"depth: {near}", fill="black")
     picture.paste(bar, (110, 7))
     draw.text((320, 7), f"{far}; black: not known", fill="black")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return from_image(picture)
 
 
 def colour_ids(ids: Tensor) -> Tensor:  # (H, W) -> (3, H, W): one fixed colour an id, unlabelled black
@@ -1427,8 +1432,8 @@ def colour_ids(ids: Tensor) -> Tensor:  # (H, W) -> (3, H, W): one fixed colour 
 
 
 def picture_grid(path, headings, rows, scale=None, below=None):
-    """Save rows of (3, H, W) pictures under one heading a column, and return the path. None is an empty panel; a column
-    of nothing else is left out. `below` (width -> (3, h, width)) draws a strip under them all."""
+    """Save rows of (3, H, W) pictures under one heading per column, and return the path. None is an empty panel; empty
+    columns are left out. `below` (width -> (3, h, width)) draws a strip under them all."""
     columns = [c for c in range(len(headings)) if any(row[c] is not None for row in rows)]
     headings, rows = [headings[c] for c in columns], [[row[c] for c in columns] for row in rows]
     height, width = next(p.shape[1:] for row in rows for p in row if p is not None)
@@ -1498,14 +1503,17 @@ def camera_plan(scene, triplets, width):
     return line_chart("from above: context, target, context of each triplet", curves, width, 360, even=True)
 
 
-def fit_size(scene, pixels, multiple):
-    """(H, W): about `pixels` in number, the scene's aspect ratio, both sides multiples of the patch size."""
-    height, width = scene.frames[0].size
-    scale = math.sqrt(pixels / (height * width))
-    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
-
-
 # ------------------------------------------------------------------------ report and command
+
+
+def held_out_triplets(scenes, seed, count=4):
+    """Up to `count` triplets (scene, (a, b, target)), of held-out scenes if there are any. No contexts come twice."""
+    scenes, found = (split(scenes, "val") or scenes)[:count], {}
+    for n in range(4 * count):  # where there are few views, the same pair may come again
+        scene = scenes[n % len(scenes)]
+        a, b, target = sample_triplet(scene, torch.Generator().manual_seed(seed + n))
+        found.setdefault((scene.name, *sorted((a, b))), (scene, (a, b, target)))
+    return list(found.values())[:count]
 
 
 def show_triplets(scene, triplets, path):
@@ -1574,7 +1582,7 @@ def main(argv=None):
         known = {scene.name.split("/")[0] for scene in scenes}
         for child in sorted(root.iterdir()) if not reader_of(root) else ():
             if child.is_dir() and child.name[0] != "." and child.name not in known:
-                print(f"{child}: ignored, no poses in it that are read here")
+                print(f"{child}: ignored, because no poses were found in it")
         shown = scenes if len(scenes) <= 12 else scenes[:: math.ceil(len(scenes) / 8)]
         for scene in shown:
             generator = torch.Generator().manual_seed(args.seed)
@@ -1583,7 +1591,7 @@ def main(argv=None):
             print(f"  ->  {show_triplets(scene, triplets, Path(args.out) / (scene.name.replace('/', '_') + '.png'))}")
         held_out = f"{len(split(scenes, 'train'))} train, {len(split(scenes, 'val'))} val"
         if len(scenes) == 1:
-            held_out = f"a single one: every eighth of its views is held out, {len(held_out_views(scenes[0]))}"
+            held_out = f"of which every eighth view is held out, {len(held_out_views(scenes[0]))} in all"
         print(f"{len(scenes)} scene{'s' * (len(scenes) > 1)} ({held_out}), {sum(map(len, scenes))} views"
               + (f"; {len(shown)} scenes of them shown" if len(shown) < len(scenes) else ""))
 

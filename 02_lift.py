@@ -9,11 +9,11 @@ Run     python 02_lift.py     held-out rooms: depth and features as pictures, Ga
 Copy    02_lift.py alone; its command needs 01_data.py and 03_splat.py too, `tiny` its weights in tiny/vit.safetensors
         and tiny/mvsplat.safetensors.
 Read    Gaussians, pixel_rays, bilinear_axis, upscale_weights, mask_aware_upscale, bilinear_upscale, lift_features,
-        depth_gaussians: this is the method. Later, the two networks that it stands on: Tokens, VisionTransformer,
+        depth_gaussians: this is the method. Later, the two networks that it needs: Tokens, VisionTransformer,
         MVSplatConfig, MVSplat.forward, MVSplat.match, cost_volume, gaussian_adapter, mvsplat_gaussians
-Try     Four pairs of views of held-out rooms; MVSplat's mean error of depth is 6.5 %, one plane at the median depth has
-        25.9 %. --near 0.3 --far 20: the D candidate depths spread over far more than a room, 12.7 %.
-        --pixels 3072: half the resolution, 10.5 %; --pixels 49152: twice the resolution, 6.4 %.
+Try     The command prints the mean error of MVSplat's depth on four pairs of held-out views: 6.5 %. (A plane at the
+        median depth has 25.9 %.) It is 12.7 % with --near 0.3 --far 20, which spreads the D candidate depths over far
+        more than a room, 10.5 % with --pixels 3072 (half the resolution), and 6.4 % with --pixels 49152 (twice).
         In MVSplat.forward, `coarse` in place of `coarse + delta` (no step 4): 9.2 %.
 Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT. The
         code takes any number of views from two on; the method uses two.
@@ -70,7 +70,7 @@ def pixel_rays(K: Tensor, height, width) -> Tensor:
 # The ViT (section 4) gives one token per patch, and the Gaussians need one feature per pixel. Bilinear interpolation
 # between the four nearest tokens would mix the features of an object with those of whatever stands behind it. SnD
 # therefore uses only those of the four that lie on the same instance as the pixel, and scales their weights so that
-# they sum to 1 again.
+# they sum to 1 again. (Below Eq. 3 the paper says "semantic label", but its masks are those of instances.)
 
 
 def bilinear_axis(size, count, device):
@@ -134,8 +134,8 @@ def lift_features(gaussians: Gaussians, tokens: Tensor, masks: Tensor, grid) -> 
 
 
 # ------------------------------------------------------------------------ 3. Gaussians from measured depth
-# The simplest geometry. A network that must find the depth should come close to it. A pixel of known depth sees a small
-# piece of surface. Its Gaussian lies on that surface like a coin: as wide as the pixel's footprint, and thin.
+# This is the simplest geometry, and what a network that has to find the depth should come close to. A pixel of known
+# depth sees a small piece of surface. Its Gaussian lies on it like a coin: as wide as the pixel's footprint, and thin.
 
 
 def depth_gaussians(
@@ -149,7 +149,7 @@ def depth_gaussians(
     parts = []
     for z, k, pose in zip(depth, K, c2w):
         known, rays = z > 0, pixel_rays(k, *z.shape)
-        # From differences of depth (workshop). Beyond 75 degrees from the ray, a footprint would be too long.
+        # Normals come from differences of depth (workshop). Their slant is limited: else a footprint would be too long.
         normal = limit_slant(surface_normals(z, k), rays)
         z = torch.where(known, z, 1.0)[..., None]  # any depth will do where the opacity is 0
         # A step of one pixel (x or y) changes the ray r by d, a column of K^-1, and the point p = z r by
@@ -263,7 +263,7 @@ class MVSplat(nn.Module):
     def __init__(self, config=MVSplatConfig()):
         super().__init__()
         self.config = config
-        C, D, m1, m2 = config[:4]
+        C, D, m1, m2 = config[:4]  # m1, m2: the widths of U-Net 1 and 2
         raw = 2 + 3 + 4 + 3 * (config.sh_degree + 1) ** 2  # offset in the pixel, scales, quaternion, colours
         self.backbone = nn.ModuleDict({
             "backbone": FeatureCNN(config.cnn_widths, C),
@@ -302,21 +302,21 @@ class MVSplat(nn.Module):
         coarse = (probability * disparities[:, :, None, None]).sum(1, keepdim=True)  # expected disparity (V, 1, h, w)
         certainty = probability.amax(1, keepdim=True)
 
-        # Step 4: U-Net 2 sees the image, the features, the coarse depth and how certain it is. From what it finds come
+        # Step 4: U-Net 2 sees the image, the features, the coarse depth and how certain it is. Its output yields
         # `delta`, which is added to the coarse disparity, and the logit of the opacity.
         net = self.depth_predictor
         coarse = F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)
         certainty = F.interpolate(certainty, scale_factor=4, mode="nearest")
         upsampled = net["upsampler"](torch.cat([features, cnn], 1))  # (V, C, H, W)
         x = torch.cat([images, net["proj_feature"](upsampled), coarse, certainty], 1)
-        hints = net["refine_unet"](x)  # (V, m2, H, W)
-        delta, logit = net["to_disparity"](hints).chunk(2, 1)
+        refined = net["refine_unet"](x)  # (V, m2, H, W)
+        delta, logit = net["to_disparity"](refined).chunk(2, 1)
         depth = 1 / (coarse + delta).clamp((1 / far).view(V, 1, 1, 1), (1 / near).view(V, 1, 1, 1))
 
         # Step 5
         first, gelu, last = net["to_gaussians"]
         raw = []
-        for maps in zip(hints.split(1), images.split(1), upsampled.split(1)):  # a view at a time: the widest tensors
+        for maps in zip(refined.split(1), images.split(1), upsampled.split(1)):  # one view at a time, to save memory
             raw.append(gelu(first(torch.cat(maps, 1))))
         # Differs: MVSplat predicts colours as spherical harmonics, and SnD throws them away (Sec. 3.2). We keep their
         # rows in the last layer, so that the published weights load to the last tensor, but do not compute them.
@@ -385,7 +385,7 @@ def gaussian_adapter(
     rays = rays + (raw[..., :2].sigmoid() - 0.5) @ inverse[:, None, :, :2].mT  # anywhere in the pixel
     unit = F.normalize(rays, dim=-1) @ c2w[:, None, :3, :3].mT
     # As published, the depth is a distance along the ray here, although step 2 searched z-depth. So a point is too near
-    # by the length of its ray, 1.4 at the edge of a view of 90 degrees; the network was trained with that.
+    # by a factor, the length of its ray: 1.4 at the edge of a view of 90 degrees. The network was trained with that.
     means = c2w[:, None, None, :3, 3] + depth * unit
     pixel = inverse[:, :2, :2].sum((1, 2)).view(V, 1, 1, 1)  # width + height of a pixel at depth 1, as published
     scales = (0.5 + 14.5 * raw[..., 2:5].sigmoid()) * depth * 0.1 * pixel  # 0.05 to 1.5 times `pixel` at its depth
@@ -461,7 +461,7 @@ def cross_check(
     ref_to_other: Tensor,  # (4, 4) camera to camera
     tolerance=0.06,
 ) -> Tensor:
-    """(H, W) in [0, 1]: does the other view's depth, where a pixel lands in it, say the same? 0 outside the picture."""
+    """How well the depth of a pixel agrees with the other view's where it lands there, (H, W) in [0, 1]; 0 outside."""
     height, width = depth.shape
     points = (pixel_rays(K_ref, height, width) * depth[..., None]) @ ref_to_other[:3, :3].T + ref_to_other[:3, 3]
     pixel = points @ K_other.T
@@ -483,15 +483,19 @@ def rotation_matrix(quaternion: Tensor) -> Tensor:  # (..., 4) x y z w -> (..., 
 
 
 def normalised(images: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1] -> as the networks were trained
-    """By plain numbers, because a GPU would have to wait for constants that are copied to it at each call."""
+    """With plain numbers, because a GPU would have to wait for constants to be copied to it at each call."""
     channels = zip(images.unbind(1), IMAGENET_MEAN, IMAGENET_STD)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
+
+
+def no_autocast(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def interpolate_positions(pos_embed: Tensor, size, way) -> Tensor:
     """(1, 1 + grid * grid, C), learned for a square grid -> (1, 1 + h * w, C) for a grid of size (h, w).
 
-    All implementations interpolate bicubically, but not alike. `way` is "scale": by the factor (h + 0.1) / grid (Meta
+    All implementations interpolate bicubically, but differently. `way` is "scale": by the factor (h + 0.1) / grid (Meta
     without registers, DUNE); "size": to h x w (transformers >= 4.45 without registers); or "antialiased": to h x w with
     antialiasing (timm; Meta and transformers with registers). With random weights, the tokens differ by 6 to 22 %.
     """
@@ -625,7 +629,7 @@ class MultiViewTransformer(nn.Module):
         x = (features + window_positions(C, h, w).to(features)).permute(0, 2, 3, 1)  # (V, h, w, C)
         for number, layer in enumerate(self.layers):
             others = [torch.stack([x[u] for u in range(V) if u != v], -2) for v in range(V)]
-            others = torch.stack(others)  # (V, h, w, V - 1, C), as they were before this layer: so it was published
+            others = torch.stack(others)  # (V, h, w, V - 1, C), as they were before this layer (as published)
             x = layer["self_attn"](x, x[..., None, :], shifted=number % 2)
             x = layer["cross_attn_ffn"](x, others, shifted=number % 2)
         return x.permute(0, 3, 1, 2)
@@ -661,7 +665,7 @@ class WindowAttention(nn.Module):
 
 def windows(h, w, shifted):
     """The rows and columns of each window: the four quadrants, or nine windows that lie across their borders. (The
-    official code rolls the image and masks what only that brings together, which is the same up to exp(-100).)"""
+    official code rolls the image and masks the wrong neighbours that this makes: the same up to exp(-100).)"""
     cuts = lambda n: (0, n // 4, 3 * n // 4, n) if shifted else (0, n // 2, n)
     parts = lambda n: [slice(a, b) for a, b in zip(cuts(n), cuts(n)[1:])]
     return [(rows, cols) for rows in parts(h) for cols in parts(w)]
@@ -681,18 +685,14 @@ def window_positions(channels, h, w) -> Tensor:
 
 
 def misplaced(x: Tensor) -> Tensor:
-    """A quirk of the published MVSplat with three or more views: the keys of a shifted window run pixel by pixel (M
-    views each), but its mask runs view by view. Key number i is let through as if it stood where number i of the other
-    order stands, so that is where it is put here, within each quadrant of the rolled image. (V, h, w, M, C) -> same."""
+    """A quirk of the published MVSplat with three or more views: in a shifted window, keys are ordered by pixel, then
+    view, but their mask by view, then pixel. So each key is masked as if it stood at the place of another. Here it is
+    moved to that place, within each quadrant of the rolled image. (V, h, w, M, C) -> the same."""
     V, h, w, M, C = x.shape
     x = x.roll((-(h // 4), -(w // 4)), (1, 2)).view(V, 2, h // 2, 2, w // 2, M, C).transpose(2, 3)
     x = x.reshape(V, 2, 2, M, h // 2, w // 2, C).movedim(3, 5)
     x = x.transpose(2, 3).reshape(V, h, w, M, C)
     return x.roll((h // 4, w // 4), (1, 2))
-
-
-def no_autocast(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 class ResidualBlock(nn.Module):  # of UNet
@@ -807,7 +807,7 @@ def load_vit(name_or_path) -> VisionTransformer:
     if chunked or path.name == "vit.safetensors":  # DUNE is as Meta without registers; tiny/ has no config.json
         way = "scale"
     model.positions = (config or {}).get("positions", way)
-    if layout == "timm" and sizes["registers"] and sound(stored["pos_embed"]):  # its class token has its own
+    if layout == "timm" and sizes["registers"] and sound(stored["pos_embed"]):  # in timm none for the class token
         stored["pos_embed"] = F.pad(stored["pos_embed"], (0, 0, 1, 0))
     stored.setdefault(names("mask_token")[0], torch.zeros(1, model.dim))  # timm has none; no forward pass uses it
     return load_strictly(model, stored, path, names)
@@ -883,7 +883,7 @@ def load_strictly(model, stored, path, names=lambda key: [key]):
     return model.eval()
 
 
-def sound(tensor):  # a file of few bytes can claim a tensor of any size, whose numbers are all one and the same
+def sound(tensor):  # with strides of 0, a file of a few bytes can claim a tensor of any size
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
     return plain and tensor.nbytes <= tensor.untyped_storage().nbytes() and tensor.isfinite().all()
 
@@ -929,7 +929,7 @@ class InertDict:  # in place of a defaultdict and the like, which are filled aft
 
 
 def fault(path, text):
-    """The error to raise about a file, in one line whatever names the file holds."""
+    """The error to raise about a file, as one printable line, whatever the names in the file are."""
     line = f"{path}: {text}".replace("\n", " ")
     return ValueError("".join(c if c.isprintable() else "?" for c in line))
 
@@ -954,7 +954,7 @@ def read_checkpoint(path) -> dict:
         reason = re.split(r"\. |\n", f"{type(error).__name__}: {error}")[0]
         foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if foreign:
-        raise fault(path, f"refused, for it names {foreign[1]}, which tensors do not need (nothing of it was run); "
+        raise fault(path, f"refused, because it names {foreign[1]}, which weights do not need (nothing of it was run); "
                           "if it is your own file, save its state_dict() alone")
     remedy = "copy it again; unpack it if it is an archive; save a state_dict() if it is TorchScript"
     if start.startswith(b"version https://git-lfs"):
@@ -1100,17 +1100,6 @@ def pca_colours(features: Tensor, basis) -> Tensor:  # (H, W, C) -> (3, H, W) in
     return (((features - mean) @ axes - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).permute(2, 0, 1)
 
 
-def held_out_pairs(scenes, seed, count=4):
-    """Up to `count` different pairs of context views (scene, a, b), from held-out scenes if there are any."""
-    data = importlib.import_module("01_data")
-    scenes, found = (data.split(scenes, "val") or scenes)[:count], {}
-    for n in range(4 * count):  # where there are few views, the same pair may come again
-        scene = scenes[n % len(scenes)]
-        a, b, _ = data.sample_triplet(scene, torch.Generator().manual_seed(seed + n))
-        found.setdefault((scene.name, *sorted((a, b))), (scene, a, b))
-    return list(found.values())[:count]
-
-
 def depth_of_points(points, view) -> Tensor:
     """(H, W): the z-depth of the nearest of a scene's sparse points (M, 3) in each pixel, 0 where there is none."""
     _, height, width = view.image.shape
@@ -1173,7 +1162,7 @@ def main(argv=None):
         vit, mvsplat = load_vit(args.model).to(args.device), load_mvsplat(args.mvsplat).to(args.device)
         scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
         rows, errors, files = [], {}, []
-        for scene, a, b in held_out_pairs(scenes, args.seed):
+        for scene, (a, b, _) in data.held_out_triplets(scenes, args.seed):
             views = [scene.view(i, data.fit_size(scene, args.pixels, vit.patch)) for i in (a, b)]
             gaussians, depth, pictures = lifted_pair(scene, views, vit, mvsplat, args.device)
             rows.append(list(pictures.values()))

@@ -1,4 +1,4 @@
-"""Splats Gaussians of any number of channels into a new view, blends the result within masks, samples it as tokens.
+"""Splats Gaussians with any number of channels into a new view, blends the result by masks and reads off tokens.
 
 Paper   Splat and Distill (SnD) Sec. 3.4: rasterised features, blending (Eq. 4); Sec. 3.5: from pixels to tokens.
         3D Gaussian Splatting (3DGS, Kerbl et al. 2023) Sec. 4-6: projection and compositing.
@@ -11,9 +11,9 @@ Copy    03_splat.py alone; its command also needs 01_data.py, 02_lift.py and tin
 Read    Render, rasterize_plainly, divide_by_alpha, semantic_blend, bilinear_taps, splat_to_tokens, over_valid_taps:
         this is the method. Then monomials, polynomial, front_to_back (why it is fast), Triplet, render_target,
         splat_operator_plainly, SplatOperator
-Try     DILATION = 0.0001: the PSNR of splatted colours against the photo, by measured depth, 22.6 -> 27.6, since what
-        blurs thin splats blurs the picture too.
-        --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6, since the same blur is half as wide on finer views.
+Try     DILATION = 0.0001: with measured depth, the PSNR of the splatted colours against the photo rises from 22.6 to
+        27.6, because the dilation blurs every splat.
+        --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6: the same 0.3 px^2 are half as wide on finer views.
 Not     colour that depends on the view (a Gaussian has one row of features for all sides), second derivatives.
 Words   G Gaussians, C channels, H W pixels, N = h*w tokens. alpha_k: how much of the light Gaussian k stops at a pixel;
         T_k = (1 - alpha_1) ... (1 - alpha_{k-1}): the light that is left for it; w_k = alpha_k T_k: its weight there.
@@ -40,10 +40,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-NEAR = 0.01  # what is nearer to the camera is not drawn; in units of the world (of a `Triplet`: the nearest depth)
+NEAR = 0.01  # Gaussians nearer to the camera are not drawn; in world units (1 is the nearest depth of a `Triplet`)
 DILATION = 0.3  # px^2, added to the variance of every splat: none is thinner than about a pixel
 MIN_ALPHA, MAX_ALPHA = 1 / 255, 0.99  # as in 3DGS. A smaller alpha is skipped; a larger one is cut, so 1 - alpha > 0
-MIN_LIGHT = 1e-4  # a pixel stops BEFORE the Gaussian that would leave no more light than this
+MIN_LIGHT = 1e-4  # a pixel stops just before the Gaussian that would leave no more light than this
 COVERED = 0.5  # a pixel of the target view is valid from this alpha on
 
 
@@ -77,10 +77,10 @@ def rasterize_plainly(
     p, covariances, opacities, features = (x[order] for x in (p, covariances, opacities, features))
     z = p[:, 2]
     mean = p[:, :2] / z[:, None] @ K[:2, :2].T + K[:2, 2]  # (G, 2) pixels
-    # EWA: around its mean a projection is nearly linear, and so a Gaussian stays a Gaussian. The derivative of (x, y) /
-    # z by (x, y) is I / z, and by z it is -(x, y) / z^2. So d pixel = J d world with J = K [I | -(x, y) / z] R / z, and
-    # Sigma_2d = J Sigma J'. That fails far outside the view. As in gsplat, (x, y) / z is taken at most 15 % of the
-    # view's size beyond its border.
+    # EWA splatting (Zwicker et al. 2001): around a mean, projection is nearly linear, so a Gaussian stays a Gaussian.
+    # The derivative of (x, y) / z by (x, y) is I / z, and by z it is -(x, y) / z^2. So d pixel = J d world with
+    # J = K [I | -(x, y) / z] R / z, and Sigma_2d = J Sigma J'. Far outside the view the linear approximation fails: as
+    # in gsplat, J is taken at a point that lies at most 15 % of the view's size beyond its border.
     focal, centre = K.diagonal()[:2], K[:2, 2]
     slope = (p[:, :2] / z[:, None]).clamp(-(centre + 0.15 * size) / focal, (1.15 * size - centre) / focal)
     J = torch.cat([torch.eye(2).to(p).expand(len(p), 2, 2), -slope[..., None]], 2)
@@ -121,9 +121,9 @@ def semantic_blend(
     features: Tensor,  # (H, W, C), divided by alpha
     mask: Tensor,  # (H, W) int64 instance ids, 0 = unlabelled
     blend: float = 0.5,  # the alpha of Eq. 4: how much of its own features a pixel keeps
-    valid: Tensor | None = None,  # (H, W) bool, pixels that enter the means; the others are blended with them too
+    valid: Tensor | None = None,  # (H, W) bool: only these enter a mean, but the others are moved towards it too
 ) -> Tensor:
-    """Draws each pixel's features towards the mean of its instance, which evens out small errors of the geometry."""
+    """Moves each pixel's features towards the mean of its instance, which evens out small errors of the geometry."""
     H, W, C = features.shape
     valid = torch.ones_like(mask, dtype=torch.bool) if valid is None else valid
     assert mask.shape == valid.shape == (H, W), f"mask and valid must be ({H}, {W}) like the features"
@@ -138,7 +138,7 @@ def semantic_blend(
 
 def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
     """Along one side of the view, the two pixels around each patch centre: index and weight (count, 2), as in
-    F.interpolate(mode="bilinear", align_corners=False)."""
+    F.interpolate(mode="bilinear", align_corners=False). It is 02's `bilinear_axis`, pixels and patches exchanged."""
     centre = (torch.arange(count, dtype=torch.float64) + 0.5) * size / count - 0.5  # pixel i has its centre at i here
     centre = centre.clamp(0, size - 1)  # with more patches than pixels, the outermost pixel counts alone
     first = centre.floor()
@@ -170,7 +170,7 @@ def over_valid_taps(
     weight: Tensor,  # (N, taps) that sum to 1
     hit: Tensor,  # (N, taps) bool, which taps are valid pixels
 ) -> tuple[Tensor, Tensor]:
-    """The factor (N,) that makes the weights of the valid taps sum to 1 again, or 0; which tokens are valid (N,)."""
+    """-> the factor (N,) that makes the weights of the valid taps sum to 1 again, or 0; and which tokens are valid."""
     # Differs: the official code sets a token to zeros only where the rendered colour is exactly black, and keeps it in
     # the loss. Here a token is valid if valid pixels make up half of its weight; the others leave the loss.
     total = (weight * hit).sum(1)
@@ -180,18 +180,18 @@ def over_valid_taps(
 
 # ------------------------------------------------------------------------ 3. Why that is too slow, and what helps
 # The definition visits every Gaussian at every pixel: 36 s for a view of 73x110 pixels and 16,000 Gaussians.
-# `rasterize` (part 2) gives the same, value and gradient, in 0.05 s. It has four tricks, each with its speed-up on
-# one core (python tests/bench.py --section tricks):
+# `rasterize` (part 2) gives the same values and gradients in 0.05 s. It uses four tricks. The speed-up of each was
+# measured on one core (python tests/bench.py --section tricks):
 #   1. Blocks with lists, 87 times. A Gaussian reaches few pixels. So the view is cut into blocks of 8x8 pixels, each
 #      with a list of the Gaussians that reach it, nearest first. `walk` goes down the lists of many blocks at the same
 #      time, 32 Gaussians of each in a step, until a list ends or the light of its block is used up.
 #   2. One matrix product for the alphas, 2.8 times. log2 alpha is a polynomial of second degree in the position of a
 #      pixel. For all Gaussians of a step and all pixels of a block it is `polynomial(...).T @ monomials(...)`, and
 #      `front_to_back` makes weights of 2 to that power.
-#   3. Weights first, 6.7 times for 384 channels. They do not depend on the features. So they are found once for a whole
-#      list, and then `weights.T @ features[list]` is the block, instead of the geometry again for every 32 channels.
-#   4. Nothing is kept for the backward pass but inputs and images; it goes down the lists again. Plain autograd on the
-#      same blocks needs 870 MB where this needs 140, and 3.3 times as long.
+#   3. Weights first, 6.7 times for 384 channels. They do not depend on the features, so they are found once for a whole
+#      list, and the block is `weights.T @ features[list]`. (Else each 32 channels need the geometry again.)
+#   4. The backward pass goes down the lists again, so only inputs and images are kept for it. Plain autograd on the
+#      same blocks takes 870 MB instead of 140, and 3.3 times as long.
 
 
 def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
@@ -201,8 +201,9 @@ def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def polynomial(dx: Tensor, dy: Tensor, l11: Tensor, l21: Tensor, l22: Tensor, lo: Tensor) -> Tensor:
-    """log2 alpha = lo - (l11 (dx + x) + l21 (dy + y))^2 - (l22 (dy + y))^2 of each Gaussian: its coefficients (6, ...)
-    of the `monomials` of x, y. (dx, dy) leads from the mean to the centre of the block, (x, y) on to a pixel."""
+    """The coefficients (6, ...) of log2 alpha in the `monomials` of x, y, for each Gaussian. With lo = log2 opacity and
+    L = ((l11, l21), (0, l22)), a root of the inverse covariance (L'L = Sigma_2d^-1 / (2 ln 2), see `project`), it is
+    lo - |L (dx + x, dy + y)|^2. (dx, dy) leads from the mean to the centre of the block, (x, y) on to a pixel."""
     u, v = l11 * dx + l21 * dy, l22 * dy  # log2 alpha = lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
     return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
 
@@ -219,7 +220,7 @@ def front_to_back(
     return (alpha * T[:-1]).where(T[1:] > 0, 0.0)
 
 
-# ------------------------------------------------------------------------ 4. Two views and a third
+# ------------------------------------------------------------------------ 4. Two context views and a target
 
 
 class Triplet(NamedTuple):
@@ -243,14 +244,16 @@ def render_target(gaussians, features: Tensor, triplet: Triplet) -> Render:  # f
 # ------------------------------------------------------------------------ 5. The splat operator
 # 04 visits each triplet many times while only the teacher changes. Geometry and masks stay as they are, so the whole
 # way from the context views' tokens x to the target's tokens y is linear: a matrix, computed once a triplet.
-#   Gaussian g has the feature f_g = sum_t u_gt x_t, where only four weights u_gt are not 0 (SnD Eq. 2-3). Pixel p has
+#   Gaussian g has the feature f_g = sum_t u_gt x_t. Only four u_gt are not 0: the weights w_uv of Eq. 3 at its pixel u.
+#   Pixel p sees Gaussian g with the weight w_pg = alpha_k T_k, and its alpha is alpha_p = sum_g w_pg. Its feature is
 #     F_p = sum_g w_pg f_g / alpha_p = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha_p.
 #   The blend (Eq. 4) takes it to F'_p = a_p F_p + (1 - a_p) F_m. F_m is the mean of F over the valid pixels of its mask
 #   m, and a_p is `blend`, but 1 where p is unlabelled.
 #   Token n is y_n = sum_p b_np F'_p over its taps p, where b_np is the weight of a tap, made to sum to 1 over the valid
 #   ones by `over_valid_taps`. All in all,
 #     y = S x + L (M x),  S_nt = sum_p b_np a_p A_pt,  L_nm = sum_{p in m} b_np (1 - a_p),  M_mt = mean_{p in m} A_pt.
-# A mask's mean depends on thousands of tokens, a target token on few masks: so L and M are sparse, but not L M.
+# S, L and M are sparse: a target token has few taps, in few masks, and a context token is seen in few masks. L M is
+# not: it would tie each target token to all the thousands of context tokens that its masks' means are made of.
 
 
 def splat_operator_plainly(
@@ -275,7 +278,7 @@ def splat_operator_plainly(
 
 class SplatOperator(NamedTuple):
     """The same matrix in sparse parts, made by `splat_operator` (workshop): y = operator(x) takes the context views'
-    tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid."""
+    tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid. (The workshop adds `save` and `load`.)"""
 
     S: Tensor  # (N, V*N) sparse, like the next two
     L: Tensor  # (N, masks)
@@ -295,6 +298,10 @@ class SplatOperator(NamedTuple):
 
 # ------------------------------------------------------------------------ rasterize
 # In the shapes below, a step works on B blocks, S Gaussians of the list of each, and the P pixels of a block.
+
+BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
+CHUNK = 32  # Gaussians that one step takes from a block's list
+FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
 
 
 def rasterize(
@@ -326,11 +333,6 @@ def rasterize(
     return Render(image, alpha[..., 0], depth[..., 0])
 
 
-BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
-CHUNK = 32  # Gaussians that one step takes from a block's list
-FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
-
-
 def elements_at_once(like: Tensor) -> int:
     return 2**24 if like.is_cuda else 2**20
 
@@ -338,16 +340,6 @@ def elements_at_once(like: Tensor) -> int:
 def pieces(count: int, size: int) -> list[slice]:
     """0, 1, ... count - 1 in slices of `size`, but at least 1."""
     return [slice(i, i + max(1, size)) for i in range(0, count, max(1, size))]
-
-
-def segment_means(features: Tensor, segment: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The mean of the valid pixels of each segment 0, 1, ... count - 1 (count, C), and which have any (count,)."""
-    bins = segment.where(valid, count).flatten()  # invalid pixels, which may be NaN, go to a row of their own
-    total = features.new_zeros(count + 1, features.shape[-1], dtype=torch.float64)  # float32 loses digits
-    for i, rows in zip(bins.split(2**14), features.flatten(0, 1).split(2**14)):  # a float64 copy of a part at a time
-        total.index_add_(0, i, rows.double())
-    pixels = torch.bincount(bins, minlength=count + 1)[:-1]
-    return (total[:-1] / pixels.clamp(min=1)[:, None]).to(features.dtype), pixels > 0
 
 
 class Precision:  # how many threads are inside `full_precision`, and what was set outside
@@ -384,16 +376,17 @@ def check_arguments(means, covariances, opacities, features, w2c, K, background)
     assert background is None or background.shape == (C,), f"background must be ({C},), a value per channel"
 
 
-def check_operator_arguments(means, index, weight, mask, size):
-    G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
-    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
-    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
-    assert mask is None or mask.shape == size, f"mask must be {size}, not {tuple(mask.shape)}"
+# ------------------------------------------------------------------------ means of instances, taps, checks
 
 
-def companions():
-    """01_data and 02_lift, imported late: part 1 can be copied without them."""
-    return importlib.import_module("01_data"), importlib.import_module("02_lift")
+def segment_means(features: Tensor, segment: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The mean of the valid pixels of each segment 0, 1, ... count - 1 (count, C), and which have any (count,)."""
+    bins = segment.where(valid, count).flatten()  # invalid pixels, which may be NaN, go to a row of their own
+    total = features.new_zeros(count + 1, features.shape[-1], dtype=torch.float64)  # float32 loses digits
+    for i, rows in zip(bins.split(2**14), features.flatten(0, 1).split(2**14)):  # a float64 copy of a part at a time
+        total.index_add_(0, i, rows.double())
+    pixels = torch.bincount(bins, minlength=count + 1)[:-1]
+    return (total[:-1] / pixels.clamp(min=1)[:, None]).to(features.dtype), pixels > 0
 
 
 def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
@@ -407,6 +400,18 @@ def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 TAPS = {"bilinear": bilinear_taps, "area": area_taps}
+
+
+def check_operator_arguments(means, index, weight, mask, size):
+    G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
+    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
+    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
+    assert mask is None or mask.shape == size, f"mask must be {size}, not {tuple(mask.shape)}"
+
+
+def companions():
+    """01_data and 02_lift, imported late: part 1 can be copied without them."""
+    return importlib.import_module("01_data"), importlib.import_module("02_lift")
 
 
 # ------------------------------------------------------------------------ rasterize: projection
@@ -423,7 +428,7 @@ def project(
     y), from there to the mean (x, y), l11, l21, l22, lo. The mean comes in two parts because a float32 that counts
     hundreds of pixels is off by 1e-5.
     """
-    # In float64: in float32 near-equal depths swap places and needles change shape, for errors of 6e-3 instead of 7e-6.
+    # In float64: in float32 near-equal depths swap places and needles change shape: errors of 6e-3 instead of 7e-6.
     # Components come first, (3, G), so that every operation runs over Gaussians that lie side by side in memory.
     means, covariances, opacities, w2c, K = (x.double() for x in (means, covariances, opacities, w2c, K))
     R, size = w2c[:3, :3], K.new_tensor([[width], [height]])
@@ -489,8 +494,8 @@ def reached_pixels(columns: Tensor, height: int, width: int) -> Tensor:
 
 
 class Blocks(NamedTuple):
-    """The pixels to be rasterised, as rows and columns of equal blocks: for a whole view side by side, but the operator
-    also reads views at 2x2 pixels here and there. They may overlap, and reach beyond the view."""
+    """The pixels to be rasterised, as rows and columns of equal blocks. For a whole view they lie side by side; for the
+    operator each has the taps of one token. They may overlap, and reach beyond the view."""
 
     top: Tensor  # (rows,) the first pixel of each row of blocks, ascending
     left: Tensor  # (columns,) and of each column
@@ -525,7 +530,7 @@ def list_lengths(boxes: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def bands_of(pairs: list[int], columns: int, max_pairs: int, max_blocks: int) -> list[tuple[int, int]]:
-    """Cuts rows of blocks with so many `pairs` each into bands [top, bottom) below both limits, or of a single row."""
+    """Cuts rows of blocks, of `pairs` list entries each, into bands [top, bottom) below both limits, or of one row."""
     bands, top = [], 0
     for row in range(1, len(pairs)):
         if sum(pairs[top : row + 1]) > max_pairs or (row + 1 - top) * columns > max_blocks:
@@ -540,7 +545,7 @@ class Band(NamedTuple):
     centre: Tensor  # (2, blocks) x, y in pixels
     start: Tensor  # (blocks + 1,) int64
     lengths: Tensor  # (blocks,) of the lists; on the CPU, so that asking for them makes no GPU wait
-    gaussian: Tensor  # (pairs + 1,) int32; the last one, of no list, stands where a list has ended
+    gaussian: Tensor  # (pairs + 1,) int32; the last entry belongs to no list: it is read where a list has ended
 
 
 class BlockLists:
@@ -626,7 +631,7 @@ class Step(NamedTuple):
     weight: Tensor  # (S, B, P) w = alpha T
     # For the backward pass:
     light: Tensor | None = None  # (B, P) T before the first of them
-    opaque: tuple | None = None  # (k, b), n of each, or everything: where Gaussians may have been clamped
+    opaque: tuple | None = None  # indices (n,), (n,) into S and B where alpha may have been clamped, or `...`: all
     clamped: Tensor | None = None  # (n, P) where they were
 
 
@@ -645,7 +650,7 @@ def walk(
     queue = queue[: int((band.lengths > 0).sum())].to(device)
     ahead = torch.arange(CHUNK, device=device)
     buffer = table.new_empty(CHUNK * min(slots, len(queue)) * P)
-    # To ask which blocks are finished makes a GPU wait: there, every 8 steps. Until then their weights are 0.
+    # Asking which blocks are finished makes a GPU wait: it is done every 8 steps there. Until then their weights are 0.
     patience, taken = min(8, -(-int(band.lengths.max()) // CHUNK)) if table.is_cuda else 1, 0
     blocks = at = queue[:0]
     light = table.new_empty(0, P)
@@ -711,11 +716,11 @@ def all_channels(
 
 
 def gradients(lists: BlockLists, max_elements, saved, grads, needed):
-    """dL/d table, few and many of `Composite`. Where geometry is frozen, the table needs none, which saves most."""
+    """dL/d table, few and many of `Composite`. With frozen geometry the table needs none, which saves most time."""
     (table, features, *images), (geometry, _, many), shape = saved, needed, lists.blocks.shape
     E, C = table.shape[1] - 8, features.shape[1]
     pixels = math.log(2) * monomials(shape, table)
-    # Of the whole row, geometry and few. index_add_ is twice as fast from 16 columns on, 20 times slower with int32.
+    # For geometry and `few`. index_add_ is twice as fast with 16 columns or more, and 20 times slower with int32.
     grad_row = table.new_zeros(len(table), max(16, 8 + E))
     grad_features = torch.zeros_like(features) if many else None
     for band in lists:
@@ -884,7 +889,7 @@ def row_weights(kept, sums: Tensor, max_elements: int):
 
 def sums_by_row(share: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """The different rows that each block's pixels count for (blocks, R), and the matrices (blocks, R, P) that sum
-    share_p over each. A block of fewer than R rows names its first one again, for sums of nothing."""
+    share_p over each. A block of fewer than R rows repeats its first row, with sums over no pixel."""
     ordered, place = row.sort(1)
     first_of_its_row = ordered.diff(dim=1, prepend=ordered[:, :1]) != 0
     nth = torch.empty_like(row).scatter_(1, place, first_of_its_row.cumsum(1))  # which of the block's rows it is
@@ -930,8 +935,8 @@ def load_operator(path: str | Path) -> SplatOperator:
     except (SafetensorError, OSError) as error:
         about = {"format": f"a damaged file: {error}"}
     if about.get("format") != OPERATOR_FORMAT:
-        found = f"{about.get('format')!r} where {OPERATOR_FORMAT!r} is read"
-        raise ValueError(f"{path}: {found}; remove it, it can be computed again")
+        found = f"not {OPERATOR_FORMAT!r} but {about.get('format')!r}"
+        raise ValueError(f"{path}: {found}; remove it, and it will be computed again")
     try:
         tokens, masks, matrices = int(about["tokens"]), len(stored["M.count"]), []
         for name, columns in zip("SLM", (tokens, masks, tokens)):
@@ -946,7 +951,7 @@ def load_operator(path: str | Path) -> SplatOperator:
             raise ValueError("valid does not fit")
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: no splat operator ({reason}); remove it, it can be computed again") from None
+        raise ValueError(f"{path}: not a splat operator ({reason}); remove it, and it will be computed again") from None
     return SplatOperator(*matrices, stored["valid"])
 
 
@@ -984,7 +989,7 @@ def save_ply(
     means, cov, opacity, colours = (x.detach().cpu().double().numpy() for x in parts)
     assert colours.shape == means.shape, f"colours must be (G, 3) like the means, not {colours.shape}"
     variance, axes = np.linalg.eigh(cov)
-    axes[..., 0] *= np.sign(np.linalg.det(axes))[:, None]  # a reflected frame has no quaternion; an axis has no sign
+    axes[..., 0] *= np.sign(np.linalg.det(axes))[:, None]  # reflections have no quaternion: flip an axis
     opacity = opacity.clip(1e-6, 1 - 1e-6)
     logit, log_scale = np.log(opacity / (1 - opacity))[:, None], 0.5 * np.log(variance.clip(1e-20))
     normals, harmonics = 0 * means, (colours - 0.5) / SH_C0
@@ -994,7 +999,7 @@ def save_ply(
     companions()[0].write_whole(path, "\n".join(header).encode() + table.astype("<f4").tobytes())
 
 
-# ------------------------------------------------------------------------ two views and a third
+# ------------------------------------------------------------------------ two context views and a target
 
 
 def name_of(scene, indices) -> str:
@@ -1039,7 +1044,7 @@ def psnr(guess: Tensor, truth: Tensor) -> float:  # of values in [0, 1]
 @torch.no_grad()
 def geometry_carries(gaussians, colours: Tensor, triplet: Triplet) -> tuple[float, float]:
     """The PSNR of the splatted context colours (G, 3) against the target, and that of the target's mean colour, where
-    the Gaussians cover it. A geometry carries only where the first is the larger one."""
+    the Gaussians cover it. A geometry is of use only where the first is the larger one."""
     image, covered = divide_by_alpha(render_target(gaussians, colours, triplet))
     truth = triplet.images[2].permute(1, 2, 0)
     if not covered.any():
@@ -1061,12 +1066,12 @@ def warning_of(scores: list[tuple[float, float]]) -> str | None:
 # ------------------------------------------------------------------------ pictures and the command
 
 
-def between(a: Tensor, b: Tensor, count: int) -> Tensor:
+def flight_path(a: Tensor, b: Tensor, count: int) -> Tensor:
     """Camera poses (count, 4, 4) from c2w `a` to `b` (4, 4) and back, slow at both ends, so that the film can loop."""
     data, _ = companions()
     t = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(count) / count)[:, None]
     q, p = rotation_to_quaternion(torch.stack([a, b])[:, :3, :3].double().cpu().numpy())
-    p = p if q @ p > 0 else -p  # p and -p are one rotation; from here to the nearer one
+    p = p if q @ p > 0 else -p  # p and -p are the same rotation: take the one nearer to q
     poses = torch.eye(4).repeat(count, 1, 1)
     poses[:, :3, :3] = torch.from_numpy(data.rotation_of((1 - t.double().numpy()) * q + t.double().numpy() * p))
     poses[:, :3, 3] = (1 - t) * a[:3, 3].cpu() + t * b[:3, 3].cpu()
@@ -1079,13 +1084,13 @@ def fly(scenes, args) -> Path:
     from PIL import Image
 
     data, lift = companions()
-    scene, net = scenes[0], lift.load_mvsplat(args.mvsplat).to(args.device)
-    indices = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed))
+    (scene, indices), = data.held_out_triplets(scenes, args.seed, count=1)
+    net = lift.load_mvsplat(args.mvsplat).to(args.device)
     t = load_triplet(scene, indices, data.fit_size(scene, args.pixels, 16), args.device)
     gaussians, colours = reconstruct("mvsplat", t, net)
     height, width = t.images.shape[-2:]
-    frames, zoom = [], max(1, round(640 / width))  # enlarged only now: seen closer, Gaussians are a grid of dots
-    for pose in tqdm(between(*t.c2w[:2], 48), desc="flight", leave=False):
+    frames, zoom = [], max(1, round(640 / width))  # enlarged afterwards: drawn larger, Gaussians are a grid of dots
+    for pose in tqdm(flight_path(*t.c2w[:2], 48), desc="flight", leave=False):
         view = t._replace(c2w=torch.stack([*t.c2w[:2], pose]))
         pixels = (render_target(gaussians, colours, view).features.clamp(0, 1) * 255).byte().cpu().numpy()
         frames.append(Image.fromarray(pixels).resize((zoom * width, zoom * height), Image.BICUBIC))
@@ -1101,25 +1106,23 @@ def novel_view(scene, indices, vit, net, args):
     data, lift = companions()
     size = data.fit_size(scene, args.pixels, vit.patch)
     t, grid = load_triplet(scene, indices, size, args.device, "files"), tuple(side // vit.patch for side in size)
-    truth = t.images[2].permute(1, 2, 0)
-    tokens = vit(t.images[:2]).patches
-    features = torch.cat([lift.mask_aware_upscale(x, mask, grid).flatten(0, 1) for x, mask in zip(tokens, t.masks)])
-    images, covered = {}, {}
+    truth, tokens = t.images[2].permute(1, 2, 0), vit(t.images[:2]).patches
+    images, covered = {}, {}  # of each geometry, colours and features in one image (H, W, 3 + C)
     for name in ("mvsplat", "depth")[: 2 if t.depth is not None else 1]:
         gaussians, colours = reconstruct(name, t, net)
-        image, covered[name] = divide_by_alpha(render_target(gaussians, torch.cat([colours, features], 1), t))
-        images[name], rendered = image[..., :3], image[..., 3:] if name == "mvsplat" else rendered
-    seen = covered["mvsplat"]
+        features = torch.cat([colours, lift.lift_features(gaussians, tokens, t.masks, grid).features], 1)
+        images[name], covered[name] = divide_by_alpha(render_target(gaussians, features, t))
+    seen, rendered = covered["mvsplat"], images["mvsplat"][..., 3:]
     everywhere = torch.stack(list(covered.values())).all(0)
     if not everywhere.any():
         raise ValueError(f"{scene.name}: the splatted views cover nothing of the target; "
                          f"depth range taken: {scene.depth_range}")
-    scores = {name: psnr(image[everywhere], truth[everywhere]) for name, image in images.items()}
+    scores = {name: psnr(image[everywhere][:, :3], truth[everywhere]) for name, image in images.items()}
     scores["mean colour"] = psnr(truth[everywhere].mean(0), truth[everywhere])
     blended = semantic_blend(rendered, t.masks[2], valid=seen)
     basis = lift.pca_basis(rendered[seen])
-    colours = [images[name].permute(2, 0, 1) * covered[name] for name in images] + [None] * (2 - len(images))
-    return [*t.images, *colours, *(lift.pca_colours(f, basis) * seen for f in (rendered, blended))], scores
+    splatted = [images[n][..., :3].permute(2, 0, 1) * covered[n] for n in images] + [None] * (2 - len(images))
+    return [*t.images, *splatted, *(lift.pca_colours(f, basis) * seen for f in (rendered, blended))], scores
 
 
 def show(scenes, args) -> None:
@@ -1127,9 +1130,7 @@ def show(scenes, args) -> None:
     data, lift = companions()
     vit, net = lift.load_vit(args.model).to(args.device), lift.load_mvsplat(args.mvsplat).to(args.device)
     rows, scores = [], []
-    for n in range(4):
-        scene = scenes[n % min(4, len(scenes))]
-        indices = data.sample_triplet(scene, torch.Generator().manual_seed(args.seed + n))
+    for scene, indices in data.held_out_triplets(scenes, args.seed):
         row, score = novel_view(scene, indices, vit, net, args)
         rows, scores = rows + [row], scores + [score]
     headings = ["context", "context", "target view", "by mvsplat", "by measured depth", "features (PCA)", "blended"]
@@ -1137,27 +1138,22 @@ def show(scenes, args) -> None:
     mean = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0] if all(name in s for s in scores)}
     baseline = mean.pop("mean colour")
     answer = ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
-    print(f"psnr where all cover the target: {answer} (mean colour {baseline:.1f})  ->  {path}")
+    print(f"psnr where every geometry covers the target: {answer} (mean colour {baseline:.1f})  ->  {path}")
     if warning := warning_of([(score["mvsplat"], score["mean colour"]) for score in scores]):
         print(warning)
 
 
-def parse(argv):
+def main(argv=None):
     data, _ = companions()
     parser = argparse.ArgumentParser(description="Splat two views into a third: a picture, or a flight.")
     data.scene_flags(parser, "out/03_splat", view_memory=0)
     parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny', a published name, a file or folder")
     parser.add_argument("--mvsplat", default="tiny", help="MVSplat weights: 'tiny', re10k.ckpt, or fine-tuned by 04")
-    parser.add_argument("--flight", action="store_true", help="animated, between two views of a held-out scene")
+    parser.add_argument("--flight", action="store_true", help="instead, an animated flight between two held-out views")
     parser.add_argument("--pixels", type=data.positive, default=96 * 128, help="pixels a view; fewer need less memory")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args, (data, _) = parse(argv), companions()
-    with data.explained(args, "the same command begins again"):
+    args = parser.parse_args(argv)
+    with data.explained(args, "the same command starts again"):
         scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
-        scenes = data.split(scenes, "val") or scenes
         if args.flight:
             print(f"a flight  ->  {fly(scenes, args)}")
         else:

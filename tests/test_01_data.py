@@ -930,6 +930,7 @@ INFO = ("m_colorWidth = 64\nm_colorHeight = 48\nm_calibrationColorIntrinsic = 60
     ("camera-intrinsics.txt", "30 0 16\n0 31 12\n0 0 1", None),
     ("../camera-intrinsics.txt", "30 0 16\n0 31 12\n0 0 1", None), ("../info.txt", INFO, None),
     ("info.txt", INFO, None), ("camera-intrinsics.txt", "f = 30", "nine numbers"),
+    ("camera-intrinsics.txt", "30", "nine numbers"),
     ("intrinsic_color.txt", "30 0 16 0\n0 31 12 0\n0 0 1 0\n0 0 0 1", None),
     ("camera-intrinsics.txt", "60 0 32\n0 62 24\n0 0 1", "32x24.*64x48"), (None, "", "32x24.*camera-intrinsics.txt"),
     ("camera-intrinsics.txt", "0 0 16\n0 31 12\n0 0 1", "singular")])
@@ -1084,6 +1085,12 @@ def test_split_holds_scenes_out():
     with pytest.raises(AssertionError):
         data.split([], "test")
     assert [data.held_out_views(range(n)) for n in (1, 2, 3, 12)] == [[0], [1], [2], [2, 10]]
+
+
+def test_no_contexts_are_shown_twice(monkeypatch, rooms):
+    drawn = iter([(0, 1, 2), (1, 0, 2), (0, 2, 1), *[(2, 0, 1)] * 20])
+    monkeypatch.setattr(data, "sample_triplet", lambda *_: next(drawn))
+    assert [indices[:2] for _, indices in data.held_out_triplets(rooms[:1], seed=0)] == [(0, 1), (0, 2)]
 
 
 @pytest.mark.parametrize("least, widest", [*data.LEVELS, (0.85, 0.3)])

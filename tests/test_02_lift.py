@@ -862,12 +862,6 @@ def test_a_bomb_is_not_unpacked_and_torchscript_not_run(tmp_path):
 # ------------------------------------------------------------------------ the command
 
 
-def test_no_pair_comes_twice(monkeypatch, rooms):
-    drawn = iter([(0, 1, 2), (1, 0, 2), (0, 2, 1), *[(2, 0, 1)] * 20])
-    monkeypatch.setattr(data, "sample_triplet", lambda *_: next(drawn))
-    assert [pair[1:] for pair in lift.held_out_pairs(rooms[:1], seed=0)] == [(0, 1), (0, 2)]
-
-
 def test_the_command_finds_depth_in_rooms_it_has_not_seen_and_writes_what_it_names(tmp_path, capsys):
     data.make_rooms(tmp_path / "data", scenes=4, views=8, seed=1)  # the weights were trained on rooms of seed 0
     out = tmp_path / "out"

@@ -751,6 +751,6 @@ def test_a_flight_takes_the_shorter_way():
     turn = lambda degrees: torch.linalg.matrix_exp(math.radians(degrees) * about_y)
     a, b = torch.eye(4), torch.eye(4)
     a[:3, :3], b[:3, :3], b[0, 3] = turn(-80), turn(-100), 2.0  # the largest entry of their quaternions differs
-    poses = splat.between(a, b, 4)
+    poses = splat.flight_path(a, b, 4)
     assert error(poses, [a, poses[1], b, poses[1]]) < 1e-6 and error([poses[1, :3, :3]], [turn(-90)]) < 1e-6
     assert poses[1, 0, 3] == pytest.approx(1.0)

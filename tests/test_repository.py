@@ -44,6 +44,14 @@ def test_a_stage_is_copied_with_what_its_header_names(stage, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before  # nothing written by an import
 
 
+def test_the_first_stage_works_alone(tmp_path):
+    copy_to(tmp_path, "01_data.py")
+    rooms = "--rooms 3 --views 3 --size 24 32 --scene_dir rooms".split()
+    done = subprocess.run([sys.executable, "-B", "01_data.py", *rooms], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "room_000" in done.stdout and "3 scenes" in done.stdout
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_needs_neither_data_nor_weights(stage, tmp_path):
     for file in ROOT.glob("0*_*.py"):
