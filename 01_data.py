@@ -1530,8 +1530,7 @@ def show_triplets(scene, triplets, path):
         pictures = [None if v.depth is None else colour_depth(v.depth, together) for v in targets]
         columns.append((f"depth: {near:.3g} bright, {far:.3g} dark", pictures))
     if any(target.normal is not None for target in targets):
-        axes = torch.tensor([1.0, -1, -1])  # red right, green up, blue towards the camera
-        pictures = [None if v.normal is None else ((v.normal * axes + 1) / 2).permute(2, 0, 1) for v in targets]
+        pictures = [None if v.normal is None else colour_normals(v.normal) for v in targets]
         columns.append(("its normals", pictures))
     below = lambda width: camera_plan(scene, triplets, width)
     headings, pictures = zip(*columns)
@@ -1558,12 +1557,15 @@ def describe_levels(scene) -> str:
     """A sentence: how many targets have contexts on which of LEVELS. Of many targets, fifty are looked at."""
     targets = range(0, len(scene), math.ceil(len(scene) / 50))
     levels = [best_pairs(scene, target)[0] for target in targets]
-    parts = [f"{levels.count(n)} at overlap {least:g} and baseline {widest:g}"
-             for n, (least, widest) in enumerate(LEVELS) if n in levels]
-    parts += [f"{levels.count(None)} have none"] if None in levels else []
     poor = sum(level is None or level > 1 for level in levels) > len(levels) / 2
     advice = "; warning: most views are far apart, and two of them tell little: add views in between" if poor else ""
-    return f"contexts of {len(targets)} targets: " + ", ".join(parts) + advice
+    return f"contexts of {len(targets)} targets: {in_levels(levels)}{advice}"
+
+
+def in_levels(levels) -> str:  # of `best_pairs`: how many targets have contexts on which of LEVELS
+    parts = [f"{levels.count(n)} at overlap {least:g} and baseline {widest:g}"
+             for n, (least, widest) in enumerate(LEVELS) if n in levels]
+    return ", ".join(parts + [f"{levels.count(None)} have none"] * (None in levels))
 
 
 def main(argv=None):

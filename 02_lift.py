@@ -195,7 +195,7 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         self.patch, self.dim, self.heads, self.grid = patch, dim, heads, grid
-        self.mlp_ratio, self.swiglu = mlp_ratio, swiglu
+        self.mlp_ratio, self.swiglu, self.registers = mlp_ratio, swiglu, registers
         self.positions = positions or ("antialiased" if registers else "scale")  # else as in Meta's code
         self.checkpointing = False  # True: the backward pass computes each block again, which saves most of its memory
         self.patch_embed = PatchEmbed(patch, dim)  # (workshop) a convolution whose stride is its size
@@ -209,7 +209,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tokens:
         """images (B, 3, H, W) in [0, 1], sides multiples of the patch -> tokens after the final norm."""
         x = self.embed(images)  # (B, 1 + N, C)
-        R = 0 if self.register_tokens is None else self.register_tokens.shape[1]
+        R = self.registers
         if R:  # registers have no position, and go between the class token and the patches
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
         for block in self.blocks:
@@ -1017,14 +1017,13 @@ def save_vit(model: VisionTransformer, folder):
     for key, value in model.state_dict().items():
         names = stored_names(key, "transformers")
         state.update({name: part.clone() for name, part in zip(names, value.chunk(len(names)))})
-    registers = 0 if model.register_tokens is None else model.register_tokens.shape[1]
-    kind = ("dinov2_with_registers", "Dinov2WithRegistersModel") if registers else ("dinov2", "Dinov2Model")
+    kind = ("dinov2_with_registers", "Dinov2WithRegistersModel") if model.registers else ("dinov2", "Dinov2Model")
     config = dict(
         model_type=kind[0], architectures=[kind[1]], hidden_size=model.dim, num_hidden_layers=len(model.blocks),
         num_attention_heads=model.heads, mlp_ratio=model.mlp_ratio, patch_size=model.patch,
         image_size=model.grid * model.patch, num_channels=3, hidden_act="gelu", layer_norm_eps=1e-6, qkv_bias=True,
         use_swiglu_ffn=model.swiglu, positions=model.positions, torch_dtype="float32",
-        **({"num_register_tokens": registers} if registers else {}))
+        **({"num_register_tokens": model.registers} if model.registers else {}))
     save_tensors(Path(folder) / "model.safetensors", state)
     importlib.import_module("01_data").write_whole(Path(folder) / "config.json", json.dumps(config, indent=1).encode())
 

@@ -1081,8 +1081,6 @@ def flight_path(a: Tensor, b: Tensor, count: int) -> Tensor:
 @torch.no_grad()
 def fly(scenes, args) -> Path:
     """Between the two context views of a held-out triplet and back, as an animated WebP picture."""
-    from PIL import Image
-
     data, lift = companions()
     (scene, indices), = data.held_out_triplets(scenes, args.seed, count=1)
     net = lift.load_mvsplat(args.mvsplat).to(args.device)
@@ -1092,8 +1090,8 @@ def fly(scenes, args) -> Path:
     frames, zoom = [], max(1, round(640 / width))  # enlarged afterwards: drawn larger, Gaussians are a grid of dots
     for pose in tqdm(flight_path(*t.c2w[:2], 48), desc="flight", leave=False):
         view = t._replace(c2w=torch.stack([*t.c2w[:2], pose]))
-        pixels = (render_target(gaussians, colours, view).features.clamp(0, 1) * 255).byte().cpu().numpy()
-        frames.append(Image.fromarray(pixels).resize((zoom * width, zoom * height), Image.BICUBIC))
+        picture = data.to_image(render_target(gaussians, colours, view).features.permute(2, 0, 1))
+        frames.append(picture.resize((zoom * width, zoom * height)))  # bicubic
     buffer, path = io.BytesIO(), Path(args.out) / "flight.webp"
     frames[0].save(buffer, "webp", save_all=True, append_images=frames[1:], duration=80, loop=0, quality=80)
     data.write_whole(path, buffer.getvalue())

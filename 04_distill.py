@@ -3,7 +3,7 @@
 Paper   Splat and Distill (SnD) Sec. 3.1-3.5, Eq. 1-5, Table 5, Appendix A.3.
 In      posed views (01_data), a pretrained ViT and a geometry (02_lift). Masks are optional: superpixels stand in.
 Out     out/04_distill/: student/ (a Hugging Face DINOv2 folder with a model card), log.jsonl, pictures, checkpoints.
-Run     python 04_distill.py --preset tiny            built-in rooms, no downloads: about 4 minutes on a 2-core CPU
+Run     python 04_distill.py --preset tiny            built-in rooms, no downloads: 3 minutes on a 2-core CPU
         python 04_distill.py --scene_dir my_scene     your own posed images; on a CUDA machine in the paper's setting
         python 04_distill.py --finetune_geometry 40000 --mvsplat re10k.ckpt     as the paper: MVSplat is adapted first
         python 04_distill.py --resume                 goes on after a kill, from the last checkpoint
@@ -12,8 +12,8 @@ Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py tiny/rooms.py tiny/vit.s
 Read    DINOHead, distill_loss, LoRALinear, add_lora, Network, ema_update, networks_of, lift_weights, splat_features,
         Sample, objective, learn, distil, set_rates
 Try     --preset tiny alone: matching of held-out views 58.5 -> 69.3 %, effective rank of the tokens 99 -> 91; then
-        --target image --no_blend --upscale bilinear: 59.3 %. There the teacher sees the target itself, jittered:
-        neither 3D nor masks. docs/study.md tells what each of the two brings.
+        --target image --no_blend --upscale bilinear: 59.3 %. Here the teacher sees the target itself, its colours
+        jittered, without 3D and without masks. docs/study.md tells what each of the two brings.
         --no_blend: 69.2 %, rank 95. Blending adds nothing to matching, and makes the tokens of an object alike.
 Not     centering or temperature schedules (the paper has none either); the head is not sharded over GPUs.
 Words   context views: the two that the teacher sees and that are splatted; target view: what the student sees.
@@ -37,7 +37,7 @@ import os
 import signal
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -149,13 +149,16 @@ def ema_update(teacher, student, momentum):
 
 
 def networks_of(args):
-    """-> the pretrained ViT, which is kept to compare with; student, teacher, and the student's optimiser."""
+    """-> the pretrained ViT, which is kept to compare with; student, teacher, and the student's optimiser.
+
+    `args` are the flags. SETTINGS, near the end of the file, says what they mean and gives the paper's values.
+    """
     # Differs: the paper trains adapters; preset `tiny`, whose ViT has 1.9 million parameters, trains the whole ViT
     # (--full_finetune), which gains more in 200 steps (docs/study.md).
     before = lift.load_vit(args.model).to(args.device)
-    torch.manual_seed(args.seed)  # set here, as loading may draw random numbers
+    torch.manual_seed(args.seed)  # set here, as loading may draw random numbers. Below, alpha = rank: a factor of 1
     vit = copy.deepcopy(before) if args.full_finetune else add_lora(copy.deepcopy(before), args.rank, args.rank)
-    vit.mask_token.requires_grad_(False)  # takes no part
+    vit.mask_token.requires_grad_(False)  # not used
     head = None
     if args.loss == "distill":
         head = DINOHead(before.dim, args.hidden, args.bottleneck, args.prototypes)
@@ -225,7 +228,8 @@ class Sample(NamedTuple):
 
 
 def objective(student, teacher, seen: Tensor, goal: Tensor, args):
-    """-> the loss of the student's tokens (N, C) against the teacher's splatted ones (N, C), and the teacher's entropy.
+    """-> the loss of the student's valid tokens (M, C) against the teacher's splatted ones (M, C), and the teacher's
+    entropy.
 
     Cross-entropy is the teacher's entropy plus KL. No student can lower the first; the log has the second as `kl`.
     """
@@ -244,7 +248,8 @@ def objective(student, teacher, seen: Tensor, goal: Tensor, args):
 def learn(batch: list[Sample], student, teacher, args) -> list[float]:
     """Sec. 3.2-3.5: adds the gradient of the batch's mean loss to the student's parameters.
 
-    -> the means of loss, teacher's entropy and share of valid tokens. Samples take turns, as memory is for one.
+    -> the means of loss, teacher's entropy and share of valid tokens. The samples are processed one by one, so memory
+    is needed for one.
     """
     autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
     measured = []
@@ -257,7 +262,7 @@ def learn(batch: list[Sample], student, teacher, args) -> list[float]:
             seen = student(sample.target)[0]  # Sec. 3.5: the student sees the target image alone
         # Differs: the official code sets invalid tokens to 0 on both sides and keeps them in the mean; here they leave
         # the loss.
-        at = valid.nonzero()[:, 0]  # of none at all the loss is 0
+        at = valid.nonzero()[:, 0]  # where there is none, the loss is 0
         loss, entropy = objective(student, teacher, seen[at], goal[at], args)
         (loss / len(batch)).backward()
         measured.append(torch.stack([loss.detach(), entropy, valid.float().mean()]))
@@ -267,8 +272,10 @@ def learn(batch: list[Sample], student, teacher, args) -> list[float]:
 def distil(batches, student, teacher, optimiser, judged, run, args):
     """Sec. 3.1: the student learns from the teacher, and the teacher follows the student.
 
-    `batches` gives for each step the names of its triplets, and their Samples; of several processes, this one's share.
-    `run` (workshop) counts the steps and keeps log and checkpoints. `judged` are held-out triplets.
+    `batches` yields for each step the names of its triplets, and those of their Samples that this process learns from.
+    `run` (workshop) counts the steps and keeps log and checkpoints. `judged` are held-out triplets; `agreement`
+    (workshop) measures matching on them. `averaged` and `average_gradients` matter only where torchrun runs several
+    processes.
     """
     for step, (names, batch) in zip(run, batches):
         set_rates(optimiser, step, args.max_steps)
@@ -306,7 +313,8 @@ def run_distillation(args, rank=0, world=1):
     count = min(args.triplets, args.max_steps * args.batch)
     triplets = draw_triplets(scenes, count, args.seed, args.target == "context")
     if not rank:
-        say_levels(triplets)
+        levels = [data.best_pairs(scene, target)[0] for scene, (*_, target) in triplets]
+        print(f"{count} triplets: {data.in_levels(levels)}")
     source.make_missing(triplets, run)
     judged = judged_triplets(source, heldout)
     start = agreement(before, judged)
@@ -339,18 +347,18 @@ def blocked_loss(
     x: Tensor,  # (N, E) student's embeddings
     W: Tensor,  # (P, E) its prototypes
     y: Tensor,  # (N, E) teacher's
-    V: Tensor,  # (P, E)
+    W_teacher: Tensor,  # (P, E)
     tau_student: float,
     tau_teacher: float,
     max_elements: int = 2**24,  # of a block of logits
 ):
-    """`distill_loss` of the logits x W' and y V', a block of tokens at a time, and the teacher's entropy.
+    """`distill_loss` of the two heads' logits, a block of tokens at a time, and the teacher's entropy.
 
     No (N, P) tensor ever exists, which would take 0.7 GB at the paper's size: the backward pass computes each block's
     logits again.
     """
     def one(x, y, W):
-        goal = y @ V.T
+        goal = y @ W_teacher.T
         with torch.no_grad():
             entropy = distill_loss(goal, goal, tau_teacher, tau_teacher)
         return distill_loss(x @ W.T, goal, tau_student, tau_teacher), entropy
@@ -388,8 +396,8 @@ def prepare(args, rank=0, world=1):
     source = Source(scenes, args, lift.load_vit(args.model).patch)
     if world > 1 and not rank:
         dist.barrier()
-    train, measured, source.kind = hold_out(scenes, args.heldout, args.seed, whole)
-    return train, measured, source
+    train, heldout, source.kind = hold_out(scenes, args.heldout, args.seed, whole)
+    return train, heldout, source
 
 
 def say_whose_cameras(scene_dir):
@@ -397,18 +405,15 @@ def say_whose_cameras(scene_dir):
     file = Path(scene_dir) / "transforms.json"
     agreement = json.loads(file.read_text()).get("agreement") if file.exists() else None
     if agreement:
-        found, still = agreement  # of neighbouring photos through these cameras, and as if no camera had moved
-        trust = "do not trust them" if found < still + 0.02 else "they explain the photos"
-        print(f"{scene_dir}: its cameras were estimated from photos, {trust} (neighbouring photos agree to "
-              f"{100 * found:.0f} % through them, to {100 * still:.0f} % if no camera had moved)")
+        good, why = trust(agreement)
+        print(f"{scene_dir}: its cameras were estimated from photos, "
+              f"{'they explain the photos' if good else 'do not trust them'} ({why})")
 
 
-def say_levels(triplets):
-    """How good the contexts are that `sample_triplet` has found: it asks for less where there are no better ones."""
-    levels = Counter(data.best_pairs(scene, target)[0] for scene, (*_, target) in triplets)
-    parts = [f"{levels[n]} with an overlap from {100 * least:.0f} % and a baseline below {widest:g} of the depth"
-             for n, (least, widest) in enumerate(data.LEVELS) if levels[n]]
-    print(f"{len(triplets)} triplets: {', '.join(parts)}")
+def trust(agreement):  # of cameras that 06 has estimated -> whether to trust them, and why
+    found, still = agreement  # of neighbouring photos through these cameras, and as if no camera had moved
+    return found >= still + 0.02, (f"neighbouring photos agree to {100 * found:.0f} % through them, and to "
+                                   f"{100 * still:.0f} % if no camera had moved")
 
 
 MAX_FEATURES = 2**27  # numbers, 0.5 GB: the features of all Gaussians that are splatted at a time
@@ -447,8 +452,8 @@ def has_triplet(scene, targets=None) -> bool:
 def hold_out(scenes, count, seed, whole=None):
     """-> training scenes, triplets [(scene, indices)] to measure on, and what to call them: held-out or training.
 
-    Held out are the scenes of the part `val`, of a single scene every eighth view as a target, as in 05_probe.py.
-    `whole` are the scenes as they were read, where not all of their views can be used.
+    The scenes of the part `val` are held out; of a single scene, every eighth view is (as a target), as in 05_probe.py.
+    `whole`: the scenes as they were read, if views without depth have been left out of `scenes`.
     """
     whole = whole or scenes
     hidden = {(scene.name, frame.name) for scene in data.split(whole, "val") for frame in scene.frames}
@@ -467,7 +472,7 @@ def hold_out(scenes, count, seed, whole=None):
     if not usable:
         raise data.DataError(f"{scenes[0].name}: no three views overlap with a usable baseline; add views in between")
     if not train or not places:
-        print(f"{usable[0].name}: too few views to hold any out; what is measured below are training views")
+        print(f"{usable[0].name}: too few views to hold any out; those measured below are training views")
         train, places, kind = usable, [(scene, None) for scene in usable], "training"
     generator, found = torch.Generator().manual_seed(1000 + seed), []
     for n in range(4 * count):  # distinct triplets, fewer than `count` where the scenes have no more
@@ -562,7 +567,7 @@ class Source:
             return splat.SplatOperator.load(path).to(self.args.device)
         t = self.load(scene, indices)
         triplet_operator(self.reconstruct(t), t, self.grid(t), *self.steps).save(path)
-        return splat.SplatOperator.load(path).to(self.args.device)  # rounded as all are, or resuming were not exact
+        return splat.SplatOperator.load(path).to(self.args.device)  # read back: rounded like all others
 
     def make_missing(self, triplets, run):
         """Computes the operators that are not on disk yet; each of torchrun's processes makes its share."""
@@ -573,7 +578,7 @@ class Source:
         for place in tqdm(missing, desc="splat operators", disable=not run.first or not missing):
             self.operator(*place)
         if run.world > 1:
-            dist.barrier()  # all are there before one begins to train
+            dist.barrier()  # no process trains before all operators are there
         size = sum(path.stat().st_size for path in paths)
         print(f"{len(paths)} splat operators, {size / 1e6:.1f} MB, in {self.args.operators}/")
 
@@ -651,8 +656,8 @@ def log_depth_error(gaussians, depth: Tensor, c2w: Tensor) -> Tensor:
 def view_error(gaussians, colours, t: splat.Triplet) -> tuple[Tensor, Tensor]:
     """Mean squared error and 1 - SSIM of the target view, splatted with the colours of the context pixels.
 
-    It is not divided by alpha: a network that hides what it cannot explain must not gain by it. With depth, what no
-    context sees does not count. Without, the whole view does: to leave out what no Gaussian covers would reward holes.
+    Colours are not divided by alpha: else a network would gain by hiding what it cannot explain. Where depth is known,
+    pixels that no context sees are left out. Else all count, as leaving out uncovered pixels would reward holes.
     """
     image = splat.render_target(gaussians, colours, t).features.permute(2, 0, 1)
     where = torch.ones_like(image[0], dtype=torch.bool)
@@ -700,8 +705,8 @@ def train_geometry(source, scenes, heldout, folder):
     load = lambda place: splat.load_triplet(*place, source.sizes[place[0].name], args.device)
     draw = lambda step: load(draw_triplets(scenes, 1, args.seed + step)[0])
     for step, t in zip(run, ahead(draw, range(run.start, own.max_steps))):
-        # Differs: of the optimiser SnD says the number of steps alone; ours is Adam with a short warm-up, cosine decay
-        # and gradients cut to length 0.5.
+        # Differs: SnD gives the number of steps, but no optimiser. Ours is Adam with a short warm-up, cosine decay and
+        # gradients clipped to a norm of 0.5.
         decay = 0.5 * (1 + math.cos(math.pi * step / own.max_steps))
         optimiser.param_groups[0]["lr"] = args.geometry_lr * min(decay, 20 * (step + 1) / own.max_steps)
         optimiser.zero_grad(set_to_none=True)
@@ -713,7 +718,7 @@ def train_geometry(source, scenes, heldout, folder):
         run.log(triplet=t.name, loss=loss.item(), lr=optimiser.param_groups[0]["lr"])
     before = lift.load_mvsplat(args.mvsplat).to(args.device)
     report_geometry({"start": before, "fine-tuned": net.eval()}, map(load, heldout), source.kind, folder)
-    lift.save_tensors(made, net.state_dict())  # the last one, as it says that all of this is done
+    lift.save_tensors(made, net.state_dict())  # written last: that it exists means that fine-tuning is finished
 
 
 @torch.no_grad()
@@ -738,9 +743,9 @@ class Run:
     """`for step in run`: the steps of a training run that can be stopped or killed at any moment, and goes on.
 
     In the folder args.out lie log.jsonl, settings.json and the last two checkpoints. With args.resume it goes on from
-    the newer one that is whole. On a CPU it then comes to the same bits as a run that was never stopped, on CUDA to the
-    same curve to rounding, as sums there change their order from run to run. args.max_steps are the steps in all, and
-    args.save_minutes pass between checkpoints.
+    the newer one that is whole. On a CPU the result has the same bits as that of a run that was never stopped, on CUDA
+    it is the same to rounding, as each run sums in another order. args.max_steps is the number of steps in all, and
+    args.save_minutes the time between checkpoints.
     """
 
     # What may change when a run goes on; all other settings must stay the same.
@@ -841,7 +846,7 @@ class Run:
             import fcntl
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when this process ends
         except BlockingIOError:
-            raise ValueError(f"{self.out}: another run is writing here; wait for its end, or give another "
+            raise ValueError(f"{self.out}: another run is writing here; wait until it ends, or give another "
                              "--out") from None
         except (ImportError, OSError):  # Windows and some network disks have no such lock
             pass
@@ -849,12 +854,12 @@ class Run:
     def find(self):
         """-> (step, tensors) to go on from, or (0, None). Refuses to lose a run that is not finished."""
         found = [path for path in (self.path, self.previous) if path.exists()]
-        whole = [path for path in found if read_run(path)]
+        whole = next(((path, *run) for path in found if (run := read_run(path))), None)
         if found and not whole:
             raise ValueError(f"{found[0]}: not a whole checkpoint; remove it to start again")
-        if not found:
+        if not whole:
             return 0, None
-        path, (step, old, tensors) = whole[0], read_run(whole[0])
+        path, step, old, tensors = whole
         if not self.args.resume and step < old["max_steps"]:
             raise ValueError(f"{path}: a run stopped here at step {step} of {old['max_steps']}; --resume goes on, "
                              "another --out starts afresh, or remove the file")
@@ -866,7 +871,7 @@ class Run:
             raise ValueError(f"{path}: does not fit this run ({odd[0]}); remove it to start again")
         return (step, tensors) if self.args.resume else (0, None)
 
-    def odd_ones(self, tensors):  # -> the names of what this run could not go on from
+    def odd_ones(self, tensors):  # -> names of those that are missing, not finite, or of another shape or type
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         like = self.state() | {f"optimiser.{i}.{moment}": p for i, p in enumerate(parameters)
                                for moment in ("exp_avg", "exp_avg_sq") if f"optimiser.{i}.step" in tensors}
@@ -877,7 +882,7 @@ class Run:
         """Keeps the lines of log.jsonl before the step to go on from; removes what is left of other runs."""
         lines, path = [], self.out / "log.jsonl"
         for line in path.read_text(errors="replace").splitlines() if self.start and path.exists() else []:
-            # What is no line of a log is left out, as the one that was being written when the power went.
+            # Broken lines are left out, for example one that was being written when the power failed.
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 lines += [line] if json.loads(line)["step"] < self.start else []
         half_written = self.out.glob(".*.[0-9]*.[0-9]*")  # by a run that was killed
@@ -938,7 +943,7 @@ def average_gradients(model, world):
 
 
 def few_threads(args):
-    """One thread for preset tiny: its tensors are so small that a second one costs time (40 steps: 23 s, not 19 s)."""
+    """One thread for preset tiny: its tensors are so small that a second one costs time (40 steps: 19 s; two: 23)."""
     if args.preset == "tiny" and args.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
@@ -1100,8 +1105,8 @@ mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.2
 tokens = model(pixel_values=(images - mean) / std).last_hidden_state[:, {skip}:]  # (1, patches, {dim})
 ```
 
-Where a picture has other than {grid}x{grid} patches, transformers interpolates the positions in its own way, which
-moves the tokens by one or two per cent against training (measured with `tiny`).
+For pictures of other than {grid}x{grid} patches, transformers interpolates positions differently from the training
+code, which changes the tokens by one or two per cent (measured with `tiny`).
 """
 
 
@@ -1120,16 +1125,16 @@ def model_card(args, vit, measured, start: Agreement, end: Agreement) -> str:
         licence, rights = "mit", "the project's own, as its start was trained on built-in rooms."
     names = """geometry finetune_geometry masks blend upscale loss target frozen_teacher full_finetune rank lr head_lr
         prototypes momentum ema_every tau_student tau_teacher seed""".split()
-    registers = 0 if vit.register_tokens is None else vit.register_tokens.shape[1]
     return CARD.format(
         **vars(args), licence=licence, rights=rights, release=release, measured=measured, before=row(start),
         after=row(end), scenes=Path(args.scene_dir).name, settings=", ".join(f"{n} {getattr(args, n)}" for n in names),
-        height=20 * vit.patch, width=30 * vit.patch, patch=vit.patch, skip=1 + registers, dim=vit.dim, grid=vit.grid)
+        height=20 * vit.patch, width=30 * vit.patch, patch=vit.patch, skip=1 + vit.registers, dim=vit.dim,
+        grid=vit.grid)
 
 
 @torch.no_grad()
 def heldout_picture(path, before, teacher, after, judged: list[Judged], source):
-    """Rows are held-out targets, as the student before, the teacher's goal and the student after have them.
+    """A row for each held-out target: features by the student before, by the teacher (the goal), by the student after.
 
     Each map is drawn relative to its own mean, all three in one PCA basis. Then the matches, before and after: they are
     what `agreement` counts.
@@ -1185,7 +1190,7 @@ SETTINGS = {  # name: (tiny, the paper's, help)
     "momentum": (0.99, 0.999, "EMA momentum of the teacher"),
     "ema_every": (10, 10, "steps between teacher updates"),
     "tau_student": (0.1, 1.0, "temperature of the student's softmax"),
-    "tau_teacher": (0.05, 1.0, "temperature of the teacher's; lower is sharper, and may collapse"),
+    "tau_teacher": (0.05, 1.0, "the teacher's; a lower one is sharper; too low, and features may collapse"),
     "bf16": (False, True, "the ViTs and the head's MLP in bfloat16")}
 PRESETS = {preset: {name: row[column] for name, row in SETTINGS.items()}
            for preset, column in (("tiny", 0), ("vits", 1), ("vitb", 1))}
@@ -1214,7 +1219,7 @@ def parse(argv):
     add_ablations(parser)
     add("--heldout", type=data.positive, default=24, help="held-out triplets, measured before, during and after")
     add("--eval_every", type=data.positive, help="steps between these measurements; default: six a run")
-    add("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")
+    add("--save_minutes", type=float, default=2.0, help="minutes between checkpoints; 0 writes one after each step")
     flag("--resume", help="go on from the checkpoint in --out")
     return settle(parser.parse_args(argv))
 

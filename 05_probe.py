@@ -11,15 +11,15 @@ Run     python 05_probe.py      the built-in ViT and out/04_distill/student if i
         python 05_probe.py --scene_dir nyuv2/ --models dinov2_vits14 --preset paper --max_depth 10
 Copy    01_data.py 02_lift.py 05_probe.py tiny/rooms.py tiny/vit.safetensors
 Read    depth_metrics, normal_metrics, segmentation_metrics, reprojection_error, Views, Features, LinearHead, fit,
-        expected_depth, sig_loss, depth_probe, angular_loss, normal_probe, segmentation_probe, sample_points, match,
-        nearest_with_ratio, match_pair, correspondence, recall, place_share
+        expected_depth, sig_loss, depth_probe, angular_loss, normal_probe, segmentation_probe, Pair, Matches,
+        sample_points, match, nearest_with_ratio, match_pair, correspondence, recall, place_share
 Try     --no_cls: depth RMSE of the built-in ViT 0.718 -> 0.725 m, so CLS knows a little of the size of a room.
         --layer norm (default: before the last LayerNorm): normals 34.4 -> 35.1 degrees, mIoU 22.8 -> 22.2 %.
         --models tiny+tiny: normals 34.4 -> 34.0 degrees, depth and mIoU a little worse; width alone helps little.
 Not     heads that are not linear, several layers at once, images of several shapes (all are cropped to the first's).
 Words   head: one linear layer on frozen tokens. truth: the measured map, 0 (labels: 255) where it is unknown. Letters:
-        I images, M matches, K intrinsics. "px": pixels of the image. "grid": distances between neighbouring matched
-        points (a patch has 4x4). Place share: how much of the features only says where in the picture one is.
+        I images, M matches, K intrinsics. "px": pixels of the image. "grid": in distances between neighbouring sampled
+        points (4x4 a patch). Place share: how much of the features only says where in the picture one is.
 """
 from __future__ import annotations
 
@@ -91,18 +91,19 @@ def normal_metrics(normal, truth) -> dict:
 
 
 def segmentation_metrics(label, truth, classes) -> dict:
-    """aAcc = % of pixels that are right; per class, IoU = |said and true| / |said or true|; acc = |right| / |true|.
+    """aAcc = % of pixels that are right; per class, IoU = |predicted and true| / |predicted or true| and
+    acc = |right| / |true|.
 
     label, truth (I, H, W) hold ids below `classes`; truth 255 is unknown. Pixels of all images are counted together.
     mIoU is the mean over classes that truth or prediction has, mAcc over those that truth has. Other IoUs are None.
     """
-    right, true, said = torch.zeros(3, classes, dtype=torch.double)  # pixels of each class
+    right, true, predicted = torch.zeros(3, classes, dtype=torch.double)  # pixels of each class
     for guess, t in zip(label, truth):
         guess, t = guess[t != 255].long(), t[t != 255].long()
         right += t[t == guess].bincount(minlength=classes)
         true += t.bincount(minlength=classes)
-        said += guess.bincount(minlength=classes)
-    iou = 100 * right / (true + said - right)  # NaN where neither has the class
+        predicted += guess.bincount(minlength=classes)
+    iou = 100 * right / (true + predicted - right)  # NaN where neither has the class
     scores = dict(aAcc=100 * right.sum() / true.sum(), mIoU=iou.nanmean(), mAcc=(100 * right / true).nanmean())
     return {name: x.item() for name, x in scores.items()} | {"IoU": [None if x.isnan() else x.item() for x in iou]}
 
@@ -158,7 +159,7 @@ class LinearHead(nn.Module):
         super().__init__()
         # Differs: A.4 feeds raw tokens to the head; here they are whitened by the training views (CLS less strongly,
         # as an image has just one). A linear layer can represent the same on both, but learns it in fewer steps.
-        self.patch = Whitening(tokens.patches, floor=0.01)
+        self.patch = Whitening(tokens.patches, floor=0.01)  # (workshop)
         self.cls = Whitening(tokens.cls, floor=1.0)
         self.with_cls = with_cls
         self.linear = nn.Linear(tokens.patches.shape[-1] * (1 + with_cls), channels)
@@ -188,7 +189,7 @@ def fit(name, head: LinearHead, decode, loss, tokens: Features, truth, recipe: R
     """
     head, device = head.to(recipe.device), recipe.device
     generator = torch.Generator().manual_seed(recipe.seed)
-    usable = views_with_truth(truth, unknown)  # their indices
+    usable = views_with_truth(truth, unknown)  # (workshop) indices of the views of which something is known
     read = lambda views, tokens: decode(head(*(x[views].to(device).float() for x in tokens)))
     optimiser = torch.optim.AdamW(head.parameters(), recipe.lr, weight_decay=0.01)
     for step in (bar := tqdm(range(recipe.steps), desc=name, unit="step", leave=False)):
@@ -201,7 +202,7 @@ def fit(name, head: LinearHead, decode, loss, tokens: Features, truth, recipe: R
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         optimiser.step()
-        note_loss(name, step, value.item(), recipe, bar)
+        note_loss(name, step, value.item(), recipe, bar)  # (workshop) stops where it is not finite
 
     @torch.no_grad()
     def predict(tokens):
@@ -278,7 +279,7 @@ def segmentation_probe(tokens: Features, truth, val_tokens: Features, val_truth,
 
     The head has one output for each class of the training views, so what is ignored there can never be predicted.
     """
-    classes = pixels_of_classes(truth).nonzero()[:, 0]  # ids, ascending
+    classes = pixels_of_classes(truth).nonzero()[:, 0]  # (workshop) the ids that occur, ascending
     head = LinearHead(tokens, len(classes), False, recipe.seed)
     decode = lambda scores: resize(scores, truth.shape[1:3])
 
@@ -295,8 +296,22 @@ def segmentation_probe(tokens: Features, truth, val_tokens: Features, val_truth,
 # ------------------------------------------------------------------------ 6. Correspondence
 
 
+class Pair(NamedTuple):
+    a: int  # index into Views
+    b: int
+    angle: float  # degrees that the camera turns between them
+    measured: bool  # both have depth, so errors are exact; else they are distances from epipolar lines
+
+
+class Matches(NamedTuple):
+    a: Tensor  # (M, 2) pixels of view a
+    b: Tensor  # (M, 2) pixels of view b
+    error: Tensor  # (M,) pixels
+    by_chance: Tensor  # (M,) the same when the matched points are paired at random
+
+
 def sample_points(tokens: Tensor, depth: Tensor):
-    """Points where features are matched, four a patch's side: pixel centres (M, 2) x y, features (M, C), depth (M,).
+    """The points at which features are matched, 4x4 a patch: pixel centres (M, 2) x y, features (M, C), depth (M,).
 
     tokens (h, w, C); depth (H, W): points where it is 0 are left out. A feature is interpolated between patch centres,
     at the very pixel whose depth is taken.
@@ -337,8 +352,9 @@ def nearest_with_ratio(a: Tensor, b: Tensor):
 def match_pair(tokens: Features, views: Views, pair: Pair, device) -> Matches:
     """Match the views pair.a and pair.b; pair.measured says whether both have depth. -> Matches: pixels a and b (M, 2),
     their error (M,) and by_chance (M,), the error of the same points paired at random. Without depth, the error is the
-    distance from the epipolar line (workshop), which is never the larger one."""
-    points_a, features_a, depth = points_to_match(pair.a, tokens, views, pair, device)  # `sample_points` of a view
+    distance from the epipolar line (workshop), which is at most the true error."""
+    # `points_to_match` (workshop) is `sample_points` of a view of the pair.
+    points_a, features_a, depth = points_to_match(pair.a, tokens, views, pair, device)
     points_b, features_b, _ = points_to_match(pair.b, tokens, views, pair, device)
     index_a, index_b = match(features_a, features_b)
     a, b, depth = points_a[index_a], points_b[index_b], depth[index_a]
@@ -378,11 +394,12 @@ def recall(errors, pairs, limits) -> dict:  # % of each pair's errors below each
 
 
 def place_share(patches, norm=nn.Identity()) -> dict:
-    """% of the variance of tokens (I, h, w, C) over views that their place in the grid explains: all, its rough part.
+    """-> {"all", "rough"}: % of the variance of tokens (I, h, w, C) over views that their place in the grid explains.
 
-    Perspective makes the means of places differ smoothly: floors, for example, are below. The rough part is what a
-    cubic polynomial in row and column leaves of these means: artifacts that are tied to the place in the picture. Both
-    are corrected for the finite number of views, so that tokens of which neither is true have 0. `norm` comes first.
+    "all" has perspective in it too, which makes the means of places differ smoothly: floors, for example, are below.
+    "rough" is what a cubic polynomial in row and column leaves of these means: artifacts that are tied to the place.
+    What a mean over so few views varies by chance is subtracted, so that tokens without any such pattern score 0.
+    `norm` is applied to the tokens first: the ViT's last LayerNorm, where they were taken before it.
     """
     views, (h, w), squares, total = len(patches), patches.shape[1:3], 0.0, 0.0
     for tokens in patches:
@@ -589,8 +606,8 @@ def read_pairs(file, args):
             assert len(values) == 36 and not values[:2].any()
             poses = np.eye(4), np.linalg.inv(values[20:].reshape(4, 4))
         except (AssertionError, ValueError, np.linalg.LinAlgError):
-            raise data.DataError(f"{file}: line {number} is not two names, two zeros and 34 numbers, as SuperGlue's "
-                                 "(images that it would rotate must be upright already)") from None
+            raise data.DataError(f"{file}: line {number} is not two names, two zeros and 34 numbers, as in SuperGlue's "
+                                 "lists (images that it would rotate must be upright already)") from None
         frames = []
         for name, K, c2w in zip(names, values[2:20].reshape(2, 3, 3), poses):
             image = data.inside(root / name, root, str(file))
@@ -637,20 +654,6 @@ def class_count(*labels):  # one more than the largest id
 # ------------------------------------------------------------------------ pairs of views
 
 
-class Pair(NamedTuple):
-    a: int  # index into Views
-    b: int
-    angle: float  # degrees that the camera turns between them
-    measured: bool  # both have depth, so errors are exact; else they are distances from epipolar lines
-
-
-class Matches(NamedTuple):
-    a: Tensor  # (M, 2) pixels of view a
-    b: Tensor  # (M, 2) pixels of view b
-    error: Tensor  # (M,) pixels
-    by_chance: Tensor  # (M,) the same when the matched points are paired at random
-
-
 def shared_share(views: Views, pair: Pair) -> float:
     """The share of view a that b sees, or of b that a sees: the smaller. By depth if both have it, else by frustums."""
     if not pair.measured:
@@ -669,7 +672,7 @@ def candidate_pairs(views: Views):
     for i in views.c2w.isfinite().all((1, 2)).nonzero()[:, 0].tolist():
         of_scene.setdefault(views.where[i][0], []).append(i)
     for members in of_scene.values():
-        some = members[::1 + len(members) // 500]  # of a long video an even selection will do
+        some = members[::1 + len(members) // 500]  # from a long video, views are taken at even steps
         a, b = torch.combinations(torch.tensor(some)).unbind(1)
         R = views.c2w[:, :3, :3].double()
         trace = (R[a] * R[b]).sum((1, 2))  # of R_a' R_b
@@ -714,7 +717,7 @@ def points_to_match(i, tokens: Features, views: Views, pair: Pair, device):  # a
     found = sample_points(tokens.patches[i].to(device).float(), depth)
     if len(found[0]) < 2:
         scene, n = views.where[i]
-        raise ValueError(f"{scene.name}: {scene.frames[n].name} has depth at less than two of the matched points; "
+        raise ValueError(f"{scene.name}: {scene.frames[n].name} has depth at fewer than two of the matched points; "
                          "change --pixels, or remove the depth to score by epipolar lines")
     return found
 
@@ -728,7 +731,7 @@ def only_turned(c2w_a: Tensor, c2w_b: Tensor) -> bool:
 def epipolar_error(a: Tensor, b: Tensor, depth, K_a: Tensor, K_b: Tensor, a_to_b: Tensor) -> Tensor:
     """For matches without depth: how many pixels of view b each is from the epipolar line of its point of view a, (M,).
 
-    The true place lies on that line, so no match is farther from the line than it is wrong: recall is an upper bound.
+    The true place lies on that line. So the distance is at most the true error, and recall is an upper bound.
     """
     x, y, z = a_to_b[:3, 3].tolist()
     essential = a_to_b.new_tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ a_to_b[:3, :3]
@@ -751,8 +754,8 @@ def extract(path, images, layer, cache, device, mirrored=False) -> Features:
     patch are rescaled to the nearest one. A path `a+b` is two models side by side, as FiT3D is scored. `a+a` is its
     control of equal width: the second time the model sees mirrored images, and its tokens are mirrored back.
     """
-    # Differs: the official correspondence normalises pictures by mean and deviation 0.5; here ImageNet's are used in
-    # all probes, inside the ViT.
+    # Differs: the official correspondence code normalises pictures by mean and deviation 0.5; here ImageNet's are used
+    # in all probes, inside the ViT.
     if len(parts := parts_of(path)) > 1:
         found = [extract(part, images, layer, cache, device, part in parts[:n]) for n, part in enumerate(parts)]
         return Features(*map(SideBySide, zip(*found)))
@@ -776,7 +779,7 @@ def extract(path, images, layer, cache, device, mirrored=False) -> Features:
         patches = patches.unflatten(1, grid)
         cls, patches = cls.half().cpu(), (patches.flip(2) if mirrored else patches).half().cpu()
         if not (cls.isfinite().all() and patches.isfinite().all()):
-            raise ValueError(f"{path}: its tokens are not finite in 16 bits; are the weights whole?")
+            raise ValueError(f"{path}: its tokens are not finite in 16 bits; check the weights file")
         return dict(cls=cls, patches=patches)
     columns = {"cls": ((vit.dim,), torch.float16), "patches": ((*grid, vit.dim), torch.float16)}
     return Features(**on_disk(Path(cache) / key, columns, len(images), make, f"features of {path}", at_once))
@@ -808,7 +811,7 @@ class Whitening(nn.Module):
 
 def note_loss(name, step, value, recipe: Recipe, bar):
     if not math.isfinite(value):
-        raise ValueError(f"{name}: the loss is {value} at step {step}; are the {name} of these views sound?")
+        raise ValueError(f"{name}: the loss is {value} at step {step}; check the {name} of these views")
     if recipe.log and (step % 50 == 0 or step + 1 == recipe.steps):
         bar.set_postfix(loss=f"{value:.4f}")
         recipe.log.write(json.dumps(dict(head=name, step=step, loss=round(value, 6))) + "\n")
@@ -878,9 +881,9 @@ def baseline(maps: dict) -> dict:
 def shares_in_words(scores) -> str:
     shares = {m: s["place share"] for m, s in scores.items() if "place share" in s}
     listed = "; ".join(f"{m} {x['all']:.1f} %, rough part {x['rough']:.1f} %" for m, x in shares.items())
-    return (f"Place share: {listed}. The rough part are artifacts that are tied to places in the picture. Splatting "
-            "carries features to other places and so averages them out: the larger it is, the more there is to gain "
-            "(depth on the built-in ViT: nothing at 1.3 %, 3 % at 26.5 %; docs/study.md).") if shares else ""
+    return (f"Place share: {listed}. The rough part is artifacts that are tied to places in the picture. Splatting "
+            "carries features to other places and so averages them out: where it is large, more can be gained (error "
+            "of depth, built-in ViT: -1 % at a rough part of 1.3 %, -3 % at 26.5 %; docs/study.md).") if shares else ""
 
 
 # ------------------------------------------------------------------------ pictures
@@ -905,14 +908,14 @@ def colour_map(kind, map: Tensor, like: Tensor) -> Tensor:  # (3, H, W); depth o
 
 
 def draw_matches(image_a, image_b, m: Matches, zoom) -> Tensor:  # both views side by side, 40 of the matches as lines
-    picture = Image.fromarray(torch.cat([image_a, image_b], 2).permute(1, 2, 0).numpy())
-    picture = picture.resize((zoom * picture.width, zoom * picture.height), Image.BICUBIC)
+    picture = data.to_image(torch.cat([image_a, image_b], 2) / 255)
+    picture = picture.resize((zoom * picture.width, zoom * picture.height))  # bicubic
     draw, width = ImageDraw.Draw(picture), image_a.shape[2]
     for n in torch.linspace(0, len(m.error) - 1, 40).round().long().tolist():
         (x, y), (u, v), wrong = m.a[n].tolist(), m.b[n].tolist(), min(1, m.error[n].item() / THRESHOLDS[-1])
         colour = (round(40 + 190 * wrong), round(220 - 195 * wrong), 40)  # green is right, red is wrong
         draw.line([zoom * x, zoom * y, zoom * (u + width), zoom * v], fill=colour)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    return data.from_image(picture)
 
 
 def draw_all(results, train, val: Views, pairs, out):
@@ -975,11 +978,6 @@ def table(scores: dict, columns) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in zip(*cells))
 
 
-def model_cards(models) -> list:  # [(name, README.md)] of those of {name: path} that have one in their folder
-    cards = [(name, Path(part, "README.md")) for name, path in models.items() for part in parts_of(path)]
-    return [(name, card) for name, card in cards if card.is_file()]
-
-
 def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], args) -> str:
     """Writes results.json, the pictures and report.html, which holds them all; returns the table in Markdown."""
     out, scores, columns = Path(args.out), {m: r.scores for m, r in results.items()}, COLUMNS
@@ -1002,8 +1000,10 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
     texts["Settings"] = "\n".join(settings)
     page = [f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}'
             f"</style><title>Probes</title><h1>Probes of frozen features</h1><p>{html.escape(about)}</p>"]
-    for name, card in model_cards(args.models):
-        page.append(f'<p>Model card of <a href="{html.escape(card.resolve().as_uri())}">{html.escape(name)}</a></p>')
+    for name, card in ((n, Path(part, "README.md")) for n, path in args.models.items() for part in parts_of(path)):
+        if card.is_file():
+            link = html.escape(card.resolve().as_uri())
+            page.append(f'<p>Model card of <a href="{link}">{html.escape(name)}</a></p>')
     for title, text in texts.items():
         page.append(f"<h2>{title}</h2><pre>{html.escape(text)}</pre>")
     for title, caption, path in draw_all(results, train, val, pairs, out):
@@ -1022,8 +1022,8 @@ correspondence (Sec. 4.1). Both beside their start:
 FiT3D is scored with its features beside the start's, so its heads are twice as wide. The fair control is start+start,
 where the second start sees mirrored images: as wide, and it knows nothing new.
 
-Images without poses: a folder with images/, and beside it depth/ normals/ labels/ (PNG or .npy, named like the image),
-all of that once in train/ and once in val/, or once alone: then every eighth image is held out.
+Images without poses: a folder with images/, and beside it depth/ normals/ labels/ (PNG or .npy, named like the image).
+Either train/ and val/ hold such folders, or there is one set, and every eighth image is held out.
   depth    16-bit PNG in millimetres, or other units by --depth_scale; 0 = unknown
   normals  unit vectors x right, y down, z forward, towards the camera; .npy, or PNG (-1 to 1 as 0 to 255)
   labels   class ids in a grey or palette PNG; 255 = ignore, and --ignore_label
@@ -1104,7 +1104,7 @@ def open_data(args):
     if not pairs and not truths(train, val):
         raise data.DataError(f"{args.scene_dir}: no depth, normals or labels in both splits, and no pairs of views "
                              "that overlap; --help says where maps go")
-    (Path(args.out) / "log.jsonl").unlink(missing_ok=True)  # of a run before, as all heads start again
+    (Path(args.out) / "log.jsonl").unlink(missing_ok=True)  # of an earlier run: all heads are trained anew
     return args.models, train, val, pairs
 
 

@@ -17,9 +17,9 @@ Read    Pointmap, certainty, Loss, WEIGHTS, pointmap_loss, PointmapNetwork, read
 Try     after --preset tiny: eval --models mean student --views 1      accuracy 0.218 m, by the mean pointmap 0.245
         cache --scene_dir data_small/room_007 --tau 0.9 --out out/sure    69 % of pixels are valid; at --tau 0.3, 99.6 %
 Not     training of the teacher, bundle adjustment of the cameras, metric scale where the teacher has none.
-Words   P^g points_global, P^l points_local; C conf; M masks, the valid pixels; tau the certainty that these need; w the
-        weight of a pixel; s the scale that points are divided by; N views a sample. Shapes have letters of their own,
-        those of all stages: V views, N tokens, C channels, H W pixels, h w patches; M is the number of valid pixels.
+Words   P^g points_global, P^l points_local; C conf; tau the certainty that valid pixels need; w the weight of a pixel;
+        s the scale that points are divided by. In shapes V views (the paper's N), N tokens of a view, M valid pixels
+        (the paper's |M|), C channels, H W pixels, h w patches.
 
 Teacher and student are the same kind of network: one encoder, applied to each view; attention over all views; two
 heads, applied to each view. The teacher looks at every sample once. Its answers are compressed and kept on disk, and
@@ -36,6 +36,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 import timeit
 import zlib
@@ -59,11 +60,10 @@ OUT = "out/06_distill3r"
 VIEW_IDS = 1000  # how many view codes Fast3R has, and therefore the most views in one call
 
 PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samples in steps of 16
-    "tiny": dict(encoder="tiny", size=(48, 64), views=4, stride=1, max_steps=1200, batch=1, lr=5e-4, final_lr=1e-5,
+    "tiny": dict(encoder="tiny", size=(48, 64), views=4, max_steps=1200, batch=1, lr=5e-4, final_lr=1e-5,
                  encoder_share=0.1, warmup=100, mirror=True, bf16=False, grad_checkpoint=False),
-    "full": dict(encoder="dune_vitsmall14_448", size=(224, 518), views=20, stride=1, max_steps=84_375, batch=16,
-                 lr=1e-4, final_lr=5e-5, encoder_share=1.0, warmup=3_500, mirror=False, bf16=True,
-                 grad_checkpoint=True)}  # the paper's stride is not one number: see make_manifest (workshop)
+    "full": dict(encoder="dune_vitsmall14_448", size=(224, 518), views=20, max_steps=84_375, batch=16, lr=1e-4,
+                 final_lr=5e-5, encoder_share=1.0, warmup=3_500, mirror=False, bf16=True, grad_checkpoint=True)}
 
 # ------------------------------------------------------------------------ 1. A pointmap
 
@@ -76,7 +76,7 @@ class Pointmap(NamedTuple):
     """
     points_global: Tensor  # (H, W, 3) in the frame of view 0's camera, which all views of the call share
     points_local: Tensor  # (H, W, 3) in the frame of the view's own camera
-    conf_global: Tensor  # (H, W) in (1, inf)
+    conf_global: Tensor  # (H, W) in (1, inf), as Fast3R gives it; Sec. III-A writes [0, inf)
     conf_local: Tensor  # (H, W) in (1, inf)
 
 
@@ -112,7 +112,7 @@ def pointmap_loss(
     alpha_l=1.0,
     gamma=0.001,
     weight="teacher",  # which of WEIGHTS
-    mean="pixels",  # over all valid pixels; the official code has the mean over "views" of each view's mean
+    mean="pixels",  # of Eq. 2: over all valid pixels; the official code has the mean over "views" of each view's mean
     global_target="direct",  # the teacher's global map; the official code has its local map "aligned" to that
 ) -> Loss:
     """The distillation loss of the views of one scene (Distill3R Sec. III-D); 0 where no pixel is valid."""
@@ -121,7 +121,7 @@ def pointmap_loss(
     # Differs: "the entire batch" of Eq. 4 is one scene, as in the official code, because two scenes share no scale.
     if global_target == "aligned":
         target = [m._replace(points_global=aligned_global(m, mask)) for m, mask in zip(target, masks)]  # (workshop)
-    # `valid_pixels` (workshop) strings the valid pixels of all views together: points (M, 3), confidences (M,).
+    # `valid_pixels` (workshop) puts the valid pixels of all views in one row: points (M, 3), confidences (M,).
     p, t, counts = valid_pixels(pred, target, masks)  # of student and teacher; |M_k|, how many are of view k
     pixels = max(sum(counts), 1)  # |M|
     pixels_k = torch.tensor(counts).clamp_min(1).to(p.conf_global)  # (V,) |M_k|
@@ -277,11 +277,11 @@ class Student(PointmapNetwork):
 
 
 class CachedSample(NamedTuple):
-    """What training gets: N photos that belong together, and what the teacher said about each of them."""
+    """What training gets: V photos that belong together, and what the teacher said about each of them."""
     name: str
     images: list  # of (3, H, W) in [0, 1]
     targets: list  # of Pointmap, at the student's size; masked pixels are read as points 0 and confidence 1
-    masks: list  # of (H, W) bool, the valid pixels M
+    masks: list  # of (H, W) bool, the valid pixels
 
 
 # What happens to each sample (Sec. III-B 2):
@@ -301,7 +301,7 @@ def write_cache(
     root,  # what 01_data reads, or a folder of photos
     out,
     size=(224, 518),  # (H, W) of landscape pictures, turned for portrait ones
-    views=20,  # N, at most, a sample
+    views=20,  # V (the paper's N), at most, a sample
     stride=1,
     tau=0.3,
     seed=0,
@@ -337,10 +337,10 @@ def ask(teacher, root, rows, size, seed, skip_bad_frames=False) -> list[Pointmap
 
 
 def filtered(m: Pointmap, tau):
-    """-> the eight channels of a map (8, H, W) as float16, and its valid pixels M (H, W): those whose points are known
-    and in float16's range, and whose local confidence is high enough (as in the paper; the global one is not asked)."""
+    """-> the eight channels of a map (8, H, W) as float16, and its valid pixels (H, W): those whose points are known
+    and in float16's range, and whose local confidence is high enough (as in the paper; the global one has no part)."""
     points = torch.cat([m.points_global, m.points_local], -1).permute(2, 0, 1)
-    conf = torch.stack([m.conf_global, m.conf_local]).clamp(max=65504)  # the most that float16 holds is sure enough
+    conf = torch.stack([m.conf_global, m.conf_local]).clamp(max=65504)  # float16's largest number
     channels = torch.cat([points, conf]).half()  # a coordinate beyond 65504 becomes infinite
     mask = channels.isfinite().all(0) & (certainty(m.conf_local) >= tau)
     return channels.numpy(), mask.numpy()
@@ -365,7 +365,8 @@ def train(student, optimiser, batches, args, world=1):
 
 
 def learn_samples(batch, student, args, seeds) -> list[float]:
-    """The samples of a step go through the student one by one and add up gradients; -> the mean of their losses."""
+    """The samples of a step go through the student one by one and add up gradients; -> the mean of their losses. From a
+    sample's seed come its mirroring and its view ids."""
     sums = [0.0] * len(Loss._fields)
     for sample, seed in zip(batch, seeds):
         # Differs: the paper has no augmentation. With --mirror (few samples) half of them are mirrored left to right.
@@ -417,7 +418,7 @@ def estimate_cameras(maps: list[Pointmap], tau=0.3, names=None) -> Cameras:
     """
     scale, of_size, c2w = [], {}, torch.eye(4).repeat(len(maps), 1, 1)
     for k, m in enumerate(maps):
-        # Both are in the workshop: pixels (H, W) that are known, trusted, before the camera and not too far; and
+        # Both are in the workshop: pixels (H, W) that are known, trusted, in front of the camera, not too far; and
         # `similarity` again and again, where points that fitted badly the last time count less.
         use = usable_pixels(m, tau, names[k] if names else f"view {k}")
         s, R, t = robust_similarity(m.points_local[use], m.points_global[use], m.conf_global[use])
@@ -466,7 +467,8 @@ def similarity(source: Tensor, target: Tensor, weight: Tensor | None = None):
 
 def aligned_global(view: Pointmap, mask: Tensor, quantile=0.85) -> Tensor:
     """(H, W, 3): the local points, moved as a whole onto the global ones, as the official code does for its target;
-    fitted to the valid pixels at or above that quantile of global confidence, or to all where these are under 3."""
+    fitted to the valid pixels at or above that quantile of global confidence, or where fewer than 3 are, to all valid
+    ones."""
     if mask.sum() < 3:
         return view.points_local
     sure = mask & (view.conf_global >= view.conf_global[mask].float().quantile(quantile))
@@ -592,9 +594,9 @@ class ResidualUnit(nn.Module):
 
 
 def sharpen(fusion, sharper):  # whether attention's logits are 1.28 times larger in evaluation than in training
-    # Differs: the published weights, in both official codes, want it so, and the student's want pixels in [-1, 1] as
-    # well, although DUNE learned with ImageNet's mean and deviation. The paper has neither, nor have students that are
-    # trained here (published=False).
+    # Differs: both official codes make attention sharper in evaluation than in training. Distill3R's feeds DUNE with
+    # pixels in [-1, 1], although it learned with ImageNet's mean and deviation. The paper has neither. We do so for the
+    # published weights, and not for students that are trained here (published=False).
     for block in fusion.dec_blocks:
         block.attn.sharper = sharper
 
@@ -626,7 +628,8 @@ def draw_view_ids(count, generator=None) -> list[int]:
 
 def a_few_at_once(part, at_once, *inputs) -> list:
     """part(*inputs) for V views, which may differ in size: in blocks of views of one size, at most `at_once` in each.
-    Each input is V of (...); `part` takes (B, ...), and gives that in a tensor or a Pointmap. -> V of what it gives."""
+    Each input is a list of V tensors. `part` takes batches of them, and returns a tensor or a Pointmap of (B, ...).
+    -> V results."""
     by_size, found = {}, [None] * len(inputs[0])
     for index, x in enumerate(inputs[0]):
         by_size.setdefault(x.shape, []).append(index)
@@ -787,8 +790,8 @@ def fast3r_size(height, width, long_side=512, patch=16):
 
 def photo_at(path):  # -> a frame whose camera is not known, to be turned as its EXIF tag says
     frame = data.Frame(path.name, path, np.eye(3), np.eye(4), data.stored_size(path))
-    with contextlib.suppress(Exception), Image.open(path) as image:  # a damaged tag: taken as it is stored
-        image.getexif().get(0x0112)
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        image.getexif().get(0x0112)  # raises where the tag is damaged; then the picture is taken as it is stored
         frame.size, frame.upright = data.upright_size(path, frame.size), True
     return frame
 
@@ -842,8 +845,8 @@ def open_scene(root, name, skip_bad_frames=False):
 
 
 def make_manifest(root, views=20, stride=1, skip_bad_frames=False) -> list[dict]:
-    """One line for each view (Sec. III-B 1), `views` of them a sample; the rest of a scene makes a sample of fewer. By
-    the number of its bytes another picture of the same name is noticed."""
+    """One line for each view (Sec. III-B 1), `views` of them a sample; the rest of a scene makes a sample of fewer. The
+    size of the file tells when another picture has taken its name."""
     # Differs: the official code sorts frame10 before frame2, and drops tails and scenes of under 20 views. We sort by
     # number and keep all of them.
     # Differs: Distill3R Sec. IV takes every n-th frame, n by the kind of scene and its overlap. Here --stride says n.
@@ -925,7 +928,7 @@ def coded(channels, mask) -> bytes:
 
 
 def inflated(stored: bytes, count):
-    """The `count` bytes that zlib made `stored` of; no more are unpacked, whatever it says."""
+    """Unpacks `count` bytes and never more, so that a damaged file cannot fill the memory."""
     found = np.frombuffer(zlib.decompressobj().decompress(stored, count + 1), np.uint8)
     if len(found) != count:
         raise ValueError(f"{len(found)} bytes where {count} are needed")
@@ -1034,7 +1037,7 @@ class CachedViews:
 # ------------------------------------------------------------------------ around the loop
 
 
-def cached_part(args, part, root):  # "train" or "val", every eighth scene; None of one scene, which is trained on
+def cached_part(args, part, root):  # "val": every eighth scene, None where there is but one; "train": the others
     scenes = data.split(list(scene_folders(root)), part)
     return CachedViews(root, args.cache, scenes, args.skip_bad_frames) if scenes else None
 
@@ -1075,12 +1078,11 @@ def train_from_cache(args, rank, world):
 def new_student(args) -> Student:
     """A student of the preset's size on a pretrained ViT, any that 02_lift reads; the rest starts at random."""
     vit = lift.load_vit(args.encoder)
-    registers = 0 if vit.register_tokens is None else vit.register_tokens.shape[1]
     sizes = {"tiny": StudentConfig.tiny, "full": StudentConfig()}[args.preset]
     torch.manual_seed(args.seed)
     student = Student(sizes._replace(
         patch=vit.patch, enc_dim=vit.dim, enc_heads=vit.heads, enc_depth=len(vit.blocks), mlp_ratio=vit.mlp_ratio,
-        registers=registers, grid=vit.grid, published=False, size=tuple(args.size)))
+        registers=vit.registers, grid=vit.grid, published=False, size=tuple(args.size)))
     student.encoder.load_state_dict(vit.state_dict())
     for name, p in student.named_parameters():  # these are in the published files, but nothing is computed from them
         p.requires_grad_(not (name == "encoder.mask_token" or ".refinenet4.resConfUnit1." in name))
@@ -1129,10 +1131,10 @@ def usable_pixels(m: Pointmap, tau, name, most=20_000) -> Tensor:
         distance = points.norm(dim=-1)
         known &= distance <= FAR * distance[known].median()  # a few points of the sky would outweigh all the others
     trusted = known & (certainty(torch.minimum(m.conf_local, m.conf_global)) >= tau)
-    use = trusted if trusted.sum() >= 100 else known  # where next to nothing is trusted, a poor pose beats none
+    use = trusted if trusted.sum() >= 100 else known  # else a rough pose is better than none
     if use.sum() < 3:
-        raise ValueError(f"{name}: fewer than three of its points are known and before the camera; leave this picture "
-                         "out, or train the student for longer")
+        raise ValueError(f"{name}: fewer than three of its points are known and in front of the camera; leave this "
+                         "picture out, or train the student for longer")
     every = use.sum() // most + 1
     return use & (use.flatten().cumsum(0) % every == 0).view(use.shape)
 
@@ -1177,7 +1179,7 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3, photos=None) -> Path:
     unit = 10.0 ** math.ceil(math.log10(max(d.max().item() for d in depths) / 65000))  # the farthest fits 16 bits
     before = [file for part in ("images", "depth", "confidence") for file in out.glob(f"{part}/[0-9]*.*")]
     for file in [out / "transforms.json", *before]:
-        file.unlink(missing_ok=True)  # of a scene that was here before: from now on it is none
+        file.unlink(missing_ok=True)  # of an earlier scene; this is none until its transforms.json is written
     frames = [write_view(out, k, view, maps[k], depths[k] / unit, cameras) for k, view in enumerate(views)]
     points, radii, colours, small = zip(*(points_of(*each) for each in zip(views, depths, cameras.focal)))
     poses = cameras.c2w, torch.eye(4).expand_as(cameras.c2w)  # as found, and as if no camera had moved
@@ -1203,12 +1205,11 @@ def write_view(out, k, view, m, steps, cameras) -> dict:  # its files -> its ent
     height, width = view.image.shape[1:]
     f = cameras.focal[k].item() * width / steps.shape[1]
     image, depth, confidence = (out / f"{part}/{k:03d}" for part in ("images", "depth", "confidence"))
-    to_bytes = lambda x: (x.clamp(0, 1) * 255).round().byte().numpy()
     for path in (image, depth, confidence):
         path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_bytes(view.image).transpose(1, 2, 0)).save(f"{image}.jpg", quality=95, subsampling=0)
+    data.to_image(view.image).save(f"{image}.jpg", quality=95, subsampling=0)
     Image.fromarray(steps.round().numpy().astype(np.uint16)).save(f"{depth}.png")
-    Image.fromarray(to_bytes(certainty(m.conf_local))).save(f"{confidence}.png")
+    Image.fromarray((certainty(m.conf_local) * 255).round().byte().numpy()).save(f"{confidence}.png")
     pose = (cameras.c2w[k].double().numpy() @ data.OPENGL).tolist()
     return dict(file_path=f"images/{k:03d}.jpg", depth_file_path=f"depth/{k:03d}.png", source=view.name, w=width,
                 h=height, fl_x=f, fl_y=f, cx=width / 2, cy=height / 2, transform_matrix=pose)
@@ -1254,7 +1255,7 @@ def draw_cloud(points, radii, colours, centres, size=480) -> Tensor:
     world. Each point is a small round Gaussian, each camera a red one."""
     some = slice(None, None, len(points) // 1_000_000 + 1)
     points, radii, colours = points[some], radii[some] * some.step**0.5, colours[some]
-    back = points[:, 2].median()  # as far behind the camera as most of what it sees is before it
+    back = points[:, 2].median()  # the viewpoint is as far behind the camera as the median point is in front of it
     w2c = torch.eye(4)
     w2c[1, 3], w2c[2, 3] = 0.4 * back, back
     K = torch.tensor([[1.4 * size, 0, size / 2], [0, 1.4 * size, 0.3 * size], [0, 0, 1]])
@@ -1435,7 +1436,7 @@ def infer(args):
     names = list(scene_folders(root))
     chosen = (names if which == "teacher" else unseen(args, names))[0]
     if len(names) > 1 and args.command:
-        print(f"{root}: {len(names)} scenes in here, this is {chosen}; give the folder of another one for that")
+        print(f"{root}: {len(names)} scenes in here, this is {chosen}; give the folder of another one to see that one")
     scene, index = open_scene(root, chosen, args.skip_bad_frames)
     shown = list(index.values())[::args.stride]
     if not (args.command or args.scene_dir or args.images):
@@ -1497,13 +1498,11 @@ def check_scene_folder(args):  # where infer is going to write, before anything 
 
 
 def verdict(name, views, agreement, out):  # whether the cameras are to be trusted, and what to do next
-    found, still = agreement
-    doubt = found < still + 0.02  # cameras that never moved would explain the photos as well
+    good, why = distill.trust(agreement)
     if views > 1:
-        print(f"{name}: {'do not trust the cameras' if doubt else 'the cameras explain the photos'}: through them "
-              f"neighbouring photos agree to {100 * found:.0f} %, and to {100 * still:.0f} % if no camera had moved "
-              "(100: in every colour, 0: as strangers)")
-    further = "" if doubt or views < 3 else f"; python 04_distill.py --scene_dir {out} --geometry depth"
+        print(f"{name}: {'the cameras explain the photos' if good else 'do not trust the cameras'}: {why} "
+              "(100 %: all colours are equal, 0 %: no better than random pixels)")
+    further = f"; python 04_distill.py --scene_dir {out} --geometry depth" if good and views >= 3 else ""
     print(f"  ->  {out / 'cloud.png'}, {out / 'cloud.ply'}{further}")
 
 
@@ -1513,8 +1512,9 @@ def table_one(args):
     # Differs: the paper runs the heads on all views at once, here they run on `at_once` at a time.
     networks, rows, cuda = {"teacher": Fast3R, "student": Student}, [], args.device.startswith("cuda")
     models = {name: built(network).to(args.device).eval() for name, network in networks.items() if name in args.models}
-    for p in (p for model in models.values() for p in model.parameters()):
-        nn.init.normal_(p, std=0.02)
+    for model in models.values():
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.02)
     for count in args.counts:
         for name, model in models.items():
             shape = [max(1, round(side / model.patch)) * model.patch for side in args.size]  # 378x518; 384x512
@@ -1558,8 +1558,8 @@ def parse(argv):
     add("--size", type=data.positive, nargs=2, metavar=("H", "W"), help="of landscape pictures, multiples of the "
         "patch; infer and eval take what the student was trained on [p]")
     add("--views", type=data.positive, help="views a sample, N; lower it when memory runs out [p]")
-    add("--stride", type=data.positive, help="take every n-th picture, of a slow video 5 or 10; default: 1")
-    add("--tau", type=float, default=0.3, help="least certainty 1 - 1/C of a pixel that counts, 0 to 1")
+    add("--stride", type=data.positive, default=1, help="take every n-th picture; of a slow video every 5th or 10th")
+    add("--tau", type=float, default=0.3, help="pixels of a lower certainty 1 - 1/C are not used; 0 to 1")
     add("--models", nargs="+", choices=("mean", "student", "tiny", "teacher"), default=["mean", "student", "teacher"],
         help="for eval and table; mean is the mean pointmap of the cache, tiny the built-in student")
     add("--counts", type=data.positive, nargs="+", help="numbers of views in table")
@@ -1590,7 +1590,7 @@ def add_training_flags(parser):
     add("--lr", type=float, help="peak learning rate; halve it when the loss jumps [p]")
     add("--encoder_share", type=float, help="learning rate of the pretrained encoder, in parts of the others' [p]")
     add("--warmup", type=data.positive, help="steps until the peak [p]")
-    add("--gamma", type=float, default=0.001, help="of Eq. 6; Table III's labels only: 0, with --weight none")
+    add("--gamma", type=float, default=0.001, help="weight of Eq. 6 in Eq. 1; 0 with --weight none: labels only")
     # Differs: Distill3R Sec. V-B says that weighting by the student's own confidence costs 9.6 % accuracy and 35.7 %
     # completeness, but these numbers are those of the "Labels-Only (No Weighting/Conf)" row of Table III (1.37/1.25 and
     # 2.09/1.54). Both readings are flags here: `--weight student --gamma 0` and `--weight none --gamma 0`.
@@ -1601,7 +1601,7 @@ def add_training_flags(parser):
     add("--bf16", action=argparse.BooleanOptionalAction, help="the networks in bfloat16 [p]")
     add("--grad_checkpoint", action=argparse.BooleanOptionalAction,
         help="compute activations twice: a third of the memory, 1.8 times the time of a step [p]")
-    add("--save_minutes", type=float, default=2.0, help="between checkpoints; 0 writes one after each step")
+    add("--save_minutes", type=float, default=2.0, help="minutes between checkpoints; 0 writes one after each step")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
 
 
@@ -1631,4 +1631,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.modules["06_distill3r"] = sys.modules[__name__]  # what tiny/teacher.py imports is this very module
     main()

@@ -467,7 +467,8 @@ on and probed alone, by the preset's 200 steps. Normals are those of the measure
 ## What the student is taught
 
 {when(TARGETS)} Heads on the targets of the first step in place of features: what a student that learned one round exactly would score.
-"The view itself" are the starting backbone's own tokens of the same views. No training, so no seeds.
+"The view itself" is the starting backbone's own tokens of the same views. Heads see two views a room here, not four, so rows compare
+with each other and not with the tables above. No training, so no seeds.
 
 {table(targets, targets)}
 

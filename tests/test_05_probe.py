@@ -382,7 +382,7 @@ def test_points_lie_at_pixels_of_known_depth_and_features_between_patches(views)
     depth = torch.zeros_like(views.depth)
     depth[:, ::6] = views.depth[:, ::6]  # rows 0, 6, ...; of patches of 8 pixels rows 1, 3, 5, ... are matched
     tokens, pair = probe.Features(None, randn(len(depth), 6, 8, 3)), probe.choose_pairs(views, 1, seed=0)[0]
-    with pytest.raises(ValueError, match=f"{views.where[pair.a][0].name}: .* less than two of the matched points"):
+    with pytest.raises(ValueError, match=f"{views.where[pair.a][0].name}: .* fewer than two of the matched points"):
         probe.correspondence(tokens, views._replace(depth=depth), [pair])
 
 

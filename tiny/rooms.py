@@ -227,7 +227,7 @@ def hit_distance(kind, o, d):
 def cast(origin, rays, size, primitives):
     """Nearest hit of every ray: origin (3,), rays (P, 3) -> t (P,), normal (P, 3), object point (P, 3), primitive (P,).
 
-    A primitive of 0 and more is a piece of furniture; -1 ... -6 are the shell's -x +x -y +y walls, floor and ceiling.
+    Primitives 0, 1, ... are parts of furniture; -1 ... -6 are the walls at -x +x -y +y, the floor and the ceiling.
     """
     every = np.arange(len(rays))
     wall_t = np.where(rays > 0, size - origin, -origin) / np.where(np.abs(rays) < 1e-9, 1e-9, rays)

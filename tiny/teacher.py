@@ -1,4 +1,4 @@
-"""The pretended Fast3R: true geometry with the errors of a network, a teacher where no weights of one can be had.
+"""A stand-in for Fast3R: true geometry with the errors of a network, for machines without its weights.
 
 Paper   Distill3R Sec. III-B (what a teacher gives); DUSt3R (Wang et al. 2024) Sec. 3.2 for what a confidence means.
 In      posed views with measured depth, as 01_data reads them.
@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-data, lift = (importlib.import_module(name) for name in ("01_data", "02_lift"))
+data, lift, d3r = (importlib.import_module(name) for name in ("01_data", "02_lift", "06_distill3r"))
 
 
 class GeometricTeacher:
     """The true depth and poses, disturbed as a network's are.
 
-    A depth has three errors, all relative to it: noise, a pull towards the camera, both growing with depth, and at depth
-    edges half of the way to the mean of the surroundings. Global maps have errors of their own, in a pose that is off too.
+    A depth has three errors, all relative to it: noise, a pull towards the camera, both growing with depth, and at
+    depth edges half of the way to the mean of the surroundings. Global maps have errors of their own, in a pose that is
+    off too.
     The confidence is the one that DUSt3R's loss, C * error - 0.2 log C, makes best: 0.2 / the error to expect.
     """
 
@@ -27,17 +28,17 @@ class GeometricTeacher:
         self.identity = f"geometry, errors x {strength:g}"
 
     def view_size(self, height, width):
-        return importlib.import_module("06_distill3r").oriented(self.size, height, width)
+        return d3r.oriented(self.size, height, width)
 
     def __call__(self, views, generator) -> list:
         for view in views:
             if view.depth is None or view.c2w is None:
-                raise data.DataError(f"{view.name}: no measured depth for the geometric teacher; give --teacher a network")
+                raise data.DataError(f"{view.name}: no measured depth for the geometric teacher; give --teacher a "
+                                     "network")
         world_to_first = torch.linalg.inv(views[0].c2w)
         return [self.pointmap(view, world_to_first @ view.c2w, k > 0, generator) for k, view in enumerate(views)]
 
     def pointmap(self, view, pose, moved, generator):  # of one view with its pose (4, 4) in the first view's frame
-        Pointmap = importlib.import_module("06_distill3r").Pointmap
         known, rays = view.depth > 0, lift.pixel_rays(view.K, *view.depth.shape)
         typical = view.depth[known].median() if known.any() else torch.tensor(1.0)
         (z, error), (z_global, error_global) = (self.disturbed(view.depth, typical, generator) for _ in range(2))
@@ -48,7 +49,7 @@ class GeometricTeacher:
         conf = [torch.where(known, 0.2 / e.clamp_min(1e-4), 1).clamp_min(1 + 2**-10)  # the float16 next to 1
                 for e in (torch.hypot(error_global, pose_error), error)]
         unknown_is_nan = lambda p: torch.where(known[..., None], p, torch.nan)
-        return Pointmap(unknown_is_nan(points), unknown_is_nan(rays * z[..., None]), *conf)
+        return d3r.Pointmap(unknown_is_nan(points), unknown_is_nan(rays * z[..., None]), *conf)
 
     def disturbed(self, depth, typical, generator):  # (H, W) -> with errors, and the error to expect in typical depths
         window, far = 2 * (min(depth.shape) // 80) + 3, depth / typical

@@ -1,8 +1,8 @@
 """The recipes of tiny/vit.safetensors and tiny/mvsplat.safetensors, stand-ins for DINOv2 and MVSplat.
 
-Paper   He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", for the ViT: 75 % of the patches hidden, their
-        normalised pixels predicted from the rest. Chen et al. 2024, "MVSplat", for MVSplat: a third view splatted.
-In      the training rooms (split "train" of --rooms built-in rooms, written to --scene_dir). Validation rooms are not seen.
+Paper   He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", for the ViT: 75 % of the patches hidden,
+        their normalised pixels predicted. Chen et al. 2024, "MVSplat", for MVSplat: a third view splatted.
+In      the training rooms (split "train" of --rooms built-in rooms, written to --scene_dir), and no validation rooms.
 Out     tiny/*.safetensors (fp16), and the tables of tiny/README.md.
 Run     python tiny/train.py vit                 makes the ViT
         python tiny/train.py mvsplat             makes MVSplat; a killed run goes on with --resume
@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-data, lift, splat, distill, distill3r = (
-    importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat", "04_distill", "06_distill3r"))
+data, lift, splat, distill, probes, distill3r = (importlib.import_module(name) for name in (
+    "01_data", "02_lift", "03_splat", "04_distill", "05_probe", "06_distill3r"))
 GeometricTeacher = importlib.import_module("tiny.teacher").GeometricTeacher
 
 # ------------------------------------------------------------------------------------------------ ViT
 
-TINY = dict(patch=8, dim=192, depth=6, heads=3, grid=16, mlp_ratio=2)  # 1.9 M parameters, 3.7 MB in fp16
+TINY = dict(patch=8, dim=192, depth=6, heads=3, grid=16, mlp_ratio=2)  # 1.9 M parameters, 3.8 MB in fp16
 GRID = (12, 16)  # patches of a 96 x 128 room view
 
 
@@ -103,8 +103,10 @@ def train_vit(args, images):
     generator = torch.Generator().manual_seed(args.seed)
     model = MaskedAutoencoder(initialise(lift.VisionTransformer(**TINY)))
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
-    optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95))
-    run = distill.Run(args, {"vit": dict(model.named_parameters())}, optimiser, generator=generator, name="masked autoencoder")
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    changing = {"vit": dict(model.named_parameters())}
+    run = distill.Run(args, changing, optimiser, generator=generator, name="masked autoencoder")
     for step in run:
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * warm_up_and_cosine(step, args.max_steps)
@@ -159,12 +161,10 @@ def probe(vit, train_scenes, val_scenes):
     heads = [ridge((x - mean) / std, y) for y in (depth[:, None].log(), normal, F.one_hot(label, classes))]
     x, depth, normal, label = gather(val_scenes)
     log_depth, normals, scores = (F.pad((x - mean) / std, (0, 1), value=1.0).double() @ head for head in heads)
-    guess = log_depth[:, 0].exp()
-    angle = (F.normalize(normals, dim=1) * normal).sum(1).clamp(-1, 1).acos().rad2deg()
-    iou = [((scores.argmax(1) == c) & (label == c)).sum() / ((scores.argmax(1) == c) | (label == c)).sum().clamp_min(1)
-           for c in range(classes) if (label == c).any()]
-    return ((guess - depth).square().mean().sqrt().item(), ((guess - depth).abs() / depth).mean().item(),
-            angle.square().mean().sqrt().item(), 100 * torch.stack(iou).mean().item(), 100 * matching(vit, val_scenes))
+    found = probes.depth_metrics(log_depth.T.exp(), depth[None])  # all pixels as one image
+    angle = probes.normal_metrics(normals[None], normal[None])["RMSE"]
+    iou = probes.segmentation_metrics(scores.argmax(1)[None], label[None], classes)["mIoU"]
+    return found["RMSE"], found["AbsRel"], angle, iou, 100 * matching(vit, val_scenes)
 
 
 def matching(vit, scenes):
@@ -172,14 +172,11 @@ def matching(vit, scenes):
     for scene in scenes:
         for i in range(0, len(scene) - 4, 4):
             here, there = scene.view(i), scene.view(i + 4)
-            points = lift.pixel_rays(here.K, *here.depth.shape) * here.depth[..., None]
-            points = (points[4::8, 4::8].flatten(0, 1) @ here.c2w[:3, :3].T + here.c2w[:3, 3] - there.c2w[:3, 3]) @ there.c2w[:3, :3]
-            pixel = points @ there.K.T
+            motion, centres = torch.linalg.inv(there.c2w) @ here.c2w, (slice(4, None, 8), slice(4, None, 8))
+            seen = lift.cross_check(here.depth, there.depth, here.K, there.K, motion)[centres].flatten() > 0.5
+            points = (lift.pixel_rays(here.K, *here.depth.shape) * here.depth[..., None])[centres].flatten(0, 1)
+            pixel = (points @ motion[:3, :3].T + motion[:3, 3]) @ there.K.T
             xy = pixel[:, :2] / pixel[:, 2:].clamp_min(1e-6)
-            H, W = there.depth.shape
-            inside = (points[:, 2] > 0.05) & (xy > 0).all(1) & (xy < xy.new_tensor([W, H])).all(1)
-            at = xy.long().clamp_min(0)
-            seen = inside & ((there.depth[at[:, 1].clamp_max(H - 1), at[:, 0].clamp_max(W - 1)] - points[:, 2]).abs() < 0.05 * points[:, 2])
             a, b = (F.normalize(vit(v.image[None]).patches[0], dim=1) for v in (here, there))
             best = (a @ b.T).argmax(1)
             found = torch.stack([best % GRID[1], best // GRID[1]], 1) * 8 + 4  # the matched patch's centre, x y
@@ -195,11 +192,13 @@ def rooms_in_memory(scenes):
     """-> images (S, V, 3, H, W) uint8, depth (S, V, H, W), K (S, V, 3, 3), c2w (S, V, 4, 4) of all views."""
     views = [[s.view(i) for i in range(len(s))] for s in tqdm(scenes, desc="rooms")]
     stack = lambda key: torch.stack([torch.stack([key(v) for v in row]) for row in views])
-    return stack(lambda v: (v.image * 255).round().byte()), stack(lambda v: v.depth), stack(lambda v: v.K), stack(lambda v: v.c2w)
+    images = stack(lambda v: (v.image * 255).round().byte())
+    return images, stack(lambda v: v.depth), stack(lambda v: v.K), stack(lambda v: v.c2w)
 
 
 def candidate_loss(probability, depth, near, far):
-    """Cross-entropy (V, h, w) between the candidates' probability (V, D, h, w) and the two around the true depth (V, h, w)."""
+    """Cross-entropy (V, h, w) between the candidates' probability (V, D, h, w) and the two around the true depth
+    (V, h, w)."""
     D = probability.shape[1]
     place = ((1 / depth.clamp_min(1e-3) - 1 / far) / (1 / near - 1 / far) * (D - 1)).clamp(0, D - 1.001)
     low = place.floor().long()[:, None]
@@ -209,8 +208,8 @@ def candidate_loss(probability, depth, near, far):
 
 
 def matching_loss(net, images, depth, K, c2w, far):
-    """Stage 1, the quarter-resolution half alone: the true depth should stand out in the raw cost volume where both views
-    see it, and in the refined one everywhere."""
+    """Stage 1, the quarter-resolution half alone: the true depth should stand out in the raw cost volume where both
+    views see it, and in the refined one everywhere."""
     D = net.config.num_depth_candidates
     with torch.autocast("cpu", torch.bfloat16):
         _, _, volume, probability = net.match(images, K, c2w, torch.linspace(1 / far, 1, D).expand(2, D))
@@ -221,8 +220,8 @@ def matching_loss(net, images, depth, K, c2w, far):
 
 
 def gaussian_loss(net, images, depth, K, c2w, far, photometric):
-    """Stage 2: the log depth of the two contexts. Stage 3: mostly the third view, splatted with the contexts' pixel colours (as
-    features are lifted) where a context sees it."""
+    """Stage 2: the log depth of the two contexts. Stage 3: mostly the third view, splatted with the contexts' pixel
+    colours (as features are lifted) where a context sees it."""
     with torch.autocast("cpu", torch.bfloat16):
         g = net(images[:2], K[:2], c2w[:2], 1.0, far)
     H, W = images.shape[-2:]
@@ -231,7 +230,8 @@ def gaussian_loss(net, images, depth, K, c2w, far, photometric):
         return loss
     colours = images[:2].permute(0, 2, 3, 1).reshape(-1, 3)
     render = splat.rasterize(g.means, g.covariances, g.opacities, colours, torch.linalg.inv(c2w[2]), K[2], H, W)
-    mse, structure = distill.photometric(render.features.permute(2, 0, 1), images[2], distill.covisible_pixels(depth, K, c2w))
+    seen = distill.covisible_pixels(depth, K, c2w)
+    mse, structure = distill.photometric(render.features.permute(2, 0, 1), images[2], seen)
     return 0.1 * loss + 5 * mse + 0.1 * structure
 
 
@@ -257,19 +257,19 @@ def train_mvsplat(args, scenes):
             else:
                 loss = gaussian_loss(net, *sample, far, photometric=stage == 3)
             (loss / 2).backward()
-        run.check(loss.item(), "these triplets")
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0).item()  # of both triplets
+        run.check(norm, "these triplets", "gradient")
         optimiser.step()
         run.log(loss=loss.item(), stage=stage)
     return net.eval()
 
 
 def draw_sample(scenes, rooms, generator):
-    """-> images (3, 3, H, W), depth (3, H, W), K, c2w of a triplet, in units of its nearest depth, and the farthest depth."""
+    """-> images (3, 3, H, W), depth (3, H, W), K, c2w of a triplet, in units of its nearest depth, and the farthest."""
     images, depth, K, c2w = rooms
     s = int(torch.randint(len(scenes), (1,), generator=generator))
     pick = list(data.sample_triplet(scenes[s], generator))
-    shrink, stretch = torch.rand(2, generator=generator).tolist()  # depth ranges that are wider than the true one are seen, too
+    shrink, stretch = torch.rand(2, generator=generator).tolist()  # it sees depth ranges wider than the true one, too
     near, far = scenes[s].depth_range
     near, far = near * (0.7 + 0.3 * shrink), far * (1 + 0.5 * stretch)
     poses = c2w[s, pick].clone()
@@ -279,22 +279,20 @@ def draw_sample(scenes, rooms, generator):
 
 @torch.no_grad()
 def compare_geometries(net, scenes):
-    """-> {geometry: means over one triplet a scene}: depth AbsRel and share of pixels within 10 % (context views, all pixels);
-    PSNR of the target where a context sees it, with the contexts' pixel colours (uncovered black), share covered, PSNR there."""
+    """-> {geometry: means over one triplet a scene}: depth AbsRel and share of pixels within 10 % (context views, all
+    pixels); PSNR of the target where a context sees it, with the contexts' pixel colours (uncovered black), share
+    covered, PSNR there."""
     rows = {"mvsplat": [], "depth": []}
     for n, scene in enumerate(scenes):
-        views = [scene.view(i) for i in data.sample_triplet(scene, torch.Generator().manual_seed(n))]
-        images, depth, K, c2w = (torch.stack([getattr(v, key) for v in views]) for key in ("image", "depth", "K", "c2w"))
-        context, size, truth = (images[:2], K[:2], c2w[:2], *scene.depth_range), depth.shape[1:], images[2].permute(1, 2, 0)
-        seen = distill.covisible_pixels(depth, K, c2w)
-        measured = lift.depth_gaussians(depth[:2], K[:2], c2w[:2])
-        for name, g in (("mvsplat", lift.mvsplat_gaussians(net, *context)), ("depth", measured)):
-            error = (lift.view_depth(g, c2w[:2], *size) - depth[:2]).abs() / depth[:2]
-            colours = images[:2].permute(0, 2, 3, 1).reshape(-1, 3)
-            render = splat.rasterize(g.means, g.covariances, g.opacities, colours, torch.linalg.inv(c2w[2]), K[2], *size)
-            covered = render.alpha >= 0.5
-            image = render.features / render.alpha.clamp_min(1e-6)[..., None] * covered[..., None]
-            psnr = lambda where: -10 * (image - truth)[where].square().mean().log10().item()
+        indices = data.sample_triplet(scene, torch.Generator().manual_seed(n))
+        t = splat.load_triplet(scene, indices, scene.frames[0].size, "cpu")
+        truth, seen = t.images[2].permute(1, 2, 0), distill.covisible_pixels(t.depth, t.K, t.c2w)
+        for name in rows:
+            g, colours = splat.reconstruct(name, t, net)
+            error = (lift.view_depth(g, t.c2w[:2], *truth.shape[:2]) - t.depth[:2]).abs() / t.depth[:2]
+            image, covered = splat.divide_by_alpha(splat.render_target(g, colours, t))
+            image = image * covered[..., None]
+            psnr = lambda where: splat.psnr(image[where], truth[where])
             rows[name].append((error.mean().item(), 100 * (error < 0.1).float().mean().item(), psnr(seen),
                                100 * (covered & seen).sum().item() / seen.sum().item(), psnr(seen & covered)))
     return {name: [sum(column) / len(column) for column in zip(*values)] for name, values in rows.items()}
@@ -544,25 +542,31 @@ def make_vit(args, train_scenes, val_scenes):
         lift.save_tensors(out, {key: value.half() for key, value in load_file(aside / "model.safetensors").items()})
     print("| weights | depth RMSE m | AbsRel | normal RMSE deg | mIoU % | correspondence % |\n|---|---|---|---|---|---|")
     for name, vit in (("random", untrained), ("tiny", lift.load_vit(out))):
-        print("| {} | {:.2f} | {:.3f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *probe(vit, train_scenes[:120], val_scenes)))
+        scores = probe(vit, train_scenes[:120], val_scenes)
+        print("| {} | {:.2f} | {:.3f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *scores))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train the tiny ViT or the tiny MVSplat on the training rooms, and measure it.")
+    parser = argparse.ArgumentParser(description="Train a tiny network on the training rooms, and measure it.")
     parser.add_argument("what", choices=("vit", "mvsplat", "student"))
-    parser.add_argument("--scene_dir", help="where the rooms are, or are written; default out/tiny/rooms, for student out/tiny/small")
+    parser.add_argument("--scene_dir", help="where the rooms are, or are written; default out/tiny/rooms, for student "
+                        "out/tiny/small")
     parser.add_argument("--rooms", type=data.positive, help="default: 400, for student 1500 of 48x64")
     parser.add_argument("--out", help="the run's folder; default out/tiny/ and what is made")
-    parser.add_argument("--max_steps", type=data.positive, help="default: 8000 for vit, 7500 for mvsplat, 3000 and 2000 for student")
+    parser.add_argument("--max_steps", type=data.positive, help="default: 8000 for vit, 7500 for mvsplat, 3000 and "
+                        "2000 for student")
     parser.add_argument("--encoder", default="tiny", help="the ViT that a student starts from")
-    parser.add_argument("--save_minutes", type=float, default=2.0, help="between checkpoints")
+    parser.add_argument("--save_minutes", type=float, default=2.0,
+                        help="minutes between checkpoints; 0 writes one after each step")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--probe", action="store_true", help="measure the existing weights instead of making new ones")
     args = parser.parse_args(argv)
     args.device, args.out = "cpu", args.out or f"out/tiny/{args.what}"
-    rooms, folder, steps = dict(vit=(400, "rooms", 8000), mvsplat=(400, "rooms", 7500), student=(1500, "small", None))[args.what]
-    args.rooms, args.max_steps, args.scene_dir = args.rooms or rooms, args.max_steps or steps, args.scene_dir or f"out/tiny/{folder}"
+    rooms, folder, steps = dict(vit=(400, "rooms", 8000), mvsplat=(400, "rooms", 7500),
+                                student=(1500, "small", None))[args.what]
+    args.rooms, args.max_steps = args.rooms or rooms, args.max_steps or steps
+    args.scene_dir = args.scene_dir or f"out/tiny/{folder}"
     with data.explained(args, f"`--resume --out {args.out}` goes on from the last checkpoint"):
         if args.what == "student":
             return make_student(args)
