@@ -10,7 +10,7 @@ Run     python 06_distill3r.py --preset tiny     cache, train, eval and infer on
         python 06_distill3r.py eval  --scene_dir my_scene --models student          accuracy, completeness, calibration
         python 06_distill3r.py table                                         Table I: time and memory over the views
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py tiny/rooms.py tiny/teacher.py
-        tiny/vit.safetensors
+        tiny/vit.safetensors tiny/student.safetensors
 Read    Pointmap, certainty, Loss, WEIGHTS, pointmap_loss, PointmapNetwork, read_out, Fusion, view_codes, Fast3R,
         StudentConfig, Student, CachedSample, write_cache, ask, filtered, train, learn_samples, loss_of, learning_rate,
         Cameras, estimate_cameras, focal_length, similarity

@@ -1,11 +1,12 @@
-"""The recipes of tiny/vit.safetensors and tiny/mvsplat.safetensors, stand-ins for DINOv2 and MVSplat.
+"""The recipes of the weights in tiny/: stand-ins for DINOv2, MVSplat and Distill3R's student.
 
 Paper   He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", for the ViT: 75 % of the patches hidden,
         their normalised pixels predicted. Chen et al. 2024, "MVSplat", for MVSplat: a third view splatted.
 In      the training rooms (split "train" of --rooms built-in rooms, written to --scene_dir), and no validation rooms.
-Out     tiny/*.safetensors (fp16), and the tables of tiny/README.md.
+Out     tiny/*.safetensors (fp16; the student's matrices in 8 bits), and the tables of tiny/README.md.
 Run     python tiny/train.py vit                 makes the ViT
         python tiny/train.py mvsplat             makes MVSplat; a killed run goes on with --resume
+        python tiny/train.py student --encoder out/04_distill/student    makes a student of pointmaps
         python tiny/train.py mvsplat --probe     only measures the weights that are here
 Not     3D in the ViT: it is trained without pose, depth, mask or label; the probes alone read them.
 """
@@ -309,9 +310,10 @@ def make_mvsplat(args, train_scenes, val_scenes):
 
 
 # ------------------------------------------------------------------------------------------------ Distill3R's student
-# Trained by `06_distill3r.py train` alone, a student of this size does not learn how the camera moved: shapes are wrong by
-# as much as neighbouring cameras are apart, so the loss hardly says which token of one view shows what another one shows.
-# That is told here first: one head of two of the fusion's blocks is taught to look at the matching tokens of other views.
+# `06_distill3r.py train` alone does not teach a student of this size how the camera moved. Its points are wrong by as
+# much as neighbouring cameras are apart, so the loss hardly tells it which tokens of two views show the same place.
+# Here it is told: in two blocks of the fusion, one attention head is trained to look at the matching tokens of other
+# views. First points are predicted at the tokens alone, which is cheap; then maps are, by Distill3R's loss.
 
 MATCHING = 2, 3  # the blocks of the fusion whose first head is taught
 VIEWS = 4  # a sample
@@ -319,16 +321,17 @@ STAGES = {"tokens": (3000, 16, 1e-3), "maps": (2000, 8, 5e-4)}  # steps, samples
 
 
 class StudentTrainer(nn.Module):
-    def __init__(self, encoder):
+    def __init__(self, encoder, match):
         super().__init__()
+        self.match = match  # the weight of the matching
         vit = lift.load_vit(encoder)
         self.model = distill3r.Student(distill3r.StudentConfig.tiny)
         self.model.encoder.load_state_dict(vit.state_dict())
         self.readout = nn.Linear(self.model.config.dec_dim, 6)  # of the first stage: a global and a local point a token
 
     def fuse(self, images, ids):
-        """The fusion for a batch of samples: images (B, V, 3, H, W), B of V ids -> the four levels (B, V, N, C), and the
-        logits (B, V N, V N) of the heads that are taught to match."""
+        """The fusion for a batch of samples. images (B, V, 3, H, W), B of V ids -> the four levels (B, V, N, C), and
+        the logits (B, V N, V N) of the heads that are taught to match."""
         fusion, (B, V) = self.model.decoder, images.shape[:2]
         x = tokens = self.model.tokens(images.flatten(0, 1)).unflatten(0, (B, V))
         codes = torch.stack([distill3r.view_codes(of_sample, fusion.dim) for of_sample in ids])
@@ -336,7 +339,7 @@ class StudentTrainer(nn.Module):
         levels, logits = [tokens], []
         for number, block in enumerate(fusion.dec_blocks, 1):
             if number in MATCHING:
-                qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1))  # (B, V N, 3, heads, C / heads)
+                qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1))  # (B, V N, 3, heads, ...)
                 q, k = qkv[:, :, 0, 0].float(), qkv[:, :, 1, 0].float()
                 logits.append(q @ k.mT / math.sqrt(q.shape[-1]))
             x = block(x)
@@ -359,8 +362,8 @@ class Windows(NamedTuple):
 
 
 def draw_windows(rooms, count, strides, generator, mirror=True) -> Windows:
-    """Of `rooms_in_memory`, views of one room at equal steps along the walk, in either direction; half of the batches are
-    mirrored left to right."""
+    """Of `rooms_in_memory`: views of one room at equal steps along the walk, in either direction. Half of the batches
+    are mirrored left to right."""
     images, depth, K, c2w = rooms
     room = torch.randint(len(depth), (count,), generator=generator)
     stride = torch.tensor(strides)[torch.randint(len(strides), (count,), generator=generator)]
@@ -403,7 +406,8 @@ def matching_tokens(w: Windows, local, P):
     share, weights = place - low, torch.zeros(B, V, N, V, N)
     for right in (0, 1):
         for down in (0, 1):
-            amount = (share[..., 0] if right else 1 - share[..., 0]) * (share[..., 1] if down else 1 - share[..., 1]) * seen
+            x, y = share.unbind(-1)
+            amount = (x if right else 1 - x) * (y if down else 1 - y) * seen
             weights.scatter_add_(-1, ((low[..., 1] + down) * cols + low[..., 0] + right)[..., None], amount[..., None])
     weights = weights.view(B, V * N, V * N)
     total = weights.sum(-1, keepdim=True)
@@ -416,7 +420,7 @@ def matching_cost(w: Windows, local, P, logits):
 
 
 def token_loss(trainer, w: Windows, ids):
-    """Stage 1: points at the centres of tokens, by the loss of Distill3R without confidences, and the matching of tokens."""
+    """Stage 1: points at the centres of tokens, by Distill3R's loss without confidences, and the matching of tokens."""
     local, world, _ = true_points(w)
     with torch.autocast("cpu", torch.bfloat16):
         levels, logits = trainer.fuse(w.images, ids)
@@ -431,7 +435,7 @@ def token_loss(trainer, w: Windows, ids):
         return (ours / scale(ours) - theirs / scale(theirs)).square().sum(-1).mean()
 
     geometry = 2 * error(raw[..., 3:], centres(world), (1, 2)) + error(raw[..., :3], centres(local), 2)
-    return geometry + 0.3 * matching_cost(w, local, P, logits)
+    return geometry + trainer.match * matching_cost(w, local, P, logits)
 
 
 def map_loss(trainer, w: Windows, ids, generator):
@@ -440,9 +444,10 @@ def map_loss(trainer, w: Windows, ids, generator):
     with torch.autocast("cpu", torch.bfloat16):
         levels, logits = trainer.fuse(w.images, ids)
         maps = trainer.maps(levels, w.depth.shape[2:])
-    loss = 0.3 * matching_cost(w, true_points(w)[0], trainer.model.patch, logits)
+    loss = trainer.match * matching_cost(w, true_points(w)[0], trainer.model.patch, logits)
     for b in range(len(w.depth)):
-        views = [argparse.Namespace(name="", depth=w.depth[b, v], K=w.K[b, v], c2w=w.c2w[b, v]) for v in range(w.depth.shape[1])]
+        views = [argparse.Namespace(name="", depth=depth, K=K, c2w=c2w)
+                 for depth, K, c2w in zip(w.depth[b], w.K[b], w.c2w[b])]
         ours = [P(*(x[b, v] for x in maps)) for v in range(len(views))]
         masks = [view.depth > 0 for view in views]
         loss = loss + distill3r.pointmap_loss(ours, teacher(views, generator), masks).total / len(w.depth)
@@ -475,7 +480,8 @@ def train_stage(args, trainer, rooms, stage):  # "tokens" or "maps"
 def train_student(args, scenes):
     """First on tokens, then on maps. A run that was killed goes on with --resume."""
     torch.manual_seed(args.seed)
-    trainer, rooms, after_tokens = StudentTrainer(args.encoder), rooms_in_memory(scenes), Path(args.out, "tokens.safetensors")
+    trainer, rooms = StudentTrainer(args.encoder, args.match), rooms_in_memory(scenes)
+    after_tokens = Path(args.out, "tokens.safetensors")
     if not after_tokens.exists():
         train_stage(args, trainer, rooms, "tokens")
         lift.save_tensors(after_tokens, trainer.state_dict())
@@ -486,10 +492,10 @@ def train_student(args, scenes):
 
 @torch.no_grad()
 def compare_poses(model, rooms, stride, windows=100):
-    """Cameras of four views, `stride` apart along the walk, found from their pictures: medians over consecutive cameras.
+    """Cameras of four views, `stride` apart along the walk, found from their pictures.
 
-    -> error of the rotation between them, that of standing still (both degrees), in what share of them the former is
-    smaller (%), and the angle between found and true direction of the motion (degrees).
+    -> over consecutive cameras: the median error of the rotation between them and that of standing still (degrees), the
+    share in which the former is smaller (%), and the median angle between found and true direction of motion (degrees).
     """
     generator, rows = torch.Generator().manual_seed(1), []
     angle = lambda R: ((R.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1).acos().rad2deg()
@@ -506,7 +512,7 @@ def compare_poses(model, rooms, stride, windows=100):
 
 
 def in_8_bits(state) -> dict:
-    """Matrices as int8 with a scale a row (`name.scale`), all else in fp16: `distill3r.load_student("tiny")` undoes it."""
+    """Matrices as int8 with a scale a row (`name.scale`), all else in fp16; `load_student("tiny")` of 06 undoes it."""
     stored = {}
     for name, x in state.items():
         stored[name] = x.half()
@@ -525,7 +531,8 @@ def make_student(args):
     held_out = rooms_in_memory(data.open_scenes("data_small")[:100])  # of another seed
     print("| views apart | rotation off by | standing still | better in % | direction off by |\n|---|---|---|---|---|")
     for stride in (1, 2, 3):
-        print("| {} | {:.2f} | {:.2f} | {:.0f} | {:.0f} |".format(stride, *compare_poses(distill3r.load_student("tiny"), held_out, stride)))
+        found = compare_poses(distill3r.load_student("tiny"), held_out, stride)
+        print("| {} | {:.2f} | {:.2f} | {:.0f} | {:.0f} |".format(stride, *found))
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -540,7 +547,8 @@ def make_vit(args, train_scenes, val_scenes):
         vit = standardise(train_vit(args, images), images)
         lift.save_vit(vit, aside)  # names of Hugging Face's layout, which load_vit recognises
         lift.save_tensors(out, {key: value.half() for key, value in load_file(aside / "model.safetensors").items()})
-    print("| weights | depth RMSE m | AbsRel | normal RMSE deg | mIoU % | correspondence % |\n|---|---|---|---|---|---|")
+    columns = "weights", "depth RMSE m", "AbsRel", "normal RMSE deg", "mIoU %", "correspondence %"
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, vit in (("random", untrained), ("tiny", lift.load_vit(out))):
         scores = probe(vit, train_scenes[:120], val_scenes)
         print("| {} | {:.2f} | {:.3f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *scores))
@@ -556,6 +564,7 @@ def main(argv=None):
     parser.add_argument("--max_steps", type=data.positive, help="default: 8000 for vit, 7500 for mvsplat, 3000 and "
                         "2000 for student")
     parser.add_argument("--encoder", default="tiny", help="the ViT that a student starts from")
+    parser.add_argument("--match", type=float, default=0.3, help="weight of a student's matching; 0: without it")
     parser.add_argument("--save_minutes", type=float, default=2.0,
                         help="minutes between checkpoints; 0 writes one after each step")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
