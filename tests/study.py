@@ -79,7 +79,8 @@ TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
     "student, labels only": ["--weight", "none", "--gamma", "0"],
     "student, student's confidence weighs": ["--weight", "student", "--gamma", "0"]}
 CIRCLE_ROOMS = dict(scenes=48, seed=1)  # rooms that Distill3R's student has not seen
-CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred"}
+CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred",
+          "48 rooms, the same by the built-in student": "built_in"}
 THREE = "start", "2D control", "SnD"
 LONG = ["--max_steps", "600", "--triplets", "600"]  # four triplets a step, on 200 of the rooms
 STARTS = {  # name -> run, kind of start, standard deviations of the noise on its position embedding
@@ -348,25 +349,26 @@ def score_pointmaps(name, seed, args):
 
 
 def score_circle(name, seed, args):
-    """Splat and Distill on four neighbouring views of a few rooms, with measured depth. "inferred": poses and depth are what
-    Distill3R's student has found in the pictures alone; "true": they are the rooms' own."""
-    folder, student = Path(args.out) / "circle", folder_of(EQ2, 0, args) / "student"
-    if not student.exists():
+    """Splat and Distill on four neighbouring views of a few rooms, with measured depth. "true": poses and depth are the
+    rooms' own; "inferred", "built_in": they are what a student of Distill3R has found in the pictures alone."""
+    folder, kind = Path(args.out) / "circle", CIRCLE[name]
+    student = {"inferred": str(folder_of(EQ2, 0, args) / "student"), "built_in": "tiny"}.get(kind)
+    if kind == "inferred" and not Path(student).exists():
         score_pointmaps(EQ2, 0, args)
     data.make_rooms(folder / "rooms", **CIRCLE_ROOMS)
     for room in sorted((folder / "rooms").glob("room_*")):
         meta = json.loads((room / "transforms.json").read_text())
         for start in range(0, len(meta["frames"]) - 3, 4):
-            true, inferred = (folder / kind / f"{room.name}_{start:02d}" for kind in ("true", "inferred"))
+            true, inferred = (folder / which / f"{room.name}_{start:02d}" for which in ("true", kind))
             if not true.exists():
                 copy_views(room, meta, slice(start, start + 4), true)
-            if not inferred.exists() and CIRCLE[name] == "inferred":
+            if not inferred.exists():
                 out = folder / "infer"
-                distill3r.main(["infer", "--preset", "tiny", "--images", str(true / "images"), "--weights", str(student), "--out", str(out),
+                distill3r.main(["infer", "--preset", "tiny", "--images", str(true / "images"), "--weights", student, "--out", str(out),
                                 "--device", args.device])
                 inferred.parent.mkdir(exist_ok=True)
                 (out / "scene").rename(inferred)
-    score_run(name, seed, args, ["--geometry", "depth", "--masks", "superpixels", "--scene_dir", str(folder / CIRCLE[name])])
+    score_run(name, seed, args, ["--geometry", "depth", "--masks", "superpixels", "--scene_dir", str(folder / kind)])
 
 
 def copy_views(room, meta, which, target):
