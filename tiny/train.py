@@ -439,7 +439,7 @@ def token_loss(trainer, w: Windows, ids):
 
 
 def map_loss(trainer, w: Windows, ids, generator):
-    """Stage 2: Distill3R's own loss on the maps of the pretended Fast3R, and still the matching of tokens."""
+    """Stage 2: Distill3R's own loss on the maps of tiny/teacher.py, and the matching of tokens as before."""
     teacher, P = GeometricTeacher(w.depth.shape[2:]), distill3r.Pointmap
     with torch.autocast("cpu", torch.bfloat16):
         levels, logits = trainer.fuse(w.images, ids)
