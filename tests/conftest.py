@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-BESIDE = ("test_04_distill.py", "test_05_probe.py", "test_reproduce.py")  # half of the suite's time
+BESIDE = ("test_04_distill.py", "test_05_probe.py", "test_gpu.py", "test_reproduce.py")  # half of the suite's time
 OTHER_HALF = pytest.StashKey[tuple]()  # its process, and the file that it writes to
 
 
