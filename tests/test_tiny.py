@@ -1,4 +1,5 @@
 """What stands in where nothing can be downloaded: the recipe and the weights of Distill3R's built-in student."""
+import argparse
 import importlib
 
 import pytest
@@ -33,6 +34,20 @@ def test_tokens_match_where_the_other_views_show_the_same_place(small_rooms):
     apart = (weights @ at - at).norm(dim=-1)[seen]
     chance = (at.mean(1, keepdim=True) - at).norm(dim=-1)[seen]
     assert apart.median() < 0.25 * chance.median()
+
+
+@pytest.mark.parametrize("stage, trained, idle", [("tokens", "readout", "head"), ("maps", "head", "readout")])
+def test_each_stage_trains_its_own_outputs_and_the_matching_heads(small_rooms, stage, trained, idle):
+    trainer = recipes.StudentTrainer(argparse.Namespace(encoder="tiny", seed=0, match=0.3))
+    w, generator = windows(small_rooms, 1, count=2), torch.Generator().manual_seed(0)
+    ids = [distill3r.draw_view_ids(4, generator) for _ in w.depth]
+    loss = recipes.learn_windows(trainer, w, ids, stage, generator)
+    grads = {name: p.grad for name, p in trainer.named_parameters() if p.grad is not None and p.grad.any()}
+    assert 0 < loss < float("inf") and [x.shape for x in trainer.logits] == [(192, 192)] * 2
+    assert any(trained in name for name in grads) and not any(idle in name for name in grads)
+    trainer.zero_grad()
+    trainer.match = 0
+    assert recipes.learn_windows(trainer, w, ids, stage, generator) < loss
 
 
 def test_eight_bits_are_read_back():

@@ -14,6 +14,7 @@ import argparse
 import importlib
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -316,42 +317,36 @@ def make_mvsplat(args, train_scenes, val_scenes):
 # views. First points are predicted at the tokens alone, which is cheap; then maps are, by Distill3R's loss.
 
 MATCHING = 2, 3  # the blocks of the fusion whose first head is taught
-VIEWS = 4  # a sample
+VIEWS, SIZE = 4, (48, 64)  # of a sample
 STAGES = {"tokens": (3000, 16, 1e-3), "maps": (2000, 8, 5e-4)}  # steps, samples a step, peak learning rate
 
 
 class StudentTrainer(nn.Module):
-    def __init__(self, encoder, match):
+    """A student, points at its tokens, and the attention's logits (V N, V N) of the heads that are taught to match."""
+
+    def __init__(self, args):
         super().__init__()
-        self.match = match  # the weight of the matching
-        vit = lift.load_vit(encoder)
-        self.model = distill3r.Student(distill3r.StudentConfig.tiny)
-        self.model.encoder.load_state_dict(vit.state_dict())
-        self.readout = nn.Linear(self.model.config.dec_dim, 6)  # of the first stage: a global and a local point a token
+        self.model = distill3r.new_student(argparse.Namespace(
+            encoder=args.encoder, preset="tiny", size=SIZE, seed=args.seed, grad_checkpoint=False))
+        self.readout = nn.Linear(self.model.config.dec_dim, 6)  # of the first stage: a local and a global point a token
+        self.match, self.logits = args.match, []
+        for number in MATCHING:
+            attention = self.model.decoder.dec_blocks[number - 1].attn
+            attention.qkv.register_forward_hook(partial(self.keep, attention.heads))
 
-    def fuse(self, images, ids):
-        """The fusion for a batch of samples. images (B, V, 3, H, W), B of V ids -> the four levels (B, V, N, C), and
-        the logits (B, V N, V N) of the heads that are taught to match."""
-        fusion, (B, V) = self.model.decoder, images.shape[:2]
-        x = tokens = self.model.tokens(images.flatten(0, 1)).unflatten(0, (B, V))
-        codes = torch.stack([distill3r.view_codes(of_sample, fusion.dim) for of_sample in ids])
-        x = (fusion.decoder_embed(x) + codes[:, :, None]).flatten(1, 2)
-        levels, logits = [tokens], []
-        for number, block in enumerate(fusion.dec_blocks, 1):
-            if number in MATCHING:
-                qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1))  # (B, V N, 3, heads, ...)
-                q, k = qkv[:, :, 0, 0].float(), qkv[:, :, 1, 0].float()
-                logits.append(q @ k.mT / math.sqrt(q.shape[-1]))
-            x = block(x)
-            if number in fusion.hooks:
-                levels.append(x.unflatten(1, (V, -1)))
-        levels[-1] = fusion.dec_norm(x).unflatten(1, (V, -1))
-        return levels, logits
+    def keep(self, heads, layer, inputs, qkv):  # (1, V N, 3 C), as the attention computes it
+        q, k, _ = qkv[0].unflatten(-1, (3, heads, -1))[:, :, 0].float().unbind(1)
+        self.logits.append(q @ k.T / math.sqrt(q.shape[-1]))
 
-    def maps(self, levels, size):  # -> a Pointmap of (B, V, H, W, ...)
-        B, V = levels[0].shape[:2]
-        found = self.model.heads(torch.empty(B * V, 3, *size), *(level.flatten(0, 1) for level in levels))
-        return distill3r.Pointmap(*(x.unflatten(0, (B, V)) for x in found))
+    def forward(self, images, ids, stage):  # (V, 3, H, W), V ids -> V Pointmaps, of (N, 1) "pixels" for the tokens
+        self.logits.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            if stage == "maps":
+                return self.model(list(images), ids)
+            tokens = self.model.decoder(list(self.model.tokens(images)), ids)[-1]
+            raw = self.readout(torch.stack(tokens))  # (V, N, 6)
+            local, world = (distill3r.read_out(F.pad(part, (0, 1)).mT[..., None]) for part in raw.split(3, -1))
+            return [distill3r.Pointmap(*each) for each in zip(world[0], local[0], world[1], local[1])]
 
 
 class Windows(NamedTuple):
@@ -414,52 +409,35 @@ def matching_tokens(w: Windows, local, P):
     return weights / total.clamp_min(1e-6), total[..., 0] > 0
 
 
-def matching_cost(w: Windows, local, P, logits):
-    weights, seen = matching_tokens(w, local, P)
-    return sum(-(weights * x.log_softmax(-1)).sum(-1)[seen].mean() for x in logits) / len(logits)
-
-
-def token_loss(trainer, w: Windows, ids):
-    """Stage 1: points at the centres of tokens, by Distill3R's loss without confidences, and the matching of tokens."""
+def learn_windows(trainer, w: Windows, ids, stage, generator) -> float:
+    """Adds the gradients of the samples, one by one, and returns the mean of their losses. Both stages have Distill3R's
+    loss: on the true points at the tokens, without confidences; on the maps of tiny/teacher.py, as it is."""
+    teacher, Pointmap, P, total = GeometricTeacher(SIZE), distill3r.Pointmap, trainer.model.patch, 0.0
     local, world, _ = true_points(w)
-    with torch.autocast("cpu", torch.bfloat16):
-        levels, logits = trainer.fuse(w.images, ids)
-        raw = trainer.readout(levels[-1]).float()
-    P = trainer.model.patch
-    centres = lambda x: x[:, :, P // 2::P, P // 2::P].flatten(2, 3)
-
-    def error(raw, theirs, over):
-        distance = raw.norm(dim=-1, keepdim=True)
-        ours = raw / distance.clamp_min(1e-8) * distance.expm1()
-        scale = lambda points: points.norm(dim=-1).mean(over, keepdim=True)[..., None].clamp_min(1e-6)
-        return (ours / scale(ours) - theirs / scale(theirs)).square().sum(-1).mean()
-
-    geometry = 2 * error(raw[..., 3:], centres(world), (1, 2)) + error(raw[..., :3], centres(local), 2)
-    return geometry + trainer.match * matching_cost(w, local, P, logits)
-
-
-def map_loss(trainer, w: Windows, ids, generator):
-    """Stage 2: Distill3R's own loss on the maps of tiny/teacher.py, and the matching of tokens as before."""
-    teacher, P = GeometricTeacher(w.depth.shape[2:]), distill3r.Pointmap
-    with torch.autocast("cpu", torch.bfloat16):
-        levels, logits = trainer.fuse(w.images, ids)
-        maps = trainer.maps(levels, w.depth.shape[2:])
-    loss = trainer.match * matching_cost(w, true_points(w)[0], trainer.model.patch, logits)
+    weights, seen = matching_tokens(w, local, P)
+    centres = lambda points: points[:, P // 2::P, P // 2::P].reshape(VIEWS, -1, 1, 3)
     for b in range(len(w.depth)):
-        views = [argparse.Namespace(name="", depth=depth, K=K, c2w=c2w)
-                 for depth, K, c2w in zip(w.depth[b], w.K[b], w.c2w[b])]
-        ours = [P(*(x[b, v] for x in maps)) for v in range(len(views))]
-        masks = [view.depth > 0 for view in views]
-        loss = loss + distill3r.pointmap_loss(ours, teacher(views, generator), masks).total / len(w.depth)
-    return loss
+        if stage == "tokens":
+            one = torch.ones(len(weights[b]) // VIEWS, 1)
+            targets = [Pointmap(*points, one, one) for points in zip(centres(world[b]), centres(local[b]))]
+            masks, how = [one > 0] * VIEWS, dict(weight="none", gamma=0)
+        else:
+            views = [argparse.Namespace(name="", depth=depth, K=K, c2w=c2w)
+                     for depth, K, c2w in zip(w.depth[b], w.K[b], w.c2w[b])]
+            targets, masks, how = teacher(views, generator), list(w.depth[b] > 0), {}
+        loss = distill3r.pointmap_loss(trainer(w.images[b], ids[b], stage), targets, masks, **how).total / len(w.depth)
+        for logits in trainer.logits:
+            cost = -(weights[b] * logits.log_softmax(-1)).sum(-1)[seen[b]].sum() / seen.sum()
+            loss = loss + trainer.match * cost / len(MATCHING)
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def train_stage(args, trainer, rooms, stage):  # "tokens" or "maps"
     steps, batch, peak = STAGES[stage]
-    inside = {name: p for name, p in trainer.named_parameters() if name.startswith("model.encoder.")}
-    rest = [p for name, p in trainer.named_parameters() if name not in inside]
-    groups = [{"params": rest, "share": 1.0}, {"params": list(inside.values()), "share": 0.3}]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.95), fused=True)
+    optimiser = distill3r.new_optimiser(trainer.model, argparse.Namespace(lr=peak, encoder_share=0.3))
+    optimiser.add_param_group({"params": trainer.readout.parameters(), "share": 1.0})
     args = argparse.Namespace(**vars(args) | dict(out=str(Path(args.out, stage)), max_steps=args.max_steps or steps))
     run = distill.Run(args, {"student": dict(trainer.named_parameters())}, optimiser, name=stage)
     for step in run:
@@ -469,18 +447,17 @@ def train_stage(args, trainer, rooms, stage):  # "tokens" or "maps"
         w = draw_windows(rooms, batch, (1, 2, 3, 4), generator)  # neighbouring views, and views farther apart
         ids = [distill3r.draw_view_ids(VIEWS, generator) for _ in w.depth]
         optimiser.zero_grad(set_to_none=True)
-        loss = token_loss(trainer, w, ids) if stage == "tokens" else map_loss(trainer, w, ids, generator)
-        run.check(loss.item(), "these windows")
-        loss.backward()
+        loss = learn_windows(trainer, w, ids, stage, generator)
+        run.check(loss, "these windows")
         nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
         optimiser.step()
-        run.log(loss=loss.item())
+        run.log(loss=loss)
 
 
 def train_student(args, scenes):
     """First on tokens, then on maps. A run that was killed goes on with --resume."""
     torch.manual_seed(args.seed)
-    trainer, rooms = StudentTrainer(args.encoder, args.match), rooms_in_memory(scenes)
+    trainer, rooms = StudentTrainer(args), rooms_in_memory(scenes)
     after_tokens = Path(args.out, "tokens.safetensors")
     if not after_tokens.exists():
         train_stage(args, trainer, rooms, "tokens")
@@ -518,13 +495,13 @@ def in_8_bits(state) -> dict:
         stored[name] = x.half()
         if x.ndim > 1:
             scale = (x.flatten(1).abs().amax(1) / 127).clamp_min(1e-6).half()
-            stored[name] = (x / scale.float().view(-1, *[1] * (x.ndim - 1))).round().clamp(-127, 127).to(torch.int8)
+            stored[name] = torch.einsum("r...,r->r...", x, 1 / scale.float()).round().clamp(-127, 127).to(torch.int8)
             stored[f"{name}.scale"] = scale
     return stored
 
 
 def make_student(args):
-    data.make_rooms(args.scene_dir, args.rooms, size=(48, 64), seed=7)
+    data.make_rooms(args.scene_dir, args.rooms, size=SIZE, seed=7)
     if not args.probe:
         student = train_student(args, data.load_scenes(args.scene_dir))
         lift.save_tensors(ROOT / "tiny" / "student.safetensors", in_8_bits(student.state_dict()))
