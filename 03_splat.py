@@ -906,7 +906,8 @@ def pixels_of(image: Tensor, blocks: Blocks) -> Tensor:
 
 
 def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape, check_invariants=False).coalesce()
+    with torch.sparse.check_sparse_tensor_invariants(False):  # said aloud, or CUDA warns that nothing is checked
+        return torch.sparse_coo_tensor(torch.stack([row, column]), value, shape).coalesce()
 
 
 OPERATOR_FORMAT = "splat operator 1"  # to be raised with every change of the file's layout or of what the weights mean

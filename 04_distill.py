@@ -354,21 +354,22 @@ def blocked_loss(
 ):
     """`distill_loss` of the two heads' logits, a block of tokens at a time, and the teacher's entropy.
 
-    No (N, P) tensor ever exists, which would take 0.7 GB at the paper's size: the backward pass computes each block's
-    logits again.
+    No (N, P) tensor ever exists, which would take 0.7 GB at the paper's size. The gradient of each block is computed
+    while its logits are there, as computing them again in the backward pass takes 1.3 to 1.7 times as long.
     """
-    def one(x, y, W):
-        goal = y @ W_teacher.T
+    block, loss, entropy = max(1, max_elements // len(W)), x.new_zeros(()), x.new_zeros(())
+    grad_x, grad_W = torch.zeros_like(x), torch.zeros_like(W)
+    for i in range(0, len(x), block):
+        part, weights = x[i:i + block].detach().requires_grad_(), W.detach().requires_grad_()
         with torch.no_grad():
-            entropy = distill_loss(goal, goal, tau_teacher, tau_teacher)
-        return distill_loss(x @ W.T, goal, tau_student, tau_teacher), entropy
-
-    block = max(1, max_elements // len(W))
-    loss, entropy = 0 * x.sum() + 0 * W.sum(), x.new_zeros(())
-    for part, goal in zip(x.split(block), y.split(block)) if len(x) else ():
-        value, least = checkpoint(one, part, goal, W, use_reentrant=False, preserve_rng_state=False)
-        loss, entropy = loss + len(part) / len(x) * value, entropy + len(part) / len(x) * least
-    return loss, entropy
+            goal = y[i:i + block] @ W_teacher.T
+            entropy += len(part) / len(x) * distill_loss(goal, goal, tau_teacher, tau_teacher)
+        with torch.enable_grad():
+            value = len(part) / len(x) * distill_loss(part @ weights.T, goal, tau_student, tau_teacher)
+        grad_x[i:i + block], more = torch.autograd.grad(value, (part, weights))
+        loss, grad_W = loss + value.detach(), grad_W + more
+    # What is added is 0, and its derivatives are the gradients that were found.
+    return loss + ((x - x.detach()) * grad_x).sum() + ((W - W.detach()) * grad_W).sum(), entropy
 
 
 # ------------------------------------------------------------------------ triplets and operators

@@ -384,7 +384,7 @@ def parts_of_step(source, place, sample, student, teacher, settings) -> dict:
         "images and operator from disk (other threads do it)": lambda: source.sample(*place, 0),
         "once a triplet: geometry by the tiny MVSplat": lambda: source.reconstruct(t),
         "once a triplet: operator": lambda: distill.triplet_operator(gaussians, t, *steps),
-        "--online instead: lift, splat, blend": lambda: distill.splat_features(tokens, gaussians, t, *steps)}
+        "--online instead: lift, splat, blend": lambda: distill.splat_in_blocks(tokens, gaussians, t, *steps)}
 
 
 def table_one(report, args):

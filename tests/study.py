@@ -86,7 +86,7 @@ LONG = ["--max_steps", "600", "--triplets", "600"]  # four triplets a step, on 2
 STARTS = {  # name -> run, kind of start, standard deviations of the noise on its position embedding
     f"{kind.partition(' (')[0]} {start}{strength}": (kind, start, strength)
     for start, strength, kinds in (
-        ("foreign", "", THREE),
+        ("foreign", "", THREE), ("semantic", "", THREE),
         ("artifacts", 0, THREE), ("artifacts", 1, THREE), ("artifacts", 2, THREE),
         ("artifacts", 4, [kind for kind in MAIN | TABLE5 if kind not in BESIDE]), ("fresh", 4, THREE),
         ("artifacts", 4, ["SnD beside the start's", "start beside itself"])) for kind in kinds}
@@ -177,7 +177,8 @@ def score_start(name, seed, args):
         with fresh_noise(strength):
             score_run(name, seed, args, flags)
     else:
-        score_run(name, seed, args, flags, foreign_start(args) if start == "foreign" else start_with_artifacts(strength, args))
+        make = {"foreign": foreign_start, "semantic": semantic_start}.get(start, functools.partial(start_with_artifacts, strength))
+        score_run(name, seed, args, flags, make(args))
 
 
 def foreign_start(args) -> str:
@@ -189,6 +190,15 @@ def foreign_start(args) -> str:
         vit = train.standardise(train.train_vit(recipe, images), images)
         lift.save_vit(vit, folder.with_name(".start_foreign"))
         folder.with_name(".start_foreign").rename(folder)
+    return str(folder)
+
+
+def semantic_start(args) -> str:
+    """The folder of the built-in ViT after self-distillation (tiny/train.py)."""
+    folder = Path(args.out) / "start_semantic"
+    if not folder.exists():
+        train.main(["semantic", "--out", str(folder.with_name("semantic")), "--scene_dir", args.scene_dir.removesuffix("_200"), "--resume"])
+        folder.with_name("semantic").joinpath("vit").rename(folder)
     return str(folder)
 
 
