@@ -78,6 +78,7 @@ TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
     "student, no weighting": ["--weight", "none"],
     "student, labels only": ["--weight", "none", "--gamma", "0"],
     "student, student's confidence weighs": ["--weight", "student", "--gamma", "0"]}
+TOKENS = {"student of the built-in student": 0.0, "and of its fused tokens": 1.0}  # name -> weight of the loss on them
 CIRCLE_ROOMS = dict(scenes=48, seed=1)  # rooms that Distill3R's student has not seen
 CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred",
           "48 rooms, the same by the built-in student": "built_in"}
@@ -358,6 +359,47 @@ def score_pointmaps(name, seed, args):
     remember(name, seed, args, json.loads((out / "result.json").read_text()))
 
 
+def score_tokens(name, seed, args):
+    """Distill3R with a network for a teacher, the built-in student: from its pointmaps alone, as in the paper, or from its fused tokens as well."""
+    folder, out, teacher, model_of = Path(args.out) / "cache_tokens", folder_of(name, seed, args), distill3r.load_student("tiny"), distill3r.model_of
+    common = ["--preset", "tiny", "--size", *map(str, train.SIZE), "--scene_dir", args.scene_dir, "--cache", str(folder), "--out", str(out), "--device", args.device]
+    asked = lambda given, wanted: model_of(given, {"teacher": "tiny"}.get(wanted, wanted))
+    with mock.patch.object(distill3r, "model_of", asked), tokens_compared(teacher.to(args.device), TOKENS[name]):
+        distill3r.main(["cache", *common])
+        distill3r.main(["train", *common, "--seed", str(seed), "--resume"])
+        distill3r.main(["eval", *common, "--models", "student", "teacher"])
+    rooms = train.rooms_in_memory(data.open_scenes("data_small")[:100])
+    off, still, *_ = train.compare_poses(distill3r.load_student(out / "student"), rooms, 1)
+    remember(name, seed, args, json.loads((out / "result.json").read_text()) | {"rotation": {"off": off, "still": still}})
+
+
+@contextlib.contextmanager
+def tokens_compared(teacher, weight):
+    """Meanwhile the loss of 06 has a second part: 1 minus the cosine between the teacher's fused tokens and a linear map of the student's."""
+    fused, (new, save, loss_of) = {}, (distill3r.new_student, distill3r.save_student, distill3r.loss_of)
+    keep = lambda decoder, _, levels: fused.update({decoder: torch.cat(levels[-1])})
+    teacher.decoder.register_forward_hook(keep)
+
+    def new_student(args):
+        student = new(args)
+        student.decoder.register_forward_hook(keep)
+        student.to_teacher = torch.nn.Linear(student.config.dec_dim, teacher.config.dec_dim)
+        return student
+
+    def both(student, sample, args, seed):
+        loss = loss_of(student, sample, args, seed)
+        with torch.no_grad():
+            teacher([image.to(args.device) for image in sample.images], generator=torch.Generator().manual_seed(seed))
+        likeness = torch.nn.functional.cosine_similarity(student.to_teacher(fused[student.decoder].float()), fused[teacher.decoder].float(), -1)
+        return loss._replace(total=loss.total + weight * (1 - likeness.mean()))
+
+    def save_student(student, folder):
+        del student.to_teacher
+        save(student, folder)
+    with mock.patch.multiple(distill3r, new_student=new_student, save_student=save_student, loss_of=both):
+        yield
+
+
 def score_circle(name, seed, args):
     """Splat and Distill on four neighbouring views of a few rooms, with measured depth. "true": poses and depth are the
     rooms' own; "inferred", "built_in": they are what a student of Distill3R has found in the pictures alone."""
@@ -403,6 +445,16 @@ def pointmap_table(found) -> str:
     return "\n".join(lines) if EQ2 in found else NOT_YET
 
 
+def tokens_table(found) -> str:
+    lines = ["| | seeds | accuracy ↓ | completeness ↓ | rotation off by ° ↓ | standing still |", "|---" * 6 + "|"]
+    for name in (name for name in TOKENS if name in found):
+        results = found[name]
+        values = zip(*([r["student"]["mean"][key] for key in ("accuracy", "completeness")] + [r["rotation"]["off"], r["rotation"]["still"]] for r in results))
+        cells = [f"{statistics.mean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if len(set(v)) > 1 else "") for v in values]
+        lines.append(f"| {name} | {len(results)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else NOT_YET
+
+
 def in_words(name) -> str:
     flags = RUNS[name]
     words = "the weights as they are" if flags is None else f"`{' '.join(flags)}`" if flags else "the defaults"
@@ -411,7 +463,7 @@ def in_words(name) -> str:
 
 def write_study(args):
     """All that is finished so far; what was written by hand below `KEPT` stays."""
-    study, names = Path(args.study), (*RUNS, *STARTS, *REAL, TARGETS, *TABLE3, *CIRCLE)
+    study, names = Path(args.study), (*RUNS, *STARTS, *REAL, TARGETS, *TABLE3, *TOKENS, *CIRCLE)
     records = {name: found for name in names if (found := remembered(name, args))}
     found = {name: [record["scores"] for record in records[name]] for name in records}
     targets = {name: [scores] for name, scores in found.get(TARGETS, [{}])[0].items()}
@@ -492,6 +544,12 @@ with each other and not with the tables above. No training, so no seeds.
 
 {pointmap_table(found)}
 
+## Distillation of features beside pointmaps
+
+{when(*TOKENS)} The teacher is the built-in student, at 48x64; its own tokens are compared with a linear map of the student's (`tokens_compared` of tests/study.py).
+
+{tokens_table(found)}
+
 ## Poses from pictures: Distill3R, then Splat and Distill
 
 {when(*CIRCLE)}
@@ -520,7 +578,7 @@ def check_settings(args):
 
 def main(argv=None):
     parts = {name: functools.partial(score_run, flags=flags) for name, flags in RUNS.items()}
-    parts |= dict.fromkeys(STARTS, score_start) | dict.fromkeys(REAL, score_real) | {TARGETS: score_targets} | dict.fromkeys(TABLE3, score_pointmaps) | dict.fromkeys(CIRCLE, score_circle)
+    parts |= dict.fromkeys(STARTS, score_start) | dict.fromkeys(REAL, score_real) | {TARGETS: score_targets} | dict.fromkeys(TABLE3, score_pointmaps) | dict.fromkeys(TOKENS, score_tokens) | dict.fromkeys(CIRCLE, score_circle)
     parser = argparse.ArgumentParser(description="Train and probe every variant; write docs/study.md.")
     parser.add_argument("--scene_dir", default="out/study/rooms", help="made if it is missing")
     parser.add_argument("--rooms", type=int, default=400)
