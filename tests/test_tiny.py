@@ -1,11 +1,12 @@
-"""What stands in where nothing can be downloaded: the recipe and the weights of Distill3R's built-in student."""
+"""What stands in where nothing can be downloaded: the recipes of the semantic ViT and of Distill3R's student."""
 import argparse
+import copy
 import importlib
 
 import pytest
 import torch
 
-data, distill3r, recipes = (importlib.import_module(name) for name in ("01_data", "06_distill3r", "tiny.train"))
+data, lift, distill3r, recipes = (importlib.import_module(n) for n in ("01_data", "02_lift", "06_distill3r", "tiny.train"))
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +65,32 @@ def test_the_built_in_student_knows_how_the_camera_moved(small_rooms):
     for stride in (1, 3):
         off, still, better, _ = recipes.compare_poses(student, small_rooms, stride, windows=8)
         assert off < still / 2 and better > 80, (stride, off, still, better)
+
+
+def test_balanced_targets_use_all_prototypes():
+    logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) + torch.arange(8)  # the last one nearly always wins
+    assert logits.argmax(1).bincount(minlength=8)[0] == 0
+    even = recipes.even(logits, 1.0)
+    assert torch.allclose(even.sum(1), torch.ones(64)) and (even.sum(0) / 8 - 1).abs().max() < 0.2
+
+
+def test_hidden_patches_are_a_part_of_half_of_the_pictures():
+    hidden = recipes.hidden_patches(400, torch.Generator().manual_seed(0)).float().mean(1)
+    assert 0.4 < (hidden > 0).float().mean() < 0.6
+    assert 0.19 < hidden[hidden > 0].min() and hidden.max() < 0.61
+
+
+def test_self_distillation_trains_the_student_and_does_not_show_it_the_hidden_patches(small_rooms):
+    generator, images = torch.Generator().manual_seed(0), small_rooms[0][0, :2].float() / 255
+    images = torch.nn.functional.interpolate(images, (96, 128))
+    student = recipes.SelfDistilled(lift.load_vit("tiny"))
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    loss = recipes.self_distillation_loss(student, teacher, images, 0.05, generator)
+    loss.backward()
+    assert 0 < loss < float("inf") and all(p.grad is not None for p in student.parameters())
+    hidden = torch.zeros(2, 192, dtype=torch.bool)
+    hidden[:, 100] = True  # the patch in row 6, column 4
+    other = images.clone()
+    other[:, :, 48:56, 32:40] = 0
+    with torch.no_grad():
+        assert torch.equal(student(images, hidden), student(other, hidden)) and not torch.equal(student(images), student(other))
