@@ -449,7 +449,7 @@ def tokens_table(found) -> str:
     lines = ["| | seeds | accuracy ↓ | completeness ↓ | rotation off by ° ↓ | standing still |", "|---" * 6 + "|"]
     for name in (name for name in TOKENS if name in found):
         results = found[name]
-        values = zip(*([r["student"]["mean"][key] for key in ("accuracy", "completeness")] + [r["rotation"]["off"], r["rotation"]["still"]] for r in results))
+        values = zip(*([r["student"]["mean"][key] for key in ("accuracy_mean", "completeness_mean")] + [r["rotation"]["off"], r["rotation"]["still"]] for r in results))
         cells = [f"{statistics.mean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if len(set(v)) > 1 else "") for v in values]
         lines.append(f"| {name} | {len(results)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 2 else NOT_YET
