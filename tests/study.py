@@ -78,7 +78,7 @@ TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
     "student, no weighting": ["--weight", "none"],
     "student, labels only": ["--weight", "none", "--gamma", "0"],
     "student, student's confidence weighs": ["--weight", "student", "--gamma", "0"]}
-TOKENS = {"student of the built-in student": 0.0, "and of its fused tokens": 1.0}  # name -> weight of the loss on them
+TOKENS = {"student of the built-in student": 0.0, "and of its fused tokens": 1.0, "and of its fused tokens, more": 10.0}  # name -> weight of the loss on them
 CIRCLE_ROOMS = dict(scenes=48, seed=1)  # rooms that Distill3R's student has not seen
 CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred",
           "48 rooms, the same by the built-in student": "built_in"}
