@@ -477,7 +477,7 @@ def write_study(args):
         picture = place_picture(found, Path(args.scores) / "place.png")
         place = f"\n![the change of each score over the place share of the start]({Path(args.scores).name}/{picture.name})\n"
 
-    foreign = ' "Foreign": the start has never seen a room (`foreign_start` of tests/study.py).' * ("start foreign" in found)
+    others = ' "Foreign": the start has never seen a room (`foreign_start` of tests/study.py). "Semantic": the built-in ViT after self-distillation (`tiny/train.py semantic`).'
 
     def when(*names):
         dates, machines = (sorted({record[key] for name in names for record in records.get(name, [])}) for key in ("date", "on"))
@@ -519,7 +519,7 @@ deviations over the seeds of the training; the same heads, views and pairs for a
 
 {when(*STARTS).replace(f"{args.rooms} rooms", "200 rooms")} Noise of 0, 1, 2 or 4 standard deviations stands on the start's position embedding, so that
 its features depend on their place in the picture; "fresh": it is another one in every picture, so that they do not. 600 steps of four triplets. "Rough place share" is the part of the tokens' variance that their
-place explains and that perspective does not (`place_share` of 05_probe.py).{foreign}
+place explains and that perspective does not (`place_share` of 05_probe.py).{others}
 
 {table(STARTS, found, columns=[*COLUMNS, ("place share", "rough", "rough place share %", 1)])}
 {place}
