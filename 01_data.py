@@ -10,11 +10,10 @@ Run     python 01_data.py                        built-in rooms -> data/, 20 s o
 Copy    01_data.py (and tiny/rooms.py, if rooms are to be made)
 Read    View, Frame, Scene, regions, into_picture, unproject, find_depth_range, frustum_points, overlap, LEVELS,
         context_pairs, best_pairs, sample_triplet, split, held_out_views
-Try     LEVELS = ((0.9, 0.4),) in section 3, then `python 01_data.py --rooms 9 --scene_dir nine/`: the median distance
-        of two contexts falls from 0.54 to 0.37 m, and the overlap of target and contexts rises from 0.88 to 0.96. With
-        LEVELS = ((0.1, 2.0),) they are 1.2 m and 0.73.
-        `--scene_dir nine/ --near 0.1 --far 1` stops at the first room, and four of the nine have no triplet left: the
-        typical depth is now 2 / (1 / 0.1 + 1 / 1) = 0.18 m, and most baselines are too wide for it.
+Try     LEVELS = ((0.9, 0.4),) in section 3, then `python 01_data.py --rooms 9 --scene_dir out/nine`: the contexts of
+        room_000 come closer, from a median distance of 0.50 to 0.39 m. With LEVELS = ((0.1, 2.0),) it is 1.65 m.
+        `--scene_dir out/nine --near 0.1 --far 1` stops at the first room: the typical depth is now
+        2 / (1 / 0.1 + 1 / 1) = 0.18 m, and most baselines are too wide for it.
 Not     fisheye cameras, images without poses, video files.
 Words   V views, H W pixels, K (3, 3) intrinsics, c2w camera-to-world, w2c its inverse, target / context as in SnD. The
         paper's I_i is View.image, its projection P_i (3, 4) is K times the first three rows of w2c.
@@ -258,7 +257,7 @@ def sample_triplet(scene, generator, targets=None):
             a, b = pairs[int(torch.randint(len(pairs), (1,), generator=generator))]
             return a, b, targets[n]
     raise DataError(f"{scene.name}: no three views overlap with a usable baseline; "
-                    "add views in between, or drop the scene")
+                    "add views in between, correct its depth range (--near, --far), or drop the scene")
 
 
 # ------------------------------------------------------------------------ 4. What is held out
@@ -1462,23 +1461,23 @@ def picture_grid(path, headings, rows, scale=None, below=None):
 
 
 def line_chart(title, curves, width=480, height=260, even=False) -> Tensor:
-    """Curves {name: [(x, y), ...]} as a picture (3, height, width). The axes go from the least to the largest value;
-    with `even` both have the same scale."""
+    """Curves {name: [(x, y), ...]} as a picture (3, height, width). With `even` both axes have the same scale."""
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     points = np.array([p for curve in curves.values() for p in curve], float)
-    (x0, y0), (x1, y1) = points.min(0), points.max(0)
+    columns, rows = map(round_numbers, points.min(0), points.max(0))  # where the axes are labelled
+    x0, x1, y0, y1 = columns[0], columns[-1], rows[0], rows[-1]
     left, right, top, bottom = 64, width - 16, 44, height - 28
-    scale = np.array([right - left, top - bottom]) / np.maximum([x1 - x0, y1 - y0], 1e-12)
+    scale = np.array([right - left, top - bottom]) / [x1 - x0, y1 - y0]
     scale = np.abs(scale).min() * np.sign(scale) if even else scale
     place = lambda x, y: tuple(([left, bottom] + scale * [x - x0, y - y0]).tolist())
     draw.text((left, 6), title, fill="black")
+    for y in rows:
+        draw.text((6, place(x0, y)[1] - 6), f"{y:g}", fill=(90, 90, 90))
+        draw.line([place(x0, y), place(x1, y)], fill=(150, 150, 150) if y == 0 else (230, 230, 230))
+    for x in columns:
+        draw.text((place(x, y0)[0] - 12, bottom + 8), f"{x:g}", fill=(90, 90, 90))
     draw.line([place(x0, y1), place(x0, y0), place(x1, y0)], fill=(150, 150, 150))
-    for x, y in zip(np.linspace(x0, x1, 5), np.linspace(y0, y1, 5)):
-        draw.text((6, place(x0, y)[1] - 6), f"{y:.3g}", fill=(90, 90, 90))
-        draw.line([place(x0, y), place(x1, y)], fill=(230, 230, 230))
-        text = f"{x:.0f}" if x1 - x0 > 20 else f"{x:.3g}"
-        draw.text((place(x, y0)[0] - 12, bottom + 8), text, fill=(90, 90, 90))
     start = left
     for colour, (name, curve) in zip(LINE_COLOURS, curves.items()):
         corners = [place(*p) for p in curve]
@@ -1488,6 +1487,14 @@ def line_chart(title, curves, width=480, height=260, even=False) -> Tensor:
         draw.text((start, 24), name, fill=colour)
         start += draw.textlength(name) + 16
     return from_image(picture)
+
+
+def round_numbers(low, high):  # at most seven, at equal steps of 1, 2 or 5 times a power of ten, that enclose both
+    span = high - low or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span <= 5 * power * factor)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return np.round(np.arange(first, max(last, first + 1) + 1) * step, 12)
 
 
 def camera_plan(scene, triplets, width):

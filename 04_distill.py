@@ -12,7 +12,7 @@ Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py tiny/rooms.py tiny/vit.s
 Read    DINOHead, distill_loss, LoRALinear, add_lora, Network, ema_update, networks_of, lift_weights, splat_features,
         Sample, objective, learn, distil, set_rates
 Try     --preset tiny alone: matching of held-out views 58.5 -> 69.3 %, effective rank of the tokens 99 -> 91; then
-        --target image --no_blend --upscale bilinear: 59.3 %. Here the teacher sees the target itself, its colours
+        --target image --no_blend --upscale bilinear --out out/2d: 59.3 %. Here the teacher sees the target, its colours
         jittered, without 3D and without masks. docs/study.md tells what each of the two brings.
         --no_blend: 69.2 %, rank 95. Blending adds nothing to matching, and makes the tokens of an object alike.
 Not     centering or temperature schedules (the paper has none either); the head is not sharded over GPUs.
@@ -306,6 +306,8 @@ def run_distillation(args, rank=0, world=1):
     scenes, heldout, source = prepare(args, rank, world)  # `source` makes a Sample of a triplet
     before, student, teacher, optimiser = networks_of(args)
     run = Run(args, what_changes(student, teacher, args), optimiser, rank, world)
+    if run.first and not run.start and Path(args.out, "student").exists():
+        print(f"{args.out}/student is of an earlier run and is replaced at the end; another --out keeps it")
     if args.finetune_geometry:
         finetune_geometry(source, scenes, heldout, run)  # A.3, before anything is distilled
     # Differs: the paper draws a fresh triplet for each step; here --triplets of them are drawn and taken again and

@@ -880,7 +880,7 @@ def baseline(maps: dict) -> dict:
 
 def shares_in_words(scores) -> str:
     shares = {m: s["place share"] for m, s in scores.items() if "place share" in s}
-    listed = "; ".join(f"{m} {x['all']:.1f} %, rough part {x['rough']:.1f} %" for m, x in shares.items())
+    listed = "; ".join(f"{m} {x['all']:.1f} %, rough part {max(0, x['rough']):.1f} %" for m, x in shares.items())
     return (f"Place share: {listed}. The rough part is artifacts that are tied to places in the picture. Splatting "
             "carries features to other places and so averages them out: where it is large, more can be gained (error "
             "of depth, built-in ViT: -1 % at a rough part of 1.3 %, -3 % at 26.5 %; docs/study.md).") if shares else ""
@@ -982,7 +982,7 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
     """Writes results.json, the pictures and report.html, which holds them all; returns the table in Markdown."""
     out, scores, columns = Path(args.out), {m: r.scores for m, r in results.items()}, COLUMNS
     about = (f"{len(train.images) if train else 0} training views, {len(val.images)} held-out views, "
-             f"{'x'.join(map(str, val.images.shape[2:]))}" + f"; {len(pairs)} pairs" * bool(pairs) + ".")
+             "{1}x{0} pixels".format(*val.images.shape[2:]) + f"; {len(pairs)} pairs" * bool(pairs) + ".")
     if pairs and pairs[0].measured:
         about += " Matches are scored by measured depth and the true pose."
     elif pairs:
@@ -1051,7 +1051,7 @@ def parse(argv):
     add("--pixels", type=data.positive, help="pixels a view; raise it for models of larger patches [preset]")
     add("--views", type=data.positive, help="views of each posed scene [preset] or plain folder (default: all)")
     add("--pairs", type=data.positive, help="pairs in each range of viewpoint change [preset]")
-    add("--max_steps", type=data.positive, default=10**9, help="at most so many steps a head, for a quick look")
+    add("--max_steps", type=data.positive, help="at most so many steps a head, for a quick look")
     add("--layer", choices=("block", "norm"), default="block", help="tokens before or after the last LayerNorm")
     add("--no_cls", action="store_true", help="depth reads patch tokens alone")
     add("--max_depth", type=float, default=math.inf, help="truth beyond it is not used, in training and in evaluation")
@@ -1068,7 +1068,7 @@ def parse(argv):
     args.models = dict(args.models)
     for name, value in PRESETS[args.preset].items():
         if isinstance(value, Recipe):
-            value = value._replace(steps=min(value.steps, args.max_steps))
+            value = value._replace(steps=min(value.steps, args.max_steps or value.steps))
         if name != "views":  # depends on what is in --scene_dir
             setattr(args, name, getattr(args, name, None) or value)
     args.command = shlex.join(["python", "05_probe.py", *(sys.argv[1:] if argv is None else argv)])

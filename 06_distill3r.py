@@ -15,7 +15,8 @@ Read    Pointmap, certainty, Loss, WEIGHTS, pointmap_loss, PointmapNetwork, read
         StudentConfig, Student, CachedSample, write_cache, ask, filtered, train, learn_samples, loss_of, learning_rate,
         Cameras, estimate_cameras, focal_length, similarity
 Try     after --preset tiny: eval --models mean student --views 1      accuracy 0.218 m, by the mean pointmap 0.245
-        cache --scene_dir data_small/room_007 --tau 0.9 --out out/sure    69 % of pixels are valid; at --tau 0.3, 99.6 %
+        infer --images data_small/room_007/images --weights tiny --out out/room_007: neighbouring photos agree to 51 %
+        through the cameras that are found, and to 41 % if no camera had moved. Look at cloud.png.
 Not     training of the teacher, bundle adjustment of the cameras, metric scale where the teacher has none.
 Words   P^g points_global, P^l points_local; C conf; tau the certainty that valid pixels need; w the weight of a pixel;
         s the scale that points are divided by. In shapes V views (the paper's N), N tokens of a view, M valid pixels
@@ -1416,7 +1417,7 @@ def measure(args):
              f"{'':10}{'mean':>10}{'median':>10}{'mean':>10}{'median':>10}"]
     for name, r in results.items():
         numbers = "".join(f"{value:10.4f}" for value in r["mean"][:4])
-        what = f"  ({models[name].identity})" if name == "teacher" else ""
+        what = f"  ({models[name].identity})" if name in ("teacher", "tiny") else ""
         table.append(f"{name:10}{numbers}{r['mean'].scale:8.3f}{r['calibration']['rank']:12.2f}{what}")
         r.update(mean=r["mean"]._asdict(), scenes={scene: score._asdict() for scene, score in r["scenes"].items()})
     path = Path(args.out, "result.json")
@@ -1433,7 +1434,8 @@ def infer(args):
     root, out = source_of(args), Path(args.out, "scene")
     which = "student" if args.teacher == "geometry" else "teacher"
     if which == "student" and args.preset == "tiny" and not args.command:
-        which = "tiny"  # a student of a few minutes does not know yet how the camera moved
+        which = "tiny"
+        print("a student of a few minutes does not know yet how the camera moved; what follows is by the built-in one")
     names = list(scene_folders(root))
     chosen = (names if which == "teacher" else unseen(args, names))[0]
     if len(names) > 1 and args.command:
@@ -1516,6 +1518,7 @@ def table_one(args):
     for model in models.values():
         for p in model.parameters():
             nn.init.normal_(p, std=0.02)
+    print(f"a forward pass over N views of {args.size[0]}x{args.size[1]}, in sizes of the published networks")
     for count in args.counts:
         for name, model in models.items():
             shape = [max(1, round(side / model.patch)) * model.patch for side in args.size]  # 378x518; 384x512

@@ -835,6 +835,15 @@ def quaternion_of(R):  # -> w x y z, by the largest of the four products
     return (q / np.linalg.norm(q)).tolist()
 
 
+@pytest.mark.parametrize("low, high, wanted", [
+    (1.3, 26.5, [0, 10, 20, 30]), (-3.32, -0.238, [-4, -3, -2, -1, 0]), (0.2, 0.2, [0.2, 0.25]), (0, 0, [0, 0.2]),
+    (-0.95, 36.4, [-10, 0, 10, 20, 30, 40])])
+def test_a_chart_is_labelled_with_round_numbers(low, high, wanted):
+    found = data.round_numbers(low, high)
+    assert found[0] <= low and high <= found[-1] and len(found) <= 7
+    assert found.tolist() == wanted
+
+
 def test_near_and_far_come_from_points_that_a_picture_shows(tmp_path):
     put(tmp_path, IN_IMAGES)
     rng = np.random.default_rng(0)

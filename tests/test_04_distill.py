@@ -558,8 +558,10 @@ def test_losses_on_tokens(one_step, name, formula):
 
 
 @torch.no_grad()
-def test_superpixels_take_the_place_of_masks(one_step):
+def test_superpixels_take_the_place_of_masks(one_step, capsys):
     one = one_step("--masks", "superpixels")
+    again = one_step("--masks", "superpixels")  # the same --out, and said to be
+    assert capsys.readouterr().out.count(f"{one.out}/student is of an earlier run") == 1 and again.line["loss"] == one.line["loss"]
     for image, mask in zip(one.t.images, one.t.masks):
         assert torch.equal(mask, data.superpixels(image, 64))
     assert one.line["loss"] == pytest.approx(expected_loss(one, *definition(one)), rel=1e-3)
