@@ -83,12 +83,13 @@ CIRCLE_ROOMS = dict(scenes=48, seed=1)  # rooms that Distill3R's student has not
 CIRCLE = {"48 rooms, true poses and depth": "true", "48 rooms, poses and depth from pictures": "inferred",
           "48 rooms, the same by the built-in student": "built_in"}
 THREE = "start", "2D control", "SnD"
+PARTS = [kind for kind in MAIN if kind not in BESIDE]
 LONG = ["--max_steps", "600", "--triplets", "600"]  # four triplets a step, on 200 of the rooms
 STARTS = {  # name -> run, kind of start, standard deviations of the noise on its position embedding
     f"{kind.partition(' (')[0]} {start}{strength}": (kind, start, strength)
     for start, strength, kinds in (
         ("foreign", "", THREE), ("semantic", "", THREE),
-        ("artifacts", 0, THREE), ("artifacts", 1, THREE), ("artifacts", 2, THREE),
+        ("artifacts", 0, THREE), ("artifacts", 1, PARTS), ("artifacts", 2, PARTS),
         ("artifacts", 4, [kind for kind in MAIN | TABLE5 if kind not in BESIDE]), ("fresh", 4, THREE),
         ("artifacts", 4, ["SnD beside the start's", "start beside itself"])) for kind in kinds}
 REAL = {  # name -> run, folder of shared/data: RGB-D scenes, of which every eighth view is held out
