@@ -104,7 +104,8 @@ def test_killed_before_any_write_and_started_again_it_ends_with_the_same_bytes(h
         if writer in ("distil", "train") and log.exists():  # one step is lost at most
             steps = [distill.read_run(path)[0] for path in checkpoints if path.exists()]
             assert max(steps, default=0) >= len(log.read_text().splitlines()) - 1
-        assert not Path(".error").exists() and killed(writer) == 0, (fatal, Path(".error").read_text())
+        code, error = killed(writer), Path(".error")
+        assert code == 0 and not error.exists(), (fatal, code, error.exists() and error.read_text())
         found = files()
         assert not [name for name in whole.keys() | found.keys() if whole.get(name) != found.get(name)], fatal
     with capfd.disabled():
