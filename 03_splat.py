@@ -180,7 +180,7 @@ def over_valid_taps(
 
 # ------------------------------------------------------------------------ 3. Why that is too slow, and what helps
 # The definition visits every Gaussian at every pixel: 6.6 s for a view of 73x110 pixels and 16,000 Gaussians.
-# `rasterize` (part 2) gives the same values and gradients, the view in 0.02 s. It uses four tricks. The speed-up of
+# `rasterize` (part 2) renders it in 0.02 s, with the same values and gradients. It uses four tricks. The speed-up of
 # each was measured on one core (python tests/bench.py --section tricks):
 #   1. Blocks with lists, 73 times. A Gaussian reaches few pixels. So the view is cut into blocks of 8x8 pixels, each
 #      with a list of the Gaussians that reach it, nearest first. `walk` goes down the lists of many blocks at the same

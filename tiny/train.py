@@ -102,14 +102,17 @@ def pictures_of(scenes):  # all views: (I, 3, H, W) uint8
     return torch.stack([(s.view(i).image * 255).byte() for s in tqdm(scenes, desc="rooms") for i in range(len(s))])
 
 
+def decayed(model, decay):  # groups of parameters for AdamW: matrices decay, vectors do not
+    groups = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    return [{"params": group, "weight_decay": amount} for group, amount in zip(groups, (decay, 0.0))]
+
+
 def train_vit(args, images):
     """8,000 steps of 32 images (I, 3, H, W) by default. A run that was killed goes on with --resume."""
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = MaskedAutoencoder(initialise(lift.VisionTransformer(**TINY)))
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimiser = torch.optim.AdamW(decayed(model, 0.05), betas=(0.9, 0.95))
     changing = {"vit": dict(model.named_parameters())}
     run = distill.Run(args, changing, optimiser, generator=generator, name="masked autoencoder")
     for step in run:
@@ -204,19 +207,18 @@ class SelfDistilled(nn.Module):
 
     def __init__(self, vit):
         super().__init__()
-        self.vit = vit
+        self.vit, self.hidden = vit, None
         self.heads = nn.ModuleList(distill.DINOHead(vit.dim, 1024, 128, 2048) for _ in range(2))
+        vit.patch_embed.register_forward_hook(self.hide)
 
-    def forward(self, images, hidden=None):  # (B, 3, H, W), (B, N) bool -> (B, 1 + N, C)
-        vit, (H, W) = self.vit, images.shape[-2:]
-        x = vit.patch_embed(lift.normalised(images))
-        if hidden is not None:
-            x = torch.where(hidden[..., None], vit.mask_token.to(x), x)
-        x = torch.cat([vit.cls_token.expand(len(x), -1, -1).to(x), x], 1)
-        x = x + lift.interpolate_positions(vit.pos_embed, (H // vit.patch, W // vit.patch), vit.positions)
-        for block in vit.blocks:
-            x = block(x)
-        return vit.norm(x)
+    def hide(self, layer, inputs, patches):  # (B, N, C)
+        if self.hidden is not None:
+            return torch.where(self.hidden[..., None], self.vit.mask_token.to(patches), patches)
+
+    def forward(self, images, hidden=None):  # (B, 3, H, W), (B, N) bool -> CLS (B, C), patches (B, N, C)
+        self.hidden = hidden
+        cls, _, patches = self.vit(images)
+        return cls, patches
 
 
 def window(images, size, least, most, generator):
@@ -260,12 +262,12 @@ def self_distillation_loss(student, teacher, images, tau, generator):
     hidden = hidden_patches(2 * B, generator).to(images.device)
     with torch.autocast(images.device.type, torch.bfloat16):
         with torch.no_grad():
-            x = teacher(large)
-            names = even(teacher.heads[0](x[:, 0]), tau).view(2, B, -1)
-            patch_names = even(teacher.heads[1](x[:, 1:][hidden]), tau)
-        x, y = student(large, hidden), student(small)
-        found = student.heads[0](torch.cat([x[:, 0], y[:, 0]])).float().view(2 + LOCAL_VIEWS, B, -1)
-        patches = student.heads[1](x[:, 1:][hidden]).float()
+            cls, patches = teacher(large)
+            names = even(teacher.heads[0](cls), tau).view(2, B, -1)
+            patch_names = even(teacher.heads[1](patches[hidden]), tau)
+        (cls, patches), (small_cls, _) = student(large, hidden), student(small)
+        found = student.heads[0](torch.cat([cls, small_cls])).float().view(2 + LOCAL_VIEWS, B, -1)
+        patches = student.heads[1](patches[hidden]).float()
     cross_entropy = lambda target, logits: -(target * (logits / 0.1).log_softmax(-1)).sum(-1).mean()
     pairs = [(i, j) for i in range(2) for j in range(len(found)) if i != j]  # a window is not compared with itself
     return sum(cross_entropy(names[i], found[j]) for i, j in pairs) / len(pairs) + cross_entropy(patch_names, patches)
@@ -279,9 +281,7 @@ def train_semantic(args, images):
     nn.init.trunc_normal_(student.vit.mask_token, std=0.02)
     student = student.to(args.device)
     teacher = copy.deepcopy(student).requires_grad_(False)
-    matrices, vectors = ([p for p in student.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.04}, {"params": vectors, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    optimiser = torch.optim.AdamW(decayed(student, 0.04), betas=(0.9, 0.99))
     changing = {"student": dict(student.named_parameters()), "teacher": dict(teacher.named_parameters())}
     run = distill.Run(args, changing, optimiser, generator=generator, name="self-distillation")
     for step in run:
