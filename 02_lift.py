@@ -90,7 +90,6 @@ def bilinear_axis(size, count, device):
 def upscale_weights(
     mask: Tensor,  # (H, W) int64 instance ids; 0, unlabelled, counts as an id like any other
     grid,  # (h, w) of the tokens
-    drop_unmatched=False,  # True: a pixel without a token of its id gets weights of 0, not bilinear ones
 ):
     """SnD Eq. 3 in sparse form: each pixel is a weighted sum of four tokens -> index (H*W, 4) int64 into the h*w
     tokens, and weight (H*W, 4). Pixel (row, col) is u = row * W + col, and tokens are numbered alike."""
@@ -107,10 +106,8 @@ def upscale_weights(
     shared = bilinear * same_id
     total = shared.sum(1, keepdim=True)  # below 1e-9 it is 0 but for rounding
     # Differs: where none of the four tokens has the pixel's id, Eq. 3 is 0/0. The official code gives such a pixel a
-    # zero feature and lifts it all the same. We keep its bilinear weights, or with `drop_unmatched` give it weights of
-    # 0, by which the caller knows not to lift it (an option of 04).
-    unmatched = torch.zeros_like(bilinear) if drop_unmatched else bilinear
-    weight = torch.where(total > 1e-9, shared / total.clamp_min(1e-9), unmatched)  # SnD Eq. 3
+    # zero feature and lifts it all the same. We keep its bilinear weights. (Not to lift it made no difference.)
+    weight = torch.where(total > 1e-9, shared / total.clamp_min(1e-9), bilinear)  # SnD Eq. 3
     return index, weight.float()
 
 
@@ -1141,7 +1138,8 @@ def lifted_pair(scene, views, vit, mvsplat, device):
     solid = depth[0] * (gaussians.opacities.view(2, *size)[0] >= 0.5).cpu()
     scale, basis = depth[0] if measured is None else measured, pca_basis(tokens[0])
     return gaussians, depth, {
-        "context": views[0].image, "other context": views[1].image, "mask": data.colour_ids(masks[0].cpu()),
+        "context": views[0].image, "other context": views[1].image,
+        "context's regions": data.colour_ids(masks[0].cpu()),
         "depth: mvsplat": data.colour_depth(solid, scale),
         "depth: measured": None if measured is None else data.colour_depth(measured, scale),
         "bilinear (PCA)": pca_colours(bilinear_upscale(tokens[0], masks[0], grid), basis),

@@ -150,13 +150,13 @@ def splat_to_tokens(
     features: Tensor,  # (H, W, C)
     valid: Tensor,  # (H, W) bool
     grid: tuple[int, int],  # (h, w) patches
-    downscale: str = "bilinear",  # between the 2x2 pixels at a patch's centre; or "area", the mean over the patch
 ) -> tuple[Tensor, Tensor]:
-    """The features at the patch centres: tokens (N, C), 0 where not valid, and which of them are valid (N,)."""
+    """The features at the patch centres, each between 2x2 pixels: tokens (N, C), 0 where not valid, and which are valid
+    (N,)."""
     H, W, C = features.shape
     assert valid.shape == (H, W), f"valid must be ({H}, {W}) like the features, not {tuple(valid.shape)}"
-    # TAPS (workshop): `bilinear_taps` or `area_taps`. Two rows and two columns make four taps, (h, w, 2, 2) -> (N, 4)
-    (y, wy), (x, wx) = (TAPS[downscale](size, count) for size, count in zip((H, W), grid))
+    (y, wy), (x, wx) = bilinear_taps(H, grid[0]), bilinear_taps(W, grid[1])
+    # Two rows and two columns make four taps: (h, w, 2, 2) -> (N, 4)
     index = (y[:, None, :, None] * W + x[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)
     weight = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1).to(valid.device)
     hit = valid.flatten()[index]
@@ -265,7 +265,6 @@ def splat_operator_plainly(
     grid: tuple[int, int],  # (h, w) of the target
     mask: Tensor | None = None,  # (H, W) int64 instance ids of the target, 0 = unlabelled; None: no blending
     blend: float = 0.5,
-    downscale: str = "bilinear",  # or "area"
 ) -> tuple[Tensor, Tensor]:
     """The definition: the matrix S + L M (N, V*N), and which tokens are valid (N,). Column t is what becomes of the
     context tokens if token t is 1 and all others are 0; here the columns are the channels of one render."""
@@ -273,7 +272,7 @@ def splat_operator_plainly(
     A, valid = divide_by_alpha(rasterize(means, covariances, opacities, u, w2c, K, height, width))  # (H, W, V*N)
     if mask is not None:
         A = semantic_blend(A, mask, blend, valid)
-    return splat_to_tokens(A, valid, grid, downscale)
+    return splat_to_tokens(A, valid, grid)
 
 
 class SplatOperator(NamedTuple):
@@ -376,7 +375,7 @@ def check_arguments(means, covariances, opacities, features, w2c, K, background)
     assert background is None or background.shape == (C,), f"background must be ({C},), a value per channel"
 
 
-# ------------------------------------------------------------------------ means of instances, taps, checks
+# ------------------------------------------------------------------------ means of instances, checks
 
 
 def segment_means(features: Tensor, segment: Tensor, valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -387,19 +386,6 @@ def segment_means(features: Tensor, segment: Tensor, valid: Tensor, count: int) 
         total.index_add_(0, i, rows.double())
     pixels = torch.bincount(bins, minlength=count + 1)[:-1]
     return (total[:-1] / pixels.clamp(min=1)[:, None]).to(features.dtype), pixels > 0
-
-
-def area_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Along one side, all pixels of each patch: index (count, n), and the share of the patch that each fills."""
-    edge = torch.arange(count + 1, dtype=torch.float64) * size / count
-    low, high = edge[:-1, None], edge[1:, None]
-    index = low.floor() + torch.arange(math.ceil(size / count) + 1)
-    overlap = (torch.minimum(index + 1, high) - torch.maximum(index, low)).clamp(min=0)
-    used = (overlap > 1e-9).any(0)
-    return index[:, used].clamp(max=size - 1).long(), (overlap / overlap.sum(1, keepdim=True))[:, used]
-
-
-TAPS = {"bilinear": bilinear_taps, "area": area_taps}
 
 
 def check_operator_arguments(means, index, weight, mask, size):
@@ -809,7 +795,7 @@ def polynomial_gradients(columns: Tensor, centre: Tensor, g: Tensor) -> Tensor:
 def splat_operator(
     means: Tensor, covariances: Tensor, opacities: Tensor, index: Tensor, weight: Tensor, tokens: int, w2c: Tensor,
     K: Tensor, height: int, width: int, grid: tuple[int, int], mask: Tensor | None = None, blend: float = 0.5,
-    downscale: str = "bilinear", max_elements: int | None = None,
+    max_elements: int | None = None,
 ) -> SplatOperator:
     """What `splat_operator_plainly` gives, in the parts of section 5. S needs the taps alone: 2x2 pixels a token, one
     pixel in 49 at the paper's size, which is why `walk` takes blocks of any shape. M needs every pixel. Rows of S and M
@@ -819,7 +805,7 @@ def splat_operator(
     mask = index.new_zeros(height, width) if mask is None or blend == 1 else mask  # all unlabelled
     ids, mask = mask.unique(return_inverse=True)  # from here on 0, 1, ...
     labelled = (ids != 0).to(weight)
-    (ty, wy), (tx, wx) = ([part.to(device) for part in TAPS[downscale](*side)] for side in zip((height, width), grid))
+    (ty, wy), (tx, wx) = ([part.to(device) for part in bilinear_taps(*side)] for side in zip((height, width), grid))
     taps = Blocks(ty[:, 0].contiguous(), tx[:, 0].contiguous(), (ty.shape[1], tx.shape[1]))  # a block a token
     b = (wy[:, None, :, None] * wx[None, :, None, :]).flatten(0, 1).flatten(1)  # (N, P) float64
     token, m = torch.arange(N, device=device)[:, None].expand(b.shape), pixels_of(mask, taps)

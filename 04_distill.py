@@ -178,13 +178,14 @@ def networks_of(args):
 
 # ------------------------------------------------------------------------ 3. The 3D-aware teacher
 
-def lift_weights(t: splat.Triplet, grid, upscale="masks", drop_unmatched=False):
+
+def lift_weights(t: splat.Triplet, grid, upscale="masks"):
     """SnD Eq. 2-3 for both context views: each Gaussian's feature is a weighted sum of four of their 2N tokens.
 
     -> the tokens' indices (G, 4) and their weights (G, 4); there is one Gaussian a context pixel.
     """
     masks = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2])  # one object: bilinear, SnD Table 5 B
-    (index_a, weight_a), (index_b, weight_b) = (lift.upscale_weights(mask, grid, drop_unmatched) for mask in masks)
+    (index_a, weight_a), (index_b, weight_b) = (lift.upscale_weights(mask, grid) for mask in masks)
     N = grid[0] * grid[1]  # the second view's tokens come after those of the first
     return torch.cat([index_a, index_b + N]), torch.cat([weight_a, weight_b])
 
@@ -197,21 +198,16 @@ def splat_features(
     grid,  # (h, w)
     blend=0.5,  # alpha of SnD Eq. 4
     upscale="masks",
-    drop_unmatched=False,
-    downscale="bilinear",
 ):
     """SnD Fig. 2 from left to right: the teacher's tokens of the target view (N, C), and which are valid (N,)."""
-    # Lift: each Gaussian gets a feature, as in `lift.lift_features`, of both views at once. With --drop_unmatched, a
-    # pixel without a token of its own object has weights of 0: its Gaussian becomes transparent.
-    index, weight = lift_weights(t, grid, upscale, drop_unmatched)
+    # Lift: each Gaussian gets a feature, as in `lift.lift_features`, of both views at once.
+    index, weight = lift_weights(t, grid, upscale)
     features = sum(weight[:, k, None] * tokens.flatten(0, 1).float()[index[:, k]] for k in range(4))  # SnD Eq. 2
-    opacities = gaussians.opacities * (weight.sum(1) > 0)
     # Splat them into the target view.
-    render = splat.render_target(gaussians._replace(opacities=opacities), features, t)
-    rendered, valid = splat.divide_by_alpha(render)
+    rendered, valid = splat.divide_by_alpha(splat.render_target(gaussians, features, t))
     # Blend: each pixel moves towards the mean of its object.
     blended = splat.semantic_blend(rendered, t.masks[2], blend, valid)  # SnD Eq. 4
-    return splat.splat_to_tokens(blended, valid, grid, downscale)
+    return splat.splat_to_tokens(blended, valid, grid)
 
 
 # ------------------------------------------------------------------------ 4. A training step, and the loop
@@ -487,26 +483,23 @@ def hold_out(scenes, count, seed, whole=None):
 
 
 @torch.no_grad()
-def triplet_operator(
-    gaussians, t: splat.Triplet, grid, blend=0.5, upscale="masks", drop_unmatched=False, downscale="bilinear",
-) -> splat.SplatOperator:
-    """`splat_features` as a matrix on the 2N context tokens; both agree to rounding."""
-    index, weight = lift_weights(t, grid, upscale, drop_unmatched)
-    opacities = gaussians.opacities * (weight.sum(1) > 0)
+def triplet_operator(g, t: splat.Triplet, grid, blend=0.5, upscale="masks") -> splat.SplatOperator:
+    """`splat_features` of the Gaussians g as a matrix on the 2N context tokens; both agree to rounding."""
+    index, weight = lift_weights(t, grid, upscale)
     camera = torch.linalg.inv(t.c2w[2]), t.K[2], *t.images.shape[-2:]
-    return splat.splat_operator(gaussians.means, gaussians.covariances, opacities, index, weight, 2 * grid[0] * grid[1],
-                                *camera, grid, t.masks[2], blend, downscale)
+    return splat.splat_operator(g.means, g.covariances, g.opacities, index, weight, 2 * grid[0] * grid[1], *camera,
+                                grid, t.masks[2], blend)
 
 
 @torch.no_grad()
-def image_features(tokens: Tensor, t: splat.Triplet, grid, blend=0.5, upscale="masks", downscale="bilinear"):
+def image_features(tokens: Tensor, t: splat.Triplet, grid, blend=0.5, upscale="masks"):
     """The control without 3D (--target image): `splat_features` where the teacher has seen the target itself, jittered.
 
     Its tokens (N, C) are upscaled, blended by the target's masks and scaled down again; nothing is splatted.
     """
     mask = t.masks[2] if upscale == "masks" else torch.zeros_like(t.masks[2])
     blended = splat.semantic_blend(lift.mask_aware_upscale(tokens.float(), mask, grid), t.masks[2], blend)
-    return splat.splat_to_tokens(blended, torch.ones_like(mask, dtype=torch.bool), grid, downscale)
+    return splat.splat_to_tokens(blended, torch.ones_like(mask, dtype=torch.bool), grid)
 
 
 def jitter(images: Tensor, seed) -> Tensor:
@@ -534,7 +527,7 @@ class Source:
         for name, size in self.sizes.items():
             if min(size) < 2 * patch:
                 raise ValueError(f"--pixels {args.pixels} leaves {name} fewer than 2x2 patches of {patch} pixels")
-        self.steps = args.blend, args.upscale, args.drop_unmatched, args.downscale  # what `splat_features` is told
+        self.steps = args.blend, args.upscale  # what `splat_features` is told
         self.use(lift.load_mvsplat(args.mvsplat).to(args.device) if args.geometry == "mvsplat" else None)
 
     def use(self, net):
@@ -593,9 +586,9 @@ class Source:
             operator = self.operator(scene, indices)
             return Sample(images[:2], images[2:], lambda tokens: (operator(tokens.flatten(0, 1)), operator.valid))
         t = self.load(scene, indices)
-        grid, (blend, upscale, _, downscale) = self.grid(t), self.steps
+        grid = self.grid(t)
         if self.args.target == "image":
-            carry = lambda tokens: image_features(tokens[0], t, grid, blend, upscale, downscale)
+            carry = lambda tokens: image_features(tokens[0], t, grid, *self.steps)
             return Sample(jitter(t.images[2:], seed), t.images[2:], carry)
         carry = lambda tokens: splat_in_blocks(tokens, self.reconstruct(t), t, grid, *self.steps)
         return Sample(t.images[:2], t.images[2:], carry)
@@ -1243,9 +1236,6 @@ def add_ablations(parser):
     add("--masks", choices=("files", "superpixels"), default="files",
         help="superpixels also stand in for missing files (Table 5 F)")
     add("--blend", type=float, default=0.5, help="alpha of SnD Eq. 4")
-    flag("--drop_unmatched", help="do not lift pixels where Eq. 3 is 0/0")
-    add("--downscale", choices=tuple(splat.TAPS), default="bilinear",
-        help="from pixels to tokens: at a patch's centre, or the patch's mean")
     flag("--shared_head", help="the teacher uses the student's head, not an EMA of it")
 
 

@@ -67,10 +67,8 @@ OTHERS = {
     "temperatures 1 and 1": ["--tau_student", "1", "--tau_teacher", "1"],
     "temperatures 0.05 and 0.02": ["--tau_student", "0.05", "--tau_teacher", "0.02"],
     "measured depth": ["--geometry", "depth"],
-    "unmatched pixels dropped": ["--drop_unmatched"],
     "shared head": ["--shared_head"],
-    UNDIVIDED: ["--online"],
-    "mean over patches": ["--downscale", "area"]}
+    UNDIVIDED: ["--online"]}
 RUNS = MAIN | TABLE5 | BUDGET | OTHERS
 EQ2 = "student, teacher's confidence weighs (Eq. 2)"
 TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told

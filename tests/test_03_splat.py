@@ -369,17 +369,6 @@ def test_half_of_the_weight_is_enough(pixels, enough):
     assert splat.splat_to_tokens(torch.ones(2, 2, 1), torch.tensor(pixels).bool(), (1, 1))[1].tolist() == [enough]
 
 
-def test_the_mean_over_a_patch_is_average_pooling():
-    features = torch.randn(24, 40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y, valid = splat.splat_to_tokens(features, torch.ones(24, 40, dtype=torch.bool), (3, 5), "area")
-    wanted = F.avg_pool2d(features.permute(2, 0, 1)[None], 8)[0].flatten(1).T
-    assert valid.all() and (y - wanted).abs().max() < 1e-12
-    index, weight = splat.area_taps(10, 4)  # patches of 2.5 pixels
-    assert index.tolist() == [[0, 1, 2], [2, 3, 4], [5, 6, 7], [7, 8, 9]]
-    assert torch.allclose(weight * 2.5, torch.tensor([[1, 1, 0.5], [0.5, 1, 1], [1, 1, 0.5], [0.5, 1, 1]],
-                                                     dtype=torch.float64))
-
-
 # ---------------------------------------------------------------------------------- the operator
 
 
@@ -428,9 +417,6 @@ OPERATORS = {  # view, grid of the target; what else
     "23x41": (23, 41, (1, 2), {}),
     "blend 0": (48, 64, (6, 8), dict(blend=0.0)), "blend 0.3": (48, 64, (6, 8), dict(blend=0.3)),
     "blend 1": (48, 64, (6, 8), dict(blend=1.0)),
-    "area": (56, 70, (4, 5), dict(downscale="area")), "area, odd": (61, 83, (7, 10), dict(downscale="area")),
-    "area, one column": (9, 1, (3, 1), dict(downscale="area")),
-    "area, more tokens than pixels": (6, 9, (13, 20), dict(downscale="area")),
     "least memory": (31, 45, (4, 6), dict(max_elements=1)), "little memory": (31, 45, (4, 6), dict(max_elements=2000)),
     "other context grid": (40, 56, (5, 7), dict(context=(3, 9))),
     "a token a pixel": (17, 9, (17, 9), dict(context=(4, 2))),

@@ -177,17 +177,6 @@ def test_splatted_tokens_against_the_plain_definition(crooked, blend, upscale):
     assert 0 < (~ours_valid).sum() < 24 and not t.masks.all()
 
 
-def test_unmatched_pixels_can_be_dropped(crooked):
-    source = source_of(crooked)
-    t = source.load(*place_of(crooked))
-    t.masks[:2, :25] = torch.arange(2 * 25 * 64).view(2, 25, 64) + 1000  # an id of its own for every pixel
-    g, tokens = source.reconstruct(t, "depth"), torch.randn(2, 48, 3)
-    kept = distill.splat_features(tokens, g, t, GRID)[1]
-    dropped = distill.splat_features(tokens, g, t, GRID, drop_unmatched=True)[1]
-    assert kept.sum() > 35 and dropped.sum() < kept.sum() - 10
-    assert torch.equal(distill.triplet_operator(g, t, GRID, drop_unmatched=True).valid, dropped)
-
-
 def test_channels_in_blocks_are_all_channels(crooked, monkeypatch):
     source = source_of(crooked)
     t = source.load(*place_of(crooked))
@@ -198,8 +187,7 @@ def test_channels_in_blocks_are_all_channels(crooked, monkeypatch):
     assert torch.allclose(parts, whole, atol=1e-6) and torch.equal(valid, still)
 
 
-HOW = [flags.split() for flags in ("", "--no_blend", "--upscale bilinear", "--drop_unmatched", "--geometry depth",
-                                   "--masks superpixels", "--downscale area")]
+HOW = [flags.split() for flags in ("", "--no_blend", "--upscale bilinear", "--geometry depth", "--masks superpixels")]
 
 
 @pytest.mark.parametrize("flags", HOW, ids=" ".join)
@@ -501,16 +489,16 @@ def expected_loss(one, goal, valid, taus=(0.05, 0.02)):
     return distill.distill_loss(one.student.head(seen), one.student.head(goal[valid]), *taus).item()
 
 
-def definition(one, blend=0.5, upscale="masks", geometry="mvsplat", downscale="bilinear"):
+def definition(one, blend=0.5, upscale="masks", geometry="mvsplat"):
     gaussians = splat.reconstruct(geometry, one.t, lift.load_mvsplat("tiny"))[0]
     tokens, grid = one.before(one.t.images[:2]).patches, one.source.grid(one.t)
-    return distill.splat_features(tokens, gaussians, one.t, grid, blend, upscale, downscale=downscale)
+    return distill.splat_features(tokens, gaussians, one.t, grid, blend, upscale)
 
 
 @pytest.mark.parametrize("flags,how", [
     ("", {}), ("--no_blend", dict(blend=1.0)), ("--blend 0.2", dict(blend=0.2)),
     ("--upscale bilinear", dict(upscale="bilinear")),
-    ("--downscale area", dict(downscale="area")), ("--geometry depth", dict(geometry="depth")), ("--online", {}),
+    ("--geometry depth", dict(geometry="depth")), ("--online", {}),
     ("--grad_checkpoint", {}), ("--frozen_teacher", {}),
     ("--shared_head", {}), ("--full_finetune", {}), ("--tau_student 0.5", dict(taus=(0.5, 0.02))),
     ("--tau_teacher 0.1", dict(taus=(0.05, 0.1)))], ids=str)
