@@ -51,7 +51,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat"))
@@ -301,18 +300,23 @@ def run_distillation(args, rank=0, world=1):
     """All that stands around `distil`: triplets and their operators before it, what is measured and saved after it."""
     scenes, heldout, source = prepare(args, rank, world)  # `source` makes a Sample of a triplet
     before, student, teacher, optimiser = networks_of(args)
-    run = Run(args, what_changes(student, teacher, args), optimiser, rank, world)
+    ours, theirs = trained(student), dict(teacher.named_parameters())  # of a shared head there is one
+    changes = {"student": ours, "teacher": {name: theirs[name] for name in ours if theirs[name] is not ours[name]}}
+    run = Run(args, changes, optimiser, rank, world)
     if run.first and not run.start and Path(args.out, "student").exists():
         print(f"{args.out}/student is of an earlier run and is replaced at the end; another --out keeps it")
-    if args.finetune_geometry:
-        finetune_geometry(source, scenes, heldout, run)  # A.3, before anything is distilled
+    if args.finetune_geometry:  # A.3, before anything is distilled: rank 0 adapts MVSplat, and then all use it
+        if run.first:
+            train_geometry(source, scenes, heldout, run.out / "geometry")
+        if world > 1:
+            dist.barrier()
+        source.use(lift.load_mvsplat(run.out / "geometry" / "mvsplat.safetensors").to(args.device))
     # Differs: the paper draws a fresh triplet for each step; here --triplets of them are drawn and taken again and
     # again, so that their operators are computed once.
     count = min(args.triplets, args.max_steps * args.batch)
     triplets = draw_triplets(scenes, count, args.seed, args.target == "context")
-    if not rank:
-        levels = [data.best_pairs(scene, target)[0] for scene, (*_, target) in triplets]
-        print(f"{count} triplets: {data.in_levels(levels)}")
+    levels = [data.best_pairs(scene, target)[0] for scene, (*_, target) in triplets]
+    print(f"{count} triplets: {data.in_levels(levels)}")
     source.make_missing(triplets, run)
     judged = judged_triplets(source, heldout)
     start = agreement(before, judged)
@@ -380,8 +384,7 @@ def prepare(args, rank=0, world=1):
     if rank:
         dist.barrier()  # until rank 0 has made or fetched what is missing
     scenes = whole = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
-    if not rank:
-        say_whose_cameras(args.scene_dir)
+    say_whose_cameras(args.scene_dir)
     if args.finetune_geometry and args.depth_weight and not any(f.depth for scene in scenes for f in scene.frames):
         raise data.DataError(f"{args.scene_dir}: no measured depth for --depth_weight; leave it at 0")
     if args.geometry == "depth":
@@ -533,7 +536,7 @@ class Source:
     def use(self, net):
         """Takes `net` as the geometry from here on."""
         self.net = net
-        how = self.args.geometry, weights_id(net), *self.steps, self.args.masks, self.patch
+        how = self.args.geometry, net and weights_id(net), *self.steps, self.args.masks, self.patch
         self.facts = [*how, splat.OPERATOR_FORMAT]
 
     def grid(self, t: splat.Triplet):  # (h, w)
@@ -594,9 +597,7 @@ class Source:
         return Sample(t.images[:2], t.images[2:], carry)
 
 
-def weights_id(network) -> str | None:  # the same for two networks that compute the same
-    if network is None:
-        return None
+def weights_id(network) -> str:  # the same for two networks that compute the same
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
@@ -638,15 +639,15 @@ def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
                 / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))
 
 
-def photometric(image: Tensor, truth: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error and 1 - SSIM of (3, H, W) pictures over the pixels `where` (H, W) bool."""
-    return (image - truth).square().mean(0)[where].mean(), dissimilarity(image, truth).mean(0)[where].mean()
-
-
 def log_depth_error(gaussians, depth: Tensor, c2w: Tensor) -> Tensor:
     """Mean |log z - log depth| of one-a-pixel Gaussians in their own views, where depth (V, H, W) is known."""
     z = lift.view_depth(gaussians, c2w, *depth.shape[1:])
     return (z.clamp_min(1e-3).log() - depth.clamp_min(1e-3).log()).abs()[depth > 0].mean()
+
+
+def photometric(image: Tensor, truth: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared error and 1 - SSIM of (3, H, W) pictures over the pixels `where` (H, W) bool."""
+    return (image - truth).square().mean(0)[where].mean(), dissimilarity(image, truth).mean(0)[where].mean()
 
 
 def view_error(gaussians, colours, t: splat.Triplet) -> tuple[Tensor, Tensor]:
@@ -673,15 +674,6 @@ def geometry_loss(net, t: splat.Triplet, depth_weight: float, bf16=False) -> Ten
         # Differs: MVSplat is never shown depth; --depth_weight adds the log depth error where depth is measured.
         loss = loss + depth_weight * log_depth_error(gaussians, t.depth[:2], t.c2w[:2])
     return loss
-
-
-def finetune_geometry(source, scenes, heldout, run):
-    """Adapts MVSplat to the scenes, in the folder geometry/ of the run, and lets `source` use it from here on."""
-    if run.first:
-        train_geometry(source, scenes, heldout, run.out / "geometry")
-    if run.world > 1:
-        dist.barrier()
-    source.use(lift.load_mvsplat(run.out / "geometry" / "mvsplat.safetensors").to(run.args.device))
 
 
 def train_geometry(source, scenes, heldout, folder):
@@ -948,12 +940,6 @@ def trained(module):  # the parameters that training changes, by name
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def what_changes(student, teacher, args):  # of both networks, by name: what a checkpoint holds
-    ours, theirs = trained(student), dict(teacher.named_parameters())
-    own = [name for name in ours if not (args.shared_head and name.startswith("head."))]
-    return {"student": ours, "teacher": {name: theirs[name] for name in own}}
-
-
 # ------------------------------------------------------------------------ measuring agreement
 
 
@@ -1212,17 +1198,7 @@ def parse(argv):
     add("--operators", default="out/operators", help="folder of splat operators; runs with the same scenes share it")
     flag("--online", help="no operators: lift, splat and blend all channels in each step")
     flag("--grad_checkpoint", help="compute activations twice instead of keeping them, when memory runs out")
-    add_ablations(parser)
-    add("--heldout", type=data.positive, default=24, help="held-out triplets, measured before, during and after")
-    add("--eval_every", type=data.positive, help="steps between these measurements; default: six a run")
-    add("--save_minutes", type=float, default=2.0, help="minutes between checkpoints; 0 writes one after each step")
-    flag("--resume", help="go on from the checkpoint in --out")
-    return settle(parser.parse_args(argv))
-
-
-def add_ablations(parser):
-    """The flags of the paper's Table 5, and of what the paper leaves open."""
-    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
+    # The flags of the paper's Table 5, and of what the paper leaves open.
     flag("--no_blend", help="as --blend 1 (Table 5 A). The paper trains its student for correspondence like this "
          "(Sec. 4.1), that for depth, normals and segmentation with blending")
     add("--upscale", choices=("masks", "bilinear"), default="masks", help="mask-aware or plain upscaling (Table 5 B)")
@@ -1237,6 +1213,11 @@ def add_ablations(parser):
         help="superpixels also stand in for missing files (Table 5 F)")
     add("--blend", type=float, default=0.5, help="alpha of SnD Eq. 4")
     flag("--shared_head", help="the teacher uses the student's head, not an EMA of it")
+    add("--heldout", type=data.positive, default=24, help="held-out triplets, measured before, during and after")
+    add("--eval_every", type=data.positive, help="steps between these measurements; default: six a run")
+    add("--save_minutes", type=float, default=2.0, help="minutes between checkpoints; 0 writes one after each step")
+    flag("--resume", help="go on from the checkpoint in --out")
+    return settle(parser.parse_args(argv))
 
 
 def settle(args):
@@ -1247,9 +1228,8 @@ def settle(args):
     args.preset = args.preset or ("vits" if cuda else "tiny")
     if not args.mvsplat and not Path(PRESETS[args.preset]["mvsplat"]).exists():
         args.mvsplat = "tiny"  # stands in where none was asked for; the first line that is printed says so
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    vars(args).update(PRESETS[args.preset] | given)
     args.blend = 1.0 if args.no_blend else args.blend
     args.eval_every = args.eval_every or max(1, args.max_steps // 6)
     if args.bf16 and args.device.startswith("cuda") and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
@@ -453,9 +453,6 @@ class Rows:
         mapped = torch.from_file(str(self.path), size=math.prod(self.shape), dtype=self.dtype)
         return mapped.view(self.shape)[which].clone()
 
-    def whole_rows(self):
-        return self.path.stat().st_size // self.bytes if self.path.exists() else 0
-
     def write(self, first, rows: Tensor):
         with data.naming(self.path), open(self.path, "r+b" if self.path.exists() else "wb") as file:
             file.seek(first * self.bytes)
@@ -479,7 +476,8 @@ def on_disk(stem, columns, count, make, what, at_once=AT_ONCE) -> dict:
     on where it stopped.
     """
     rows = {name: Rows(f"{stem}.{name}", (count, *shape), dtype) for name, (shape, dtype) in columns.items()}
-    done, folder = min(x.whole_rows() for x in rows.values()), Path(stem).parent
+    done = min(x.path.stat().st_size // x.bytes if x.path.exists() else 0 for x in rows.values())
+    folder = Path(stem).parent
     folder.mkdir(parents=True, exist_ok=True)
     missing, free = (count - done) * sum(x.bytes for x in rows.values()) / 1e9, shutil.disk_usage(folder).free / 1e9
     if missing > 0.1:
@@ -501,8 +499,7 @@ def chosen_views(scenes, args, part) -> list:
     for scene in scenes:
         plain_images = scene.c2w.isnan().any()  # all of them count, unless told otherwise
         limit = args.views or (len(scene) if plain_images else PRESETS[args.preset]["views"])
-        chosen = np.linspace(0, len(scene) - 1, min(limit, len(scene))).round()
-        where += [(scene, int(i)) for i in np.unique(chosen)]
+        where += [(scene, int(i)) for i in np.linspace(0, len(scene) - 1, min(limit, len(scene))).round()]
     if len(where) < (total := sum(map(len, scenes))):
         print(f"{part}: {len(where)} of {total} views are used; --views takes more of each scene")
     return where
@@ -584,8 +581,7 @@ def plain_folder(folder, args):
         train, val = plain_frames(folder / "train"), plain_frames(folder / "val")
     else:
         frames = plain_frames(folder)
-        held_out = range(min(7, len(frames) - 1), len(frames), 8)
-        train, val = [f for i, f in enumerate(frames) if i not in held_out], [frames[i] for i in held_out]
+        train, val = data.split(frames, "train"), data.split(frames, "val")
     scene = lambda name, frames: [data.Scene(name, frames, depth_scale=args.depth_scale)]
     return scene("train", train), scene("val", val)
 
@@ -1075,23 +1071,17 @@ def parse(argv):
     return args
 
 
-def size_of_views(models, scene, pixels):
-    """(H, W): about `pixels`, in whole patches of the first model. Loads each model once: a wrong path is found now."""
-    size = None
-    for path in models.values():
-        patch, *others = sorted({lift.load_vit(part).patch for part in parts_of(path)})
-        if others:
-            raise ValueError(f"{path}: patches of {patch} and {others[0]} pixels; channels side by side need one size")
-        size = size or data.fit_size(scene, pixels, patch)
-        if min(size) < 2 * patch:
-            raise ValueError(f"--pixels {pixels} leaves {path} fewer than 2x2 patches of {patch} px; raise it")
-    return size
-
-
 def open_data(args):
     """-> {name: path} of models, training views or None, held-out views, pairs: what `probe` takes."""
     train, val = open_split(args)
-    size = size_of_views(args.models, val[0], args.pixels)
+    size = None
+    for path in args.models.values():  # loads each model once: a wrong path is found now
+        patch, *others = sorted({lift.load_vit(part).patch for part in parts_of(path)})
+        if others:
+            raise ValueError(f"{path}: patches of {patch} and {others[0]} pixels; channels side by side need one size")
+        size = size or data.fit_size(val[0], args.pixels, patch)  # in whole patches of the first model
+        if min(size) < 2 * patch:
+            raise ValueError(f"--pixels {args.pixels} leaves {path} fewer than 2x2 patches of {patch} px; raise it")
     train = store_views(train, size, args, "train") if train else None
     val = store_views(val, size, args, "val")
     for name, (key, unknown) in TRUTH.items() if train else ():

@@ -694,13 +694,12 @@ def load_student(path) -> Student:
 
 
 def built_in_student() -> Student:  # its matrices are stored in 8 bits, with a scale for each row
-    path = Path(__file__).with_name("tiny") / "student.safetensors"
+    path = lift.WEIGHTS / "student.safetensors"
     stored = lift.read_checkpoint(path)
-    whole = {name: x.float() for name, x in stored.items() if not name.endswith(".scale")}
-    for name in whole:
-        if f"{name}.scale" in stored:
-            whole[name] = torch.einsum("r...,r->r...", whole[name], stored[f"{name}.scale"].float())
-    return lift.load_strictly(built(Student, StudentConfig.tiny), whole, path)
+    for name in [name for name in stored if name.endswith(".scale")]:
+        scale, name = stored.pop(name).float(), name.removesuffix(".scale")
+        stored[name] = torch.einsum("r...,r->r...", stored[name].float(), scale)
+    return lift.load_strictly(built(Student, StudentConfig.tiny), stored, path)
 
 
 def save_student(model: Student, folder):  # {model.safetensors, config.json}, each file whole or not at all
@@ -742,22 +741,17 @@ with torch.no_grad():
 """
 
 
-def find_network(path, remedy):  # a file, or a folder's model.safetensors -> that file, and config.json beside it
-    path = Path(path)
-    path = path / "model.safetensors" if path.is_dir() else path
+def find_network(path, remedy):  # a file or folder of weights -> the file, and config.json beside it
+    path = lift.weights_in(Path(path))
     beside = path.with_name("config.json")
     if not path.is_file():
         raise ValueError(f"{path}: no such weights; {remedy}")
-    try:
-        return path, json.loads(beside.read_text()) if beside.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{beside}: not JSON ({error}); copy it again") from None
+    return path, lift.read_json(beside) if beside.is_file() else {}
 
 
 def network_tensors(path, prefix):
     """{our name: tensor} of a file; of a Lightning checkpoint those with the prefix. DUNE's chunks are joined."""
-    state = lift.read_checkpoint(path)
-    state = state["state_dict"] if isinstance(state.get("state_dict"), dict) else state
+    state = lift.state_within(path)
     prefixed = any(name.startswith(prefix) for name in state)
     return {re.sub(r"^encoder\.blocks\.\d+\.(?=\d)", "encoder.blocks.", name.removeprefix(prefix)): value
             for name, value in state.items()
@@ -1114,10 +1108,8 @@ def mirrored(sample: CachedSample) -> CachedSample:
 
 @torch.no_grad()
 def heldout_loss(student, heldout: CachedViews, args, most=8) -> float:  # of so many samples that are not trained on
-    student.eval()
     some = np.linspace(0, len(heldout) - 1, min(most, len(heldout))).astype(int)
     losses = [loss_of(student, heldout[i], args, seed=int(i)).total.item() for i in some]
-    student.train()
     return sum(losses) / len(losses)
 
 
@@ -1453,8 +1445,13 @@ def infer(args):
         if 2 * height <= scene.frames[i].size[0] and 2 * width <= scene.frames[i].size[1]:
             views[k] = scene.view(i, (2 * height, 2 * width), maps=False)
     write_scene(out, views, maps, args.tau, root.resolve())
-    meta = json.loads((out / "transforms.json").read_text())
-    verdict(f"{scene.name}, {len(shown)} views by {network.identity}", len(shown), meta["agreement"], out)
+    good, why = distill.trust(json.loads((out / "transforms.json").read_text())["agreement"])
+    if len(shown) > 1:
+        print(f"{scene.name}, {len(shown)} views by {network.identity}: "
+              f"{'the cameras explain the photos' if good else 'do not trust the cameras'}: {why} "
+              "(100 %: all colours are equal, 0 %: no better than random pixels)")
+    further = f"; python 04_distill.py --scene_dir {out} --geometry depth" if good and len(shown) >= 3 else ""
+    print(f"  ->  {out / 'cloud.png'}, {out / 'cloud.ply'}{further}")
 
 
 def ask_in_groups(network, views, generator, most=VIEW_IDS) -> list[Pointmap]:
@@ -1498,15 +1495,6 @@ def check_scene_folder(args):  # where infer is going to write, before anything 
         if args.out == OUT:
             raise ValueError(f"{out}: holds the scene of other photos ({before}); give another --out, or remove it")
         print(f"{out}: the scene of other photos ({before}) is replaced")
-
-
-def verdict(name, views, agreement, out):  # whether the cameras are to be trusted, and what to do next
-    good, why = distill.trust(agreement)
-    if views > 1:
-        print(f"{name}: {'the cameras explain the photos' if good else 'do not trust the cameras'}: {why} "
-              "(100 %: all colours are equal, 0 %: no better than random pixels)")
-    further = f"; python 04_distill.py --scene_dir {out} --geometry depth" if good and views >= 3 else ""
-    print(f"  ->  {out / 'cloud.png'}, {out / 'cloud.ply'}{further}")
 
 
 @torch.no_grad()
@@ -1579,9 +1567,8 @@ def parse(argv):
     args.any_size = args.size is None  # then train takes the cache's, infer and eval the student's
     if args.command == "table":
         args.size = args.size or (378, 518)
-    for name, value in PRESETS[args.preset].items():  # fills in what was not given
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    vars(args).update(PRESETS[args.preset] | given)
     args.size = list(args.size)  # as a checkpoint gives it back
     return args
 

@@ -15,6 +15,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -340,9 +341,7 @@ def make_rooms(out, scenes=48, views=16, size=(96, 128), seed=0):
     if existing != wanted:
         data.write_whole(out / "rooms.json", json.dumps(wanted).encode())
     for leftover in out.glob(".room_*"):  # of a call that was interrupted
-        for file in sorted(leftover.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        leftover.rmdir()
+        shutil.rmtree(leftover)
     todo = [i for i in range(scenes) if not (out / f"room_{i:03d}").exists()]
     for i in tqdm(todo, desc=f"rooms -> {out}", unit="room", disable=not todo):
         with data.naming(out / f"room_{i:03d}"):

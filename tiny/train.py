@@ -4,13 +4,13 @@ Paper   He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", for 
         their normalised pixels predicted. Caron et al. 2021 (DINO) and Zhou et al. 2022 (iBOT) for the semantic one.
         Chen et al. 2024, "MVSplat", for MVSplat: a third view splatted.
 In      the training rooms (split "train" of --rooms built-in rooms, written to --scene_dir), and no validation rooms.
-Out     tiny/*.safetensors (fp16; the student's matrices in 8 bits), and the tables of tiny/README.md.
+Out     tiny/*.safetensors (fp16; the student's matrices in 8 bits). 02, 03 and 05 measure what they know.
 Run     python tiny/train.py vit                 makes the ViT
         python tiny/train.py semantic            trains the ViT on, by DINO and masked tokens; on a card if there is one
         python tiny/train.py mvsplat             makes MVSplat; a killed run goes on with --resume
         python tiny/train.py student --encoder out/04_distill/student    makes a student of pointmaps
-        python tiny/train.py mvsplat --probe     only measures the weights that are here
-Not     3D in the ViT: it is trained without pose, depth, mask or label; the probes alone read them.
+        python tiny/train.py poses               measures how well the built-in student finds cameras; trains nothing
+Not     3D in the ViT: it is trained without pose, depth, mask or label.
 """
 import argparse
 import copy
@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-data, lift, splat, distill, probes, distill3r = (importlib.import_module(name) for name in (
-    "01_data", "02_lift", "03_splat", "04_distill", "05_probe", "06_distill3r"))
+data, lift, splat, distill, distill3r = (importlib.import_module(name) for name in (
+    "01_data", "02_lift", "03_splat", "04_distill", "06_distill3r"))
 GeometricTeacher = importlib.import_module("tiny.teacher").GeometricTeacher
 
 # ------------------------------------------------------------------------------------------------ ViT
@@ -98,13 +98,20 @@ def warm_up_and_cosine(step, steps, warm=200, least=0.0):  # the share of the pe
     return min((step + 1) / warm, least + (1 - least) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def pictures_of(scenes):  # all views: (I, 3, H, W) uint8
-    return torch.stack([(s.view(i).image * 255).byte() for s in tqdm(scenes, desc="rooms") for i in range(len(s))])
-
-
 def decayed(model, decay):  # groups of parameters for AdamW: matrices decay, vectors do not
     groups = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
     return [{"params": group, "weight_decay": amount} for group, amount in zip(groups, (decay, 0.0))]
+
+
+def descend(run, optimiser, network, rate, loss, **more):
+    """Takes the step that `network` has gradients for, clipped to a norm of 1, at this learning rate, and logs it."""
+    norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()
+    run.check(norm, "this batch", "gradient")
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group.get("share", 1.0)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    run.log(loss=loss, **more)
 
 
 def train_vit(args, images):
@@ -116,17 +123,11 @@ def train_vit(args, images):
     changing = {"vit": dict(model.named_parameters())}
     run = distill.Run(args, changing, optimiser, generator=generator, name="masked autoencoder")
     for step in run:
-        for group in optimiser.param_groups:
-            group["lr"] = 1e-3 * warm_up_and_cosine(step, args.max_steps)
         picked = images[torch.randint(len(images), (32,), generator=generator)].float() / 255
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(random_crop(picked, generator), generator)
-        run.check(loss.item(), "this batch of pictures")
-        optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        run.log(loss=loss.item())
+        descend(run, optimiser, model, 1e-3 * warm_up_and_cosine(step, args.max_steps), loss.item())
     return model.vit.eval()
 
 
@@ -142,55 +143,6 @@ def standardise(vit, images):
     vit.norm.weight.div_(std)
     vit.norm.bias.sub_(mean).div_(std)
     return vit
-
-
-@torch.no_grad()
-def probe(vit, train_scenes, val_scenes):
-    """Linear probes (ridge regression, closed form) from a token to what its patch centre shows, and matching.
-
-    -> depth RMSE (m), depth AbsRel, normal RMSE (degrees), mIoU (%), correspondence (%): the share of tokens whose most
-    similar token four views further on is the right one, within one patch.
-    """
-    def tokens_of(scene):
-        views = [scene.view(i) for i in range(0, len(scene), 2)]
-        centre = lambda m: torch.stack([getattr(v, m)[4::8, 4::8].flatten(0, 1) for v in views])
-        return vit(torch.stack([v.image for v in views])).patches, centre("depth"), centre("normal"), centre("label")
-
-    def ridge(x, y):  # (M, C), (M, D) -> (C + 1, D)
-        x = F.pad(x, (0, 1), value=1.0).double()
-        return torch.linalg.solve(x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1]), x.T @ y.double())
-
-    def gather(scenes):
-        return [torch.cat([t.flatten(0, 1) for t in column]) for column in zip(*map(tokens_of, scenes))]
-
-    classes = len(train_scenes[0].class_names)
-    x, depth, normal, label = gather(train_scenes)
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    heads = [ridge((x - mean) / std, y) for y in (depth[:, None].log(), normal, F.one_hot(label, classes))]
-    x, depth, normal, label = gather(val_scenes)
-    log_depth, normals, scores = (F.pad((x - mean) / std, (0, 1), value=1.0).double() @ head for head in heads)
-    found = probes.depth_metrics(log_depth.T.exp(), depth[None])  # all pixels as one image
-    angle = probes.normal_metrics(normals[None], normal[None])["RMSE"]
-    iou = probes.segmentation_metrics(scores.argmax(1)[None], label[None], classes)["mIoU"]
-    return found["RMSE"], found["AbsRel"], angle, iou, 100 * matching(vit, val_scenes)
-
-
-def matching(vit, scenes):
-    right = total = 0
-    for scene in scenes:
-        for i in range(0, len(scene) - 4, 4):
-            here, there = scene.view(i), scene.view(i + 4)
-            motion, centres = torch.linalg.inv(there.c2w) @ here.c2w, (slice(4, None, 8), slice(4, None, 8))
-            seen = lift.cross_check(here.depth, there.depth, here.K, there.K, motion)[centres].flatten() > 0.5
-            points = (lift.pixel_rays(here.K, *here.depth.shape) * here.depth[..., None])[centres].flatten(0, 1)
-            pixel = (points @ motion[:3, :3].T + motion[:3, 3]) @ there.K.T
-            xy = pixel[:, :2] / pixel[:, 2:].clamp_min(1e-6)
-            a, b = (F.normalize(vit(v.image[None]).patches[0], dim=1) for v in (here, there))
-            best = (a @ b.T).argmax(1)
-            found = torch.stack([best % GRID[1], best // GRID[1]], 1) * 8 + 4  # the matched patch's centre, x y
-            right += ((found - xy).abs().amax(1) <= 12)[seen].sum().item()  # the patch that is hit, or one beside it
-            total += seen.sum().item()
-    return right / total
 
 
 # ------------------------------------------------------------------------------------------------ a semantic ViT
@@ -285,20 +237,13 @@ def train_semantic(args, images):
     changing = {"student": dict(student.named_parameters()), "teacher": dict(teacher.named_parameters())}
     run = distill.Run(args, changing, optimiser, generator=generator, name="self-distillation")
     for step in run:
-        rate = warm_up_and_cosine(step, args.max_steps, warm=300)
-        for group in optimiser.param_groups:
-            group["lr"] = 3e-4 * rate
         tau = 0.04 + 0.02 * min(1, step / (0.3 * args.max_steps))
         picked = images[torch.randint(len(images), (64,), generator=generator)].to(args.device).float() / 255
         loss = self_distillation_loss(student, teacher, picked, tau, generator)
-        run.check(loss.item(), "this batch of pictures")
-        optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimiser.step()
+        descend(run, optimiser, student, 3e-4 * warm_up_and_cosine(step, args.max_steps, warm=300), loss.item())
         slow = 0.004 * 0.5 * (1 + math.cos(math.pi * step / args.max_steps))
         distill.ema_update(teacher, student, 1 - slow)
-        run.log(loss=loss.item())
     return teacher.vit.cpu().eval()
 
 
@@ -313,47 +258,37 @@ def rooms_in_memory(scenes):
     return images, stack(lambda v: v.depth), stack(lambda v: v.K), stack(lambda v: v.c2w)
 
 
-def candidate_loss(probability, depth, near, far):
+def candidate_loss(probability, depth, far):
     """Cross-entropy (V, h, w) between the candidates' probability (V, D, h, w) and the two around the true depth
     (V, h, w)."""
     D = probability.shape[1]
-    place = ((1 / depth.clamp_min(1e-3) - 1 / far) / (1 / near - 1 / far) * (D - 1)).clamp(0, D - 1.001)
-    low = place.floor().long()[:, None]
-    share = place[:, None] - low
-    log = probability.clamp_min(1e-6).log()
-    return -((1 - share) * log.gather(1, low) + share * log.gather(1, low + 1))[:, 0]
+    place = ((1 / depth.clamp_min(1e-3) - 1 / far) / (1 - 1 / far) * (D - 1)).clamp(0, D - 1.001)
+    target = (1 - (place[:, None] - torch.arange(D).view(D, 1, 1)).abs()).clamp_min(0)  # (V, D, h, w)
+    return -(target * probability.clamp_min(1e-6).log()).sum(1)
 
 
-def matching_loss(net, images, depth, K, c2w, far):
+def matching_loss(net, t: splat.Triplet):
     """Stage 1, the quarter-resolution half alone: the true depth should stand out in the raw cost volume where both
     views see it, and in the refined one everywhere."""
-    D = net.config.num_depth_candidates
+    D, K, c2w = net.config.num_depth_candidates, t.K[:2], t.c2w[:2]
     with torch.autocast("cpu", torch.bfloat16):
-        _, _, volume, probability = net.match(images, K, c2w, torch.linspace(1 / far, 1, D).expand(2, D))
-    low = F.interpolate(depth[:, None], scale_factor=0.25, mode="nearest")[:, 0]
+        _, _, volume, probability = net.match(t.images[:2], K, c2w, torch.linspace(1 / t.far, 1, D).expand(2, D))
+    low = F.interpolate(t.depth[:2, None], scale_factor=0.25, mode="nearest")[:, 0]
     seen = torch.stack([distill.covisible_pixels(low, K / K.new_tensor([4, 4, 1])[:, None], c2w, v) for v in (0, 1)])
-    raw = candidate_loss(volume.softmax(1), low, 1.0, far)[seen].mean() if seen.any() else volume.sum() * 0
-    return 0.3 * raw + candidate_loss(probability.float(), low, 1.0, far).mean()
+    raw = candidate_loss(volume.softmax(1), low, t.far)[seen].mean() if seen.any() else volume.sum() * 0
+    return 0.3 * raw + candidate_loss(probability.float(), low, t.far).mean()
 
 
-def gaussian_loss(net, images, depth, K, c2w, far, photometric):
+def gaussian_loss(net, t: splat.Triplet, photometric):
     """Stage 2: the log depth of the two contexts. Stage 3: mostly the third view, splatted with the contexts' pixel
     colours (as features are lifted) where a context sees it."""
     with torch.autocast("cpu", torch.bfloat16):
-        g = net(images[:2], K[:2], c2w[:2], 1.0, far)
-    H, W = images.shape[-2:]
-    loss = distill.log_depth_error(g, depth[:2], c2w[:2])
+        gaussians, colours = splat.reconstruct("mvsplat", t, net)
+    loss = distill.log_depth_error(gaussians, t.depth[:2], t.c2w[:2])
     if not photometric:
         return loss
-    colours = images[:2].permute(0, 2, 3, 1).reshape(-1, 3)
-    render = splat.rasterize(g.means, g.covariances, g.opacities, colours, torch.linalg.inv(c2w[2]), K[2], H, W)
-    seen = distill.covisible_pixels(depth, K, c2w)
-    mse, structure = distill.photometric(render.features.permute(2, 0, 1), images[2], seen)
+    mse, structure = distill.view_error(gaussians, colours, t)
     return 0.1 * loss + 5 * mse + 0.1 * structure
-
-
-def stage_of(step, steps):  # 1 for 40 of 75 parts of the steps, 2 for 13, 3 for 22
-    return 1 + (step >= steps * 40 / 75) + (step >= steps * 53 / 75)
 
 
 def train_mvsplat(args, scenes):
@@ -364,25 +299,19 @@ def train_mvsplat(args, scenes):
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.01, betas=(0.9, 0.95))
     run = distill.Run(args, {"mvsplat": dict(net.named_parameters())}, optimiser, name="mvsplat")
     for step in run:
-        stage, generator = stage_of(step, args.max_steps), torch.Generator().manual_seed(10**6 * args.seed + step)
-        optimiser.param_groups[0]["lr"] = 1e-3 * warm_up_and_cosine(step, args.max_steps, least=0.02)
-        optimiser.zero_grad(set_to_none=True)
+        stage = 1 + (step >= args.max_steps * 40 / 75) + (step >= args.max_steps * 53 / 75)  # 40, 13, 22 of 75 parts
+        generator = torch.Generator().manual_seed(10**6 * args.seed + step)
         for _ in range(2):
-            *sample, far = draw_sample(scenes, rooms, generator)
-            if stage == 1:
-                loss = matching_loss(net, *(x[:2] for x in sample), far)
-            else:
-                loss = gaussian_loss(net, *sample, far, photometric=stage == 3)
+            t = draw_sample(scenes, rooms, generator)
+            loss = matching_loss(net, t) if stage == 1 else gaussian_loss(net, t, photometric=stage == 3)
             (loss / 2).backward()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0).item()  # of both triplets
-        run.check(norm, "these triplets", "gradient")
-        optimiser.step()
-        run.log(loss=loss.item(), stage=stage)
+        rate = 1e-3 * warm_up_and_cosine(step, args.max_steps, least=0.02)
+        descend(run, optimiser, net, rate, loss.item(), stage=stage)  # the gradient of both triplets
     return net.eval()
 
 
-def draw_sample(scenes, rooms, generator):
-    """-> images (3, 3, H, W), depth (3, H, W), K, c2w of a triplet, in units of its nearest depth, and the farthest."""
+def draw_sample(scenes, rooms, generator) -> splat.Triplet:
+    """A random triplet of a random room, in units of its nearest depth."""
     images, depth, K, c2w = rooms
     s = int(torch.randint(len(scenes), (1,), generator=generator))
     pick = list(data.sample_triplet(scenes[s], generator))
@@ -391,38 +320,12 @@ def draw_sample(scenes, rooms, generator):
     near, far = near * (0.7 + 0.3 * shrink), far * (1 + 0.5 * stretch)
     poses = c2w[s, pick].clone()
     poses[:, :3, 3] /= near
-    return images[s, pick].float() / 255, depth[s, pick] / near, K[s, pick], poses, far / near
+    return splat.Triplet("", images[s, pick].float() / 255, None, depth[s, pick] / near, K[s, pick], poses, far / near)
 
 
-@torch.no_grad()
-def compare_geometries(net, scenes):
-    """-> {geometry: means over one triplet a scene}: depth AbsRel and share of pixels within 10 % (context views, all
-    pixels); PSNR of the target where a context sees it, with the contexts' pixel colours (uncovered black), share
-    covered, PSNR there."""
-    rows = {"mvsplat": [], "depth": []}
-    for n, scene in enumerate(scenes):
-        indices = data.sample_triplet(scene, torch.Generator().manual_seed(n))
-        t = splat.load_triplet(scene, indices, scene.frames[0].size, "cpu")
-        truth, seen = t.images[2].permute(1, 2, 0), distill.covisible_pixels(t.depth, t.K, t.c2w)
-        for name in rows:
-            g, colours = splat.reconstruct(name, t, net)
-            error = (lift.view_depth(g, t.c2w[:2], *truth.shape[:2]) - t.depth[:2]).abs() / t.depth[:2]
-            image, covered = splat.divide_by_alpha(splat.render_target(g, colours, t))
-            image = image * covered[..., None]
-            psnr = lambda where: splat.psnr(image[where], truth[where])
-            rows[name].append((error.mean().item(), 100 * (error < 0.1).float().mean().item(), psnr(seen),
-                               100 * (covered & seen).sum().item() / seen.sum().item(), psnr(seen & covered)))
-    return {name: [sum(column) / len(column) for column in zip(*values)] for name, values in rows.items()}
-
-
-def make_mvsplat(args, train_scenes, val_scenes):
-    out = ROOT / "tiny" / "mvsplat.safetensors"
-    if not args.probe:
-        net = train_mvsplat(args, train_scenes)
-        lift.save_tensors(out, {key: value.half() for key, value in net.state_dict().items()})
-    print("| geometry | AbsRel | within 10 % | PSNR | covered % | PSNR where covered |\n|---|---|---|---|---|---|")
-    for name, values in compare_geometries(lift.load_mvsplat(out), val_scenes).items():
-        print("| {} | {:.3f} | {:.1f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *values))
+def make_mvsplat(args, scenes):
+    state = train_mvsplat(args, scenes).state_dict()
+    lift.save_tensors(ROOT / "tiny" / "mvsplat.safetensors", {key: value.half() for key, value in state.items()})
 
 
 # ------------------------------------------------------------------------------------------------ Distill3R's student
@@ -512,14 +415,9 @@ def matching_tokens(w: Windows, local, P):
     depth = w.depth[sample, other, at[..., 1].clamp_max(H - 1), at[..., 0].clamp_max(W - 1)]
     seen = inside & ((depth - z).abs() < 0.06 * z) & (other.view(1, V, 1, 1) != other)
     place = (xy / P - 0.5).clamp_min(0).minimum(xy.new_tensor([cols - 1, rows - 1]))
-    low = place.floor().long().minimum(torch.tensor([cols - 2, rows - 2]))
-    share, weights = place - low, torch.zeros(B, V, N, V, N)
-    for right in (0, 1):
-        for down in (0, 1):
-            x, y = share.unbind(-1)
-            amount = (x if right else 1 - x) * (y if down else 1 - y) * seen
-            weights.scatter_add_(-1, ((low[..., 1] + down) * cols + low[..., 0] + right)[..., None], amount[..., None])
-    weights = weights.view(B, V * N, V * N)
+    share = lambda x, n: (1 - (x[..., None] - torch.arange(n)).abs()).clamp_min(0)  # of each of n tokens in a row
+    across, down = share(place[..., 0], cols), share(place[..., 1], rows)
+    weights = (down[..., None] * across[..., None, :] * seen[..., None, None]).view(B, V * N, V * N)
     total = weights.sum(-1, keepdim=True)
     return weights / total.clamp_min(1e-6), total[..., 0] > 0
 
@@ -557,16 +455,10 @@ def train_stage(args, trainer, rooms, stage):  # "tokens" or "maps"
     run = distill.Run(args, {"student": dict(trainer.named_parameters())}, optimiser, name=stage)
     for step in run:
         generator = torch.Generator().manual_seed(step)
-        for group in optimiser.param_groups:
-            group["lr"] = peak * group["share"] * warm_up_and_cosine(step, args.max_steps, least=0.02)
         w = draw_windows(rooms, batch, (1, 2, 3, 4), generator)  # neighbouring views, and views farther apart
         ids = [distill3r.draw_view_ids(VIEWS, generator) for _ in w.depth]
-        optimiser.zero_grad(set_to_none=True)
         loss = learn_windows(trainer, w, ids, stage, generator)
-        run.check(loss, "these windows")
-        nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
-        optimiser.step()
-        run.log(loss=loss)
+        descend(run, optimiser, trainer, peak * warm_up_and_cosine(step, args.max_steps, least=0.02), loss)
 
 
 def train_student(args, scenes):
@@ -617,9 +509,12 @@ def in_8_bits(state) -> dict:
 
 def make_student(args):
     data.make_rooms(args.scene_dir, args.rooms, size=SIZE, seed=7)
-    if not args.probe:
-        student = train_student(args, data.load_scenes(args.scene_dir))
-        lift.save_tensors(ROOT / "tiny" / "student.safetensors", in_8_bits(student.state_dict()))
+    student = train_student(args, data.load_scenes(args.scene_dir))
+    lift.save_tensors(ROOT / "tiny" / "student.safetensors", in_8_bits(student.state_dict()))
+    print_poses()
+
+
+def print_poses():
     held_out = rooms_in_memory(data.open_scenes("data_small")[:100])  # of another seed
     print("| views apart | rotation off by | standing still | better in % | direction off by |\n|---|---|---|---|---|")
     for stride in (1, 2, 3):
@@ -630,37 +525,22 @@ def make_student(args):
 # ------------------------------------------------------------------------------------------------ main
 
 
-def make_vit(args, train_scenes, val_scenes):
-    out = ROOT / "tiny" / "vit.safetensors"
-    torch.manual_seed(args.seed)
-    untrained = initialise(lift.VisionTransformer(**TINY)).eval()
-    if not args.probe:
-        images, aside = pictures_of(train_scenes), Path(args.out) / "vit"
-        vit = standardise(train_vit(args, images), images)
-        lift.save_vit(vit, aside)  # names of Hugging Face's layout, which load_vit recognises
-        lift.save_tensors(out, {key: value.half() for key, value in load_file(aside / "model.safetensors").items()})
-    print_probes({"random": untrained, "tiny": lift.load_vit(out)}, train_scenes, val_scenes)
+def make_vit(args, scenes):
+    images, aside = rooms_in_memory(scenes)[0].flatten(0, 1), Path(args.out) / "vit"
+    lift.save_vit(standardise(train_vit(args, images), images), aside)  # in Hugging Face's names, which load_vit knows
+    stored = load_file(aside / "model.safetensors")
+    lift.save_tensors(ROOT / "tiny" / "vit.safetensors", {key: value.half() for key, value in stored.items()})
 
 
-def make_semantic(args, train_scenes, val_scenes):
-    folder = Path(args.out) / "vit"
-    if not args.probe:
-        images = pictures_of(train_scenes)
-        lift.save_vit(standardise(train_semantic(args, images), images), folder)
-    print_probes({"tiny": lift.load_vit("tiny"), "semantic": lift.load_vit(folder)}, train_scenes, val_scenes)
-
-
-def print_probes(vits, train_scenes, val_scenes):
-    columns = "weights", "depth RMSE m", "AbsRel", "normal RMSE deg", "mIoU %", "correspondence %"
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name, vit in vits.items():
-        scores = probe(vit, train_scenes[:120], val_scenes)
-        print("| {} | {:.2f} | {:.3f} | {:.1f} | {:.1f} | {:.1f} |".format(name, *scores))
+def make_semantic(args, scenes):
+    images = rooms_in_memory(scenes)[0].flatten(0, 1)
+    lift.save_vit(standardise(train_semantic(args, images), images), Path(args.out) / "vit")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train a tiny network on the training rooms, and measure it.")
-    parser.add_argument("what", choices=("vit", "semantic", "mvsplat", "student"))
+    parser = argparse.ArgumentParser(description="Train a tiny network on the training rooms.")
+    parser.add_argument("what", choices=("vit", "semantic", "mvsplat", "student", "poses"), help="what to make; poses "
+                        "makes nothing: it measures how well the built-in student finds cameras")
     parser.add_argument("--scene_dir", help="where the rooms are, or are written; default out/tiny/rooms, for student "
                         "out/tiny/small")
     parser.add_argument("--rooms", type=data.positive, help="default: 400, for student 1500 of 48x64")
@@ -673,8 +553,9 @@ def main(argv=None):
                         help="minutes between checkpoints; 0 writes one after each step")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--probe", action="store_true", help="measure the existing weights instead of making new ones")
     args = parser.parse_args(argv)
+    if args.what == "poses":
+        return print_poses()
     args.device = "cuda" if args.what == "semantic" and torch.cuda.is_available() else "cpu"
     args.out = args.out or f"out/tiny/{args.what}"
     rooms, folder, steps = dict(vit=(400, "rooms", 8000), semantic=(400, "rooms", 4400),
@@ -687,7 +568,7 @@ def main(argv=None):
         data.make_rooms(args.scene_dir, args.rooms)
         scenes = data.load_scenes(args.scene_dir)
         make = dict(vit=make_vit, semantic=make_semantic, mvsplat=make_mvsplat)[args.what]
-        make(args, data.split(scenes, "train"), data.split(scenes, "val"))
+        make(args, data.split(scenes, "train"))
 
 
 if __name__ == "__main__":
