@@ -83,7 +83,7 @@ class Frame:
     K: np.ndarray  # (3, 3) in pixels of the stored image
     c2w: np.ndarray  # (4, 4)
     size: tuple | None  # (H, W) of the stored image
-    distortion: tuple = ((), (0.0, 0.0))  # of the lens: radial (k1, k2, ...), tangential (p1, p2)
+    distortion: tuple = ()  # of the lens: tangential p1, p2, then radial k1, k2, ...; () or zeros: none
     mask: Path | None = None
     depth: Path | None = None
     normal: Path | None = None
@@ -287,7 +287,6 @@ def held_out_views(scene) -> list[int]:
 
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # flips y and z: OpenGL camera axes <-> OpenCV camera axes, its own inverse
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-IMAGE_TYPES = tuple(spelled(end) for spelled in (str.lower, str.upper, str.title) for end in READABLE)
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr", ".gif")
 MAPS = dict(mask=("instance_segmentation", "masks"), depth=("depth",), normal=("normals",), label=("labels",))
 CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
@@ -508,7 +507,9 @@ def problem_of_camera(frame):
     if abs(scale - 1) > 0.02:
         frame.c2w[:3, :3] /= scale
         frame.notes += (f"the rotations of its poses were scaled by {scale:.3g}; the scale was removed",)
-    undistorted_K(frame)  # raises where the lens cannot be undone
+    if undistorted_K(frame) is None:
+        return (f"{frame.image}: its distortion coefficients bend the border out of the picture; "
+                "undistort the images first (colmap image_undistorter)")
 
 
 def problem_of_maps(frame, thorough):
@@ -751,8 +752,7 @@ def transforms_camera(settings, image, where):  # -> K, declared (H, W) or None,
     if fx is None:
         raise DataError(f"{where} has neither 'fl_x' nor 'camera_angle_x'; add the focal length")
     K = np.array([[fx, 0, get("cx", width / 2)], [0, fy, get("cy", height / 2)], [0, 0, 1]], float)
-    radial, tangential = (tuple(get(k, 0.0) for k in keys) for keys in (("k1", "k2", "k3", "k4"), ("p1", "p2")))
-    return K, size, (radial, tangential)
+    return K, size, tuple(get(key, 0.0) for key in ("p1", "p2", "k1", "k2", "k3", "k4"))
 
 
 # ------------------------------------------------------------------------ reader: COLMAP
@@ -798,14 +798,12 @@ def read_colmap(folder):
     return frames, dict(points=points, notes=notes)
 
 
-def rotation_of(quaternions):  # (..., 4) w x y z, of any length -> (..., 3, 3)
+def rotation_of(quaternion):  # w x y z, of any length -> (3, 3)
     with np.errstate(invalid="ignore"):  # 0 0 0 0 is no rotation: nan
-        q = np.asarray(quaternions, float)
-        w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
-    rows = [[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]]
-    return np.stack([np.stack(row, -1) for row in rows], -2)
+        w, x, y, z = np.divide(quaternion, np.linalg.norm(quaternion))
+    return np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+                     [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+                     [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])
 
 
 # name: number of its parameters, in the order of their ids; these five lenses are the OpenCV polynomial
@@ -818,9 +816,9 @@ def colmap_camera(name, width, height, params, model):  # -> K, (H, W), distorti
                         "run colmap image_undistorter and use its output")
     two = name in ("PINHOLE", "OPENCV")  # focal lengths
     fx, fy, cx, cy, *lens = params if two else (params[0], *params)
-    radial, tangential = (lens[:2], lens[2:]) if two else (lens, ())
+    lens = (*lens[2:], *lens[:2]) if two else (0.0, 0.0, *lens)  # tangential before radial
     K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
-    return K, (height, width), (tuple(radial), tuple(tangential) or (0.0, 0.0))
+    return K, (height, width), lens
 
 
 def colmap_binary(model):
@@ -1077,7 +1075,7 @@ def read_image(frame, size) -> Tensor:
     steps = [1, 2, 4, 8]  # a JPEG is decoded at one of these fractions, its last row and column rounded up
     step = next((k for k in steps if tuple(-(-full // k)) == image.size), None)
     shrunk = np.full(2, 1 / step) if step else np.divide(image.size, full)  # image pixels = stored pixels * shrunk
-    if is_distorted(frame):
+    if any(frame.distortion):
         image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
     corners = (np.reshape(box, (2, 2)) * shrunk).clip(0, image.size).ravel()
     image = image.resize(size[::-1], Image.BICUBIC, box=tuple(corners.tolist()))  # antialiased
@@ -1101,7 +1099,7 @@ def stored_position(frame, size, scale, corner=(0, 0)):
     (H, W) and shows the undistorted picture enlarged by `scale` (x, y), from its point `corner` (x, y) on."""
     rows, cols = np.mgrid[0:size[0], 0:size[1]] + 0.5
     x, y = cols / scale[0] + corner[0], rows / scale[1] + corner[1]
-    x, y = distort(x, y, undistorted_K(frame), frame) if is_distorted(frame) else (x, y)
+    x, y = distort(x, y, undistorted_K(frame), frame) if any(frame.distortion) else (x, y)
     return x / frame.size[1], y / frame.size[0]
 
 
@@ -1121,13 +1119,9 @@ def decoded_once(what, frame, make):
     return made
 
 
-def is_distorted(frame):
-    return any(frame.distortion[0]) or any(frame.distortion[1])
-
-
 def distort(x, y, K, frame):
     """Pixels of the undistorted image with intrinsics K -> pixels of the stored image, by OpenCV's lens polynomial."""
-    radial, (p1, p2) = frame.distortion
+    p1, p2, *radial = frame.distortion or (0.0, 0.0)
     u, v = (x - K[0, 2]) / K[0, 0], (y - K[1, 2]) / K[1, 1]
     r2 = u * u + v * v
     gain = 1 + sum(k * r2 ** (n + 1) for n, k in enumerate(radial))
@@ -1135,14 +1129,8 @@ def distort(x, y, K, frame):
     return frame.K[0, 0] * u + frame.K[0, 2], frame.K[1, 1] * v + frame.K[1, 2]
 
 
-def undistorted_K(frame):
-    if not is_distorted(frame):
-        return frame.K
-    K = zoomed_K(tuple(frame.K.ravel()), frame.size, frame.distortion)
-    if K is None:
-        raise DataError(f"{frame.image}: its distortion coefficients bend the border out of the picture; "
-                        "undistort the images first (colmap image_undistorter)")
-    return K
+def undistorted_K(frame):  # None where the lens cannot be undone, which `problem_of_camera` says
+    return zoomed_K(tuple(frame.K.ravel()), frame.size, frame.distortion) if any(frame.distortion) else frame.K
 
 
 @lru_cache(maxsize=4096)  # most frames share a lens
@@ -1164,7 +1152,7 @@ def zoomed_K(stored_K, size, distortion):
     return None
 
 
-# ------------------------------------------------------------------------ maps of a view
+# ------------------------------------------------------------------------ maps of a view, and what stands in for them
 
 
 def read_maps(scene, frame, size):
@@ -1257,9 +1245,6 @@ def decode_ids(path):  # -> (H, W) int64; palette and grey files hold ids, colou
     return ids[..., :3] @ np.array([1, 256, 65536]) if ids.shape[2] >= 3 else ids[..., 0]  # (H, W, 1) or grey and alpha
 
 
-# ------------------------------------------------------------------------ depth from the camera layout
-
-
 def layout_depth_range(c2w):  # (V, 4, 4) -> near, far
     """A guess from the cameras alone, where nothing was measured.
 
@@ -1277,9 +1262,6 @@ def layout_depth_range(c2w):  # (V, 4, 4) -> near, far
     apart = np.linalg.norm(centre[:, None] - centre, axis=2) + np.diag(np.full(len(centre), np.inf))
     step = np.median(apart.min(1))
     return float(max(0.4 * spread, 2.5 * step)), float(max(12 * spread, 25 * step))
-
-
-# ------------------------------------------------------------------------ superpixels
 
 
 def superpixels(image: Tensor, count: int) -> Tensor:
@@ -1526,22 +1508,15 @@ def held_out_triplets(scenes, seed, count=4):
 def show_triplets(scene, triplets, path):
     """One row per triplet: the target between its contexts, and the target's maps. Below: the cameras from above."""
     size = fit_size(scene, 200 * 150, 2)
-    rows = [[scene.view(i, size) for i in (a, target, b)] for a, b, target in triplets]
-    targets = [target for _, target, _ in rows]
-    columns = [("context", [a.image for a, _, _ in rows]), ("target", [target.image for target in targets]),
-               ("context", [b.image for _, _, b in rows]), ("its regions", [colour_ids(regions(v)) for v in targets])]
-    depths = [target.depth for target in targets if target.depth is not None]
-    if depths:
-        together = torch.cat([depth.flatten() for depth in depths])  # one scale for all rows
-        near, far = usual_range(together).tolist()
-        pictures = [None if v.depth is None else colour_depth(v.depth, together) for v in targets]
-        columns.append((f"depth: {near:.3g} bright, {far:.3g} dark", pictures))
-    if any(target.normal is not None for target in targets):
-        pictures = [None if v.normal is None else colour_normals(v.normal) for v in targets]
-        columns.append(("its normals", pictures))
-    below = lambda width: camera_plan(scene, triplets, width)
-    headings, pictures = zip(*columns)
-    return picture_grid(path, headings, list(zip(*pictures)), scale=1, below=below)
+    views = [[scene.view(i, size) for i in (a, target, b)] for a, b, target in triplets]
+    depths = torch.cat([torch.zeros(1), *(v.depth.flatten() for _, v, _ in views if v.depth is not None)])
+    near, far = usual_range(depths).tolist()  # one scale for all rows
+    rows = [[a.image, v.image, b.image, colour_ids(regions(v)),
+             None if v.depth is None else colour_depth(v.depth, depths),
+             None if v.normal is None else colour_normals(v.normal)] for a, v, b in views]
+    depth = f"depth: {near:.3g} bright, {far:.3g} dark"
+    headings = ["context", "target", "context", "its regions", depth, "its normals"]
+    return picture_grid(path, headings, rows, scale=1, below=lambda width: camera_plan(scene, triplets, width))
 
 
 def describe(scene, triplets):  # -> lines that say what is in a scene

@@ -186,7 +186,6 @@ class VisionTransformer(nn.Module):
         registers=0,  # R
         grid=37,  # side of the square patch grid that the position embedding was trained for
         mlp_ratio=4,
-        layer_scale=1.0,
         swiglu=False,  # True in ViT-g: a gated MLP. This and the next matter to published weights alone
         positions=None,  # how positions are interpolated to other grids: see `interpolate_positions` (workshop)
     ):
@@ -200,7 +199,7 @@ class VisionTransformer(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, dim))  # for pretraining alone, but part of the published weights
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, layer_scale, swiglu) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, swiglu) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, images: Tensor) -> Tokens:
@@ -320,7 +319,7 @@ class MVSplat(nn.Module):
         raw = [F.conv2d(x, last.weight[:9], last.bias[:9], padding=1) for x in raw]  # offset, scales and quaternion
         crop = lambda x: x[:, :, :height, :width].permute(0, 2, 3, 1).to(images)
         depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(torch.cat(raw))  # (V, height, width, 1 or 9)
-        with no_autocast(images):  # (workshop) in float32, as in `match`
+        with torch.autocast(images.device.type, enabled=False):  # in float32, as in `match`
             means, scales, quaternions = gaussian_adapter(depth, raw, K, c2w)
             rotation = c2w[:, None, None, :3, :3] @ rotation_matrix(quaternions)  # to the world frame
             axes = rotation * scales[..., None, :]  # the columns are the axes of the Gaussian
@@ -331,7 +330,7 @@ class MVSplat(nn.Module):
         of each candidate depth, both (V, D, h, w)."""
         cnn = self.backbone["backbone"](images)
         features = self.backbone["transformer"](cnn)
-        with no_autocast(images):  # in bfloat16 a camera would be half a pixel off
+        with torch.autocast(images.device.type, enabled=False):  # in bfloat16 a camera would be half a pixel off
             small_K = K / K.new_tensor([4, 4, 1])[:, None]
             volume = cost_volume(features.to(images), small_K, c2w, disparities)
         net, x = self.depth_predictor, torch.cat([volume, features], 1)
@@ -485,10 +484,6 @@ def normalised(images: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1] -> as the ne
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
 
-def no_autocast(tensor):  # for cameras and points inside an autocast: bf16's 8 bits would be half a pixel off
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def interpolate_positions(pos_embed: Tensor, size, way) -> Tensor:
     """(1, 1 + grid * grid, C), learned for a square grid -> (1, 1 + h * w, C) for a grid of size (h, w).
 
@@ -509,17 +504,17 @@ def interpolate_positions(pos_embed: Tensor, size, way) -> Tensor:
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, mlp_ratio=4, layer_scale=1.0, swiglu=False):
+    def __init__(self, dim, heads, mlp_ratio=4, swiglu=False):
         super().__init__()
         hidden = mlp_ratio * dim
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
-        self.mlp = SwiGLU(dim, (int(hidden * 2 / 3) + 7) // 8 * 8) if swiglu else Mlp(dim, hidden)
-        self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)  # a factor per channel
+        self.mlp = SwiGLU(dim, (int(hidden * 2 / 3) + 7) // 8 * 8) if swiglu else mlp(dim, hidden)
+        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(dim)}) for _ in range(2))  # a factor per channel
 
     def forward(self, x):  # (B, N, C)
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1.gamma * self.attn(self.norm1(x))
+        return x + self.ls2.gamma * self.mlp(self.norm2(x))
 
 
 class Attention(nn.Module):
@@ -545,13 +540,12 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, C)
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+def in_turn(**modules):  # one after the other, by their published names
+    return nn.Sequential(OrderedDict(modules))
 
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+
+def mlp(dim, hidden):
+    return in_turn(fc1=nn.Linear(dim, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, dim))
 
 
 class SwiGLU(nn.Module):  # in place of the Mlp in ViT-g
@@ -562,15 +556,6 @@ class SwiGLU(nn.Module):  # in place of the Mlp in ViT-g
     def forward(self, x):
         gate, value = self.w12(x).chunk(2, -1)
         return self.w3(F.silu(gate) * value)
-
-
-class LayerScale(nn.Module):
-    def __init__(self, dim, initial):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), initial))
-
-    def forward(self, x):
-        return x * self.gamma
 
 
 # ------------------------------------------------------------------------ parts of MVSplat
@@ -709,7 +694,6 @@ class UNet(nn.Module):
 
     def __init__(self, width, levels):
         super().__init__()
-        named = lambda **modules: nn.Sequential(OrderedDict(modules))  # gives the modules their published names
 
         def block(c_in, level, *more):
             attention = [CrossViewAttention(width)] if level == levels - 1 else []
@@ -718,13 +702,13 @@ class UNet(nn.Module):
         self.input_blocks = nn.ModuleList([nn.Sequential(conv(width, width))])
         for level in range(levels):
             if level > 0:
-                self.input_blocks.append(nn.Sequential(named(op=conv(width, width, 3, 2))))  # half the size
+                self.input_blocks.append(nn.Sequential(in_turn(op=conv(width, width, 3, 2))))  # half the size
             self.input_blocks.append(block(width, level))
         self.middle_block = nn.Sequential(ResidualBlock(width, width), nn.Identity(), ResidualBlock(width, width))
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(levels)):
             self.output_blocks.append(block(2 * width, level))
-            double = [named(up=nn.Upsample(scale_factor=2), conv=conv(width, width))] if level > 0 else []
+            double = [in_turn(up=nn.Upsample(scale_factor=2), conv=conv(width, width))] if level > 0 else []
             self.output_blocks.append(block(2 * width, level, *double))
         self.out = nn.Sequential(conv(width, width), group_norm(width), nn.SiLU())
 

@@ -277,7 +277,7 @@ def splat_operator_plainly(
 
 class SplatOperator(NamedTuple):
     """The same matrix in sparse parts, made by `splat_operator` (workshop): y = operator(x) takes the context views'
-    tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid. (The workshop adds `save` and `load`.)"""
+    tokens x (V*N, C) to the target's y (N, C), any C; 0 where not valid."""
 
     S: Tensor  # (N, V*N) sparse, like the next two
     L: Tensor  # (N, masks)
@@ -301,6 +301,7 @@ class SplatOperator(NamedTuple):
 BLOCK = 8, 8  # pixels. Larger blocks try Gaussians at more pixels that they never reach; smaller ones need longer lists
 CHUNK = 32  # Gaussians that one step takes from a block's list
 FEW_CHANNELS = 64  # so many features travel with the geometry; more of them wait until the weights of a block are known
+MAX_ELEMENTS = 2**20, 2**24  # of the largest tensors of a step: on a CPU, on a GPU
 
 
 def rasterize(
@@ -312,7 +313,7 @@ def rasterize(
     """What `rasterize_plainly` gives, value and gradient, fast; any number of channels. `max_elements` bounds the
     memory: a smaller value is slower and changes nothing else."""
     check_arguments(means, covariances, opacities, features, w2c, K, background)
-    max_elements, C = max_elements or elements_at_once(features), features.shape[1]
+    max_elements, C = max_elements or MAX_ELEMENTS[features.is_cuda], features.shape[1]
     # Differs: the official code renders 3 channels a pass, 128 passes for a ViT-S; here one pass has all channels.
     with full_precision(features.device):
         camera = w2c, K, height, width
@@ -330,10 +331,6 @@ def rasterize(
     if background is not None:
         image = image + (1 - alpha) * background.to(image)
     return Render(image, alpha[..., 0], depth[..., 0])
-
-
-def elements_at_once(like: Tensor) -> int:
-    return 2**24 if like.is_cuda else 2**20
 
 
 def pieces(count: int, size: int) -> list[slice]:
@@ -386,13 +383,6 @@ def segment_means(features: Tensor, segment: Tensor, valid: Tensor, count: int) 
         total.index_add_(0, i, rows.double())
     pixels = torch.bincount(bins, minlength=count + 1)[:-1]
     return (total[:-1] / pixels.clamp(min=1)[:, None]).to(features.dtype), pixels > 0
-
-
-def check_operator_arguments(means, index, weight, mask, size):
-    G, shapes = len(means), (tuple(index.shape), tuple(weight.shape))
-    assert shapes == ((G, 4), (G, 4)), f"index and weight must be ({G}, 4), not {shapes[0]}, {shapes[1]}"
-    assert weight.dtype in (torch.float32, torch.float64), f"weight must be float32 or float64, not {weight.dtype}"
-    assert mask is None or mask.shape == size, f"mask must be {size}, not {tuple(mask.shape)}"
 
 
 def companions():
@@ -800,8 +790,10 @@ def splat_operator(
     """What `splat_operator_plainly` gives, in the parts of section 5. S needs the taps alone: 2x2 pixels a token, one
     pixel in 49 at the paper's size, which is why `walk` takes blocks of any shape. M needs every pixel. Rows of S and M
     are made alike: (rows x Gaussians) times u (Gaussians x tokens), both sparse."""
-    check_operator_arguments(means, index, weight, mask, (height, width))
-    max_elements, N, device = max_elements or elements_at_once(weight), math.prod(grid), weight.device
+    check_arguments(means, covariances, opacities, weight, w2c, K, None)  # the weights as if they were features
+    assert index.shape == weight.shape == (len(means), 4), f"index and weight must be ({len(means)}, 4)"
+    assert mask is None or mask.shape == (height, width), f"mask must be ({height}, {width}), not {tuple(mask.shape)}"
+    max_elements, N, device = max_elements or MAX_ELEMENTS[weight.is_cuda], math.prod(grid), weight.device
     mask = index.new_zeros(height, width) if mask is None or blend == 1 else mask  # all unlabelled
     ids, mask = mask.unique(return_inverse=True)  # from here on 0, 1, ...
     labelled = (ids != 0).to(weight)
@@ -913,18 +905,12 @@ def save_operator(operator: SplatOperator, path: str | Path, dtype: torch.dtype 
 
 
 def load_operator(path: str | Path) -> SplatOperator:
-    """On the CPU, in float32 (or float64 if stored so). ValueError where it is damaged or not of this format."""
+    """On the CPU, in float32 (or float64 if stored so). ValueError where it is missing, damaged or of another form."""
     try:
         with safe_open(path, "pt") as file:
             about, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        about = {"format": f"a damaged file: {error}"}
-    if about.get("format") != OPERATOR_FORMAT:
-        found = f"not {OPERATOR_FORMAT!r} but {about.get('format')!r}"
-        raise ValueError(f"{path}: {found}; remove it, and it will be computed again")
-    try:
+        if about.get("format") != OPERATOR_FORMAT:
+            raise ValueError(f"its format is {about.get('format')!r}, not {OPERATOR_FORMAT!r}")
         tokens, masks, matrices = int(about["tokens"]), len(stored["M.count"]), []
         for name, columns in zip("SLM", (tokens, masks, tokens)):
             count, column, weight = (stored[f"{name}.{part}"] for part in ("count", "column", "weight"))
@@ -936,13 +922,10 @@ def load_operator(path: str | Path) -> SplatOperator:
             matrices.append(sparse(torch.repeat_interleave(count), column, weight, (len(count), columns)))
         if stored["valid"].dtype != torch.bool or stored["valid"].shape != stored["S.count"].shape:
             raise ValueError("valid does not fit")
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a splat operator ({reason}); remove it, and it will be computed again") from None
     return SplatOperator(*matrices, stored["valid"])
-
-
-SplatOperator.save, SplatOperator.load = save_operator, staticmethod(load_operator)
 
 
 # ------------------------------------------------------------------------ .ply files
@@ -1055,22 +1038,18 @@ def warning_of(scores: list[tuple[float, float]]) -> str | None:
 
 def flight_path(a: Tensor, b: Tensor, count: int) -> Tensor:
     """Camera poses (count, 4, 4) from c2w `a` to `b` (4, 4) and back, slow at both ends, so that the film can loop."""
-    data, _ = companions()
-    t = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(count) / count)[:, None]
-    q, p = rotation_to_quaternion(torch.stack([a, b])[:, :3, :3].double().cpu().numpy())
-    p = p if q @ p > 0 else -p  # p and -p are the same rotation: take the one nearer to q
-    poses = torch.eye(4).repeat(count, 1, 1)
-    poses[:, :3, :3] = torch.from_numpy(data.rotation_of((1 - t.double().numpy()) * q + t.double().numpy() * p))
-    poses[:, :3, 3] = (1 - t) * a[:3, 3].cpu() + t * b[:3, 3].cpu()
-    return poses.to(a.device)
+    t = (0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(count) / count))[:, None, None].to(a)
+    poses = (1 - t) * a + t * b
+    u, _, vh = torch.linalg.svd(poses[:, :3, :3])
+    poses[:, :3, :3] = u @ vh  # the rotations nearest to these mixtures
+    return poses
 
 
 @torch.no_grad()
-def fly(scenes, args) -> Path:
+def fly(scenes, net, args) -> Path:
     """Between the two context views of a held-out triplet and back, as an animated WebP picture."""
-    data, lift = companions()
+    data, _ = companions()
     (scene, indices), = data.held_out_triplets(scenes, args.seed, count=1)
-    net = lift.load_mvsplat(args.mvsplat).to(args.device)
     t = load_triplet(scene, indices, data.fit_size(scene, args.pixels, 16), args.device)
     gaussians, colours = reconstruct("mvsplat", t, net)
     height, width = t.images.shape[-2:]
@@ -1110,26 +1089,8 @@ def novel_view(scene, indices, vit, net, args):
     return [*t.images, *splatted, *(lift.pca_colours(f, basis) * seen for f in (rendered, blended))], scores
 
 
-def show(scenes, args) -> None:
-    """Four held-out triplets splatted with every geometry, as a picture."""
-    data, lift = companions()
-    vit, net = lift.load_vit(args.model).to(args.device), lift.load_mvsplat(args.mvsplat).to(args.device)
-    rows, scores = [], []
-    for scene, indices in data.held_out_triplets(scenes, args.seed):
-        row, score = novel_view(scene, indices, vit, net, args)
-        rows, scores = rows + [row], scores + [score]
-    headings = ["context", "context", "target view", "by mvsplat", "by measured depth", "features (PCA)", "blended"]
-    path = data.picture_grid(Path(args.out) / "novel_view.png", headings, rows)
-    mean = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0] if all(name in s for s in scores)}
-    baseline = mean.pop("mean colour")
-    answer = ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
-    print(f"psnr where every geometry covers the target: {answer} (mean colour {baseline:.1f})  ->  {path}")
-    if warning := warning_of([(score["mvsplat"], score["mean colour"]) for score in scores]):
-        print(warning)
-
-
 def main(argv=None):
-    data, _ = companions()
+    data, lift = companions()
     parser = argparse.ArgumentParser(description="Splat two views into a third: a picture, or a flight.")
     data.scene_flags(parser, "out/03_splat", view_memory=0)
     parser.add_argument("--model", default="tiny", help="ViT weights: 'tiny', a published name, a file or folder")
@@ -1139,10 +1100,23 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with data.explained(args, "the same command starts again"):
         scenes = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
+        net = lift.load_mvsplat(args.mvsplat).to(args.device)
         if args.flight:
-            print(f"a flight  ->  {fly(scenes, args)}")
-        else:
-            show(scenes, args)
+            print(f"a flight  ->  {fly(scenes, net, args)}")
+            return
+        vit, rows, scores = lift.load_vit(args.model).to(args.device), [], []
+        for scene, indices in data.held_out_triplets(scenes, args.seed):  # four, splatted with every geometry
+            row, score = novel_view(scene, indices, vit, net, args)
+            rows, scores = rows + [row], scores + [score]
+        headings = ["context", "context", "target view", "by mvsplat", "by measured depth", "features (PCA)", "blended"]
+        path = data.picture_grid(Path(args.out) / "novel_view.png", headings, rows)
+        names = [name for name in scores[0] if all(name in score for score in scores)]
+        mean = {name: sum(score[name] for score in scores) / len(scores) for name in names}
+        baseline = mean.pop("mean colour")
+        answer = ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
+        print(f"psnr where every geometry covers the target: {answer} (mean colour {baseline:.1f})  ->  {path}")
+        if warning := warning_of([(score["mvsplat"], score["mean colour"]) for score in scores]):
+            print(warning)
 
 
 if __name__ == "__main__":

@@ -562,11 +562,11 @@ class Source:
     def operator(self, scene, indices) -> splat.SplatOperator:
         """From its file, which is written first where it is missing or damaged."""
         path = self.path(scene, indices)
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return splat.SplatOperator.load(path).to(self.args.device)
+        with contextlib.suppress(ValueError):
+            return splat.load_operator(path).to(self.args.device)
         t = self.load(scene, indices)
-        triplet_operator(self.reconstruct(t), t, self.grid(t), *self.steps).save(path)
-        return splat.SplatOperator.load(path).to(self.args.device)  # read back: rounded like all others
+        splat.save_operator(triplet_operator(self.reconstruct(t), t, self.grid(t), *self.steps), path)
+        return splat.load_operator(path).to(self.args.device)  # read back: rounded like all others
 
     def make_missing(self, triplets, run):
         """Computes the operators that are not on disk yet; each of torchrun's processes makes its share."""

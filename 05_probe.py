@@ -563,7 +563,7 @@ def frame_of(name, image, root, K, c2w, where=""):  # with the maps that lie bes
 
 
 def plain_frames(root):  # of the images in root/images, without poses
-    files = sorted((f for f in (root / "images").rglob("*") if f.suffix in data.IMAGE_TYPES), key=data.natural)
+    files = sorted((f for f in (root / "images").rglob("*") if data.is_picture(f)), key=data.natural)
     if len(files) < 2:
         raise data.DataError(f"{root}: {len(files)} images in images/; give at least two")
     for note in data.left_out((root / "images").rglob("*")):

@@ -521,7 +521,7 @@ class Block(nn.Module):
     def __init__(self, dim, heads, eps):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=eps), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=eps), lift.Mlp(dim, 4 * dim)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=eps), lift.mlp(dim, 4 * dim)
 
     def forward(self, x, angle=None):  # (B, N, C)
         x = x + self.attn(self.norm1(x), angle)

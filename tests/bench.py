@@ -239,8 +239,8 @@ def operator_section(rounds, device, height=574, width=868, patch=14):
         wanted, valid = dense(x, mask)
         off = ((operator(x) - wanted).norm() / wanted.norm()).item()
         with tempfile.TemporaryDirectory() as folder:
-            operator.save(file := Path(folder) / "operator")
-            half, size = splat.SplatOperator.load(file).to(device), file.stat().st_size
+            splat.save_operator(operator, file := Path(folder) / "operator")
+            half, size = splat.load_operator(file).to(device), file.stat().st_size
         rounded = ((half(x) - operator(x)).norm() / wanted.norm()).item()
         apply = [median_ms(lambda: operator(x[:, :1].repeat(1, C)), rounds, device) for C in (384, 768)]
         weights = " + ".join(f"{len(matrix.values())}" for matrix in operator[:3])

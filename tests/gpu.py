@@ -170,8 +170,7 @@ def fixtures(report, args):
 
 def raster_fixture(f, args):
     quats = torch.nn.functional.normalize(f["quats"].double(), dim=1)
-    turn = data.rotation_of(quats.numpy())
-    axes = torch.as_tensor(turn) * f["scales"].double()[:, None]
+    axes = reference.rotation(quats) * f["scales"].double()[:, None]
     inputs = f["means"], (axes @ axes.mT), f["opacities"], f["features"]
     found = {}
     for device in ("cpu", args.device):

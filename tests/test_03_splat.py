@@ -505,25 +505,25 @@ def test_without_masks_only_the_taps_are_rasterised(monkeypatch):
 def test_operator_files(tmp_path):
     s = lifted(61, 83, (7, 10), dtype=torch.float32)
     x, operator, path = context_tokens(s, 16), splat.splat_operator(**s), tmp_path / "deep" / "operator.safetensors"
-    operator.save(path, torch.float32)
-    loaded = splat.SplatOperator.load(path)
+    splat.save_operator(operator, path, torch.float32)
+    loaded = splat.load_operator(path)
     assert torch.equal(loaded(x), operator(x)) and torch.equal(loaded.valid, operator.valid)
-    operator.save(path)  # over the old one, in float16
-    loaded, weights = splat.SplatOperator.load(path), sum(len(matrix.values()) for matrix in operator[:3])
+    splat.save_operator(operator, path)  # over the old one, in float16
+    loaded, weights = splat.load_operator(path), sum(len(matrix.values()) for matrix in operator[:3])
     assert 0 < (loaded(x) - operator(x)).norm() / operator(x).norm() < 5e-4
     assert torch.equal(loaded.valid, operator.valid)
     assert path.stat().st_size <= 4 * weights + 2000 and [p.name for p in path.parent.iterdir()] == [path.name]
     double = splat.splat_operator(**lifted(24, 32, (3, 4)))
-    double.save(path, torch.float64)
-    assert all(torch.equal(a.to_dense(), b.to_dense()) for a, b in zip(splat.SplatOperator.load(path), double))
+    splat.save_operator(double, path, torch.float64)
+    assert all(torch.equal(a.to_dense(), b.to_dense()) for a, b in zip(splat.load_operator(path), double))
 
 
 def test_more_tokens_than_two_bytes_can_count(tmp_path):
     s = lifted(24, 32, (3, 4))
     wide = splat.splat_operator(**{**s, "index": s["index"] + 70_000, "tokens": s["tokens"] + 70_000})
-    wide.save(tmp_path / "o", torch.float64)
+    splat.save_operator(wide, tmp_path / "o", torch.float64)
     x = context_tokens(s)
-    assert torch.equal(splat.SplatOperator.load(tmp_path / "o")(torch.cat([x.new_zeros(70_000, 3), x])),
+    assert torch.equal(splat.load_operator(tmp_path / "o")(torch.cat([x.new_zeros(70_000, 3), x])),
                        splat.splat_operator(**s)(x))
 
 

@@ -431,7 +431,8 @@ def make_good(root):
     d3r.save_student(d3r.Student(config), weights / "student")
     parts = ([[0, 1], [2, 3]], (4, 8)), ([[0, 1], [0, 0]], (4, 1)), ([[0, 0], [1, 4]], (1, 8))
     matrices = [splat.sparse(*torch.tensor(at), torch.ones(2), size) for at, size in parts]
-    splat.SplatOperator(*matrices, torch.ones(4, dtype=torch.bool)).save(root / "operator" / "operator.safetensors")
+    whole = splat.SplatOperator(*matrices, torch.ones(4, dtype=torch.bool))
+    splat.save_operator(whole, root / "operator" / "operator.safetensors")
     shutil.copytree(root / "rooms", root / "cache" / "rooms")
     teacher = importlib.import_module("tiny.teacher").GeometricTeacher((24, 32))
     d3r.write_cache(teacher, root / "cache" / "rooms", root / "cache" / "cache", (24, 32), 4, 1)
@@ -474,12 +475,12 @@ def network(load_it, name):
 
 
 def operator(folder):
-    found = splat.SplatOperator.load(folder / "operator.safetensors")
+    found = splat.load_operator(folder / "operator.safetensors")
     return found(torch.ones(8, 3)), found.valid, [x.shape for x in found]
 
 
 def save_operator(folder):
-    splat.SplatOperator.load(folder / "operator.safetensors").save(folder / "operator.safetensors")
+    splat.save_operator(splat.load_operator(folder / "operator.safetensors"), folder / "operator.safetensors")
 
 
 def cached(folder):
