@@ -7,7 +7,6 @@ Run     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python tests/bench.py
         ... python tests/bench.py --section tricks             what each trick of rasterize brings; 2 minutes
         ... python tests/bench.py --section splat --large      the same with 1.02M Gaussians; 15 minutes, 9 GB
         ... python tests/bench.py --section operator           the splat operator at the paper's size, against the dense path; 2 minutes
-        ... python tests/bench.py --section student            memory of training Distill3R's student; 10 minutes, 6 GB
         ... python tests/bench.py --section peaks              memory of whole runs of 04 at the paper's setting, on a pretended GPU; an hour
         ... python tests/bench.py --section photos             photos of 13 megapixels with distortion against small ones; 3 minutes
 """
@@ -149,14 +148,19 @@ def apart(function, *case):
     return json.loads(out.splitlines()[-1])
 
 
-def measure_mvsplat(tiny, height, width, rounds):
-    """Median seconds of a forward pass over two views, and the peak of the whole process in MB."""
+def mvsplat_pass(tiny, height, width, device=torch.device("cpu")):
+    """A forward pass of MVSplat over two views, as a function."""
     K = torch.tensor([[0.9 * width, 0, width / 2], [0, 0.9 * width, height / 2], [0, 0, 1]]).expand(2, 3, 3)
     c2w = torch.eye(4).repeat(2, 1, 1)
     c2w[1, 0, 3] = 0.3
-    model, images = lift.MVSplat(lift.MVSplatConfig.tiny if tiny else lift.MVSplatConfig()).eval(), torch.rand(2, 3, height, width)
-    with torch.inference_mode():
-        ms = median_ms(lambda: model(images, K, c2w, 1.0, 100.0), rounds, torch.device("cpu"))
+    model = lift.MVSplat(lift.MVSplatConfig.tiny if tiny else lift.MVSplatConfig()).eval().to(device)
+    inputs = [x.to(device) for x in (torch.rand(2, 3, height, width), K, c2w)]
+    return torch.no_grad()(lambda: model(*inputs, 1.0, 100.0))
+
+
+def measure_mvsplat(tiny, height, width, rounds):
+    """Median seconds, and the peak of the whole process in MB."""
+    ms = median_ms(mvsplat_pass(tiny, height, width), rounds, torch.device("cpu"))
     return ms / 1000, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -212,47 +216,44 @@ def cells(height, width, count, seed):
     return 1 + ((y[..., None] - seeds[:, 0]) ** 2 + (x[..., None] - seeds[:, 1]) ** 2).argmin(-1)
 
 
-@torch.no_grad()
-def operator_section(rounds, device, height=574, width=868, patch=14):
+def two_views(height, width, patch, device):
+    """What `splat_operator` takes before a mask: two views' pixel-aligned Gaussians, their taps with 25 masks each, a third camera."""
     reference, grid = importlib.import_module("reference_raster"), (height // patch, width // patch)
     *gaussians, _, w2c, K = (x.to(device) for x in reference.pixel_aligned(height, width, 1))
     pairs, N = [lift.upscale_weights(cells(height, width, 25, seed).to(device), grid) for seed in (1, 2)], grid[0] * grid[1]
     index, weight = torch.cat([pairs[0][0], pairs[1][0] + N]), torch.cat([weight for _, weight in pairs])
-    masks = {f"{count} masks": cells(height, width, count, 3).to(device) for count in (25, 400)}
-    build = lambda mask=None: splat.splat_operator(*gaussians, index, weight, 2 * N, w2c, K, height, width, grid, mask)
+    return *gaussians, index, weight, 2 * N, w2c, K, height, width, grid
+
+
+@torch.no_grad()
+def operator_rows(rounds, device, height=574, width=868, patch=14):
+    """{what: its numbers}. Errors are relative L2 of the tokens."""
+    *scene, index, weight, count, w2c, K, _, _, grid = inputs = two_views(height, width, patch, device)
 
     def dense(x, mask):
         features = sum(weight[:, k, None] * x[index[:, k]] for k in range(4))
-        render = splat.rasterize(*gaussians, features, w2c, K, height, width)
-        rendered, valid = splat.divide_by_alpha(render)
+        rendered, valid = splat.divide_by_alpha(splat.rasterize(*scene, features, w2c, K, height, width))
         return splat.splat_to_tokens(rendered if mask is None else splat.semantic_blend(rendered, mask, 0.5, valid), valid, grid)
 
-    x = torch.randn(2 * N, 384, generator=torch.Generator().manual_seed(0)).to(device)
-    dense_times, build_times, lines = [], {}, []
-    for turn in range(rounds):  # in turns: the load of a shared machine changes
-        for name, mask in {"no masks": None, **masks}.items():
-            build_times.setdefault(name, []).append(median_ms(lambda: build(mask), 1, device))
-        if turn < 2:
-            dense_times.append(median_ms(lambda: dense(x, masks["25 masks"]), 1, device))
+    x = torch.randn(count, 384, generator=torch.Generator().manual_seed(0)).to(device)
+    masks = {f"{n} masks": cells(height, width, n, 3).to(device) for n in (25, 400)}
+    rows = {"dense path, 25 masks": {"s": median_ms(lambda: dense(x, masks["25 masks"]), 1, device) / 1000}}
     for name, mask in {"no masks": None, **masks}.items():
-        operator = build(mask)
-        wanted, valid = dense(x, mask)
-        off = ((operator(x) - wanted).norm() / wanted.norm()).item()
+        operator, (wanted, valid) = splat.splat_operator(*inputs, mask), dense(x, mask)
+        error = lambda found: ((found - wanted).norm() / wanted.norm()).item()
         with tempfile.TemporaryDirectory() as folder:
             splat.save_operator(operator, file := Path(folder) / "operator")
             half, size = splat.load_operator(file).to(device), file.stat().st_size
-        rounded = ((half(x) - operator(x)).norm() / wanted.norm()).item()
-        apply = [median_ms(lambda: operator(x[:, :1].repeat(1, C)), rounds, device) for C in (384, 768)]
-        weights = " + ".join(f"{len(matrix.values())}" for matrix in operator[:3])
-        same = "same" if torch.equal(valid, operator.valid) else f"{(valid != operator.valid).sum()} differ"
-        lines.append(f"| {name} | {statistics.median(build_times[name]) / 1000:.2f} ({min(build_times[name]) / 1000:.2f}) | {apply[0]:.3g} | {apply[1]:.3g} "
-                     f"| {weights} | {size / 1000:.0f} | {off:.1e}, {same} | {rounded:.1e} |")
-    bf16 = ((wanted.bfloat16().float() - wanted).norm() / wanted.norm()).item()
-    print(f"{2 * height * width} Gaussians, {height}x{width} -> {grid[0]}x{grid[1]} tokens; dense path with blending, 384 channels: "
-          f"{statistics.median(dense_times) / 1000:.2f} s ({min(dense_times) / 1000:.2f}); medians (minima) of {rounds}\n")
-    print("| | build, s | apply to 384, ms | to 768, ms | weights S + L + M | file, kB | to the dense path, and valid | float16 file |")
-    print("|---|---|---|---|---|---|---|---|", *lines, sep="\n")
-    print(f"\nrelative L2 errors of the tokens; rounding them to bfloat16 costs {bf16:.1e}; load average {os.getloadavg()[0]:.1f}")
+        rows[name] = {"build, s": median_ms(lambda: splat.splat_operator(*inputs, mask), rounds, device) / 1000,
+                      "apply to 384, ms": median_ms(lambda: operator(x), rounds, device), "file, kB": size / 1000,
+                      "error to the dense path": error(operator(x)), "valid tokens that differ": (valid != operator.valid).sum().item(),
+                      "of the float16 file": error(half(x)), "of tokens in bfloat16": error(wanted.bfloat16().float())}
+    return rows
+
+
+def operator_section(rounds):
+    for name, numbers in operator_rows(rounds, torch.device("cpu")).items():
+        print(f"| {name} | " + ", ".join(f"{what} {value:.3g}" for what, value in numbers.items()) + " |")
 
 
 def published_size(preset, folder):
@@ -263,27 +264,6 @@ def published_size(preset, folder):
         torch.nn.init.normal_(p, std=0.02)
     lift.save_vit(model, folder / preset)
     return str(folder / preset)
-
-
-def measure_student(views, height, width):
-    """Seconds, and GB at most of the process, of a training step of Distill3R's student in fp32, activations computed twice."""
-    d3r = importlib.import_module("06_distill3r")
-    student, points, conf = d3r.Student().train(), torch.rand(height, width, 3) + 1, torch.full((height, width), 3.0)
-    d3r.recompute(student)
-    optimiser = torch.optim.AdamW(student.parameters(), 1e-4)
-    targets, masks = [d3r.Pointmap(points, points, conf, conf)] * views, [conf > 0] * views
-    begin = time.perf_counter()
-    maps = student(list(torch.rand(views, 3, height, width)), generator=torch.Generator().manual_seed(0))
-    d3r.pointmap_loss(maps, targets, masks).total.backward()
-    optimiser.step()
-    return time.perf_counter() - begin, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
-
-
-def student_section():
-    print("published student, 224x518, one training step in fp32 with --grad_checkpoint\n\n| views | s | GB of the process |\n|---|---|---|")
-    for views in (5, 10, 20):
-        seconds, gb = apart("measure_student", views, 224, 518)
-        print(f"| {views} | {seconds:.0f} | {gb:.2f} |", flush=True)
 
 
 def peaks_section():
@@ -336,93 +316,71 @@ def photos_section(folder, photos=50, size=(3120, 4208)):
     print(f"all {photos} at 574x868: {time.perf_counter() - begin:.1f} s")
 
 
-def step_section(preset, rounds, device, folder):
-    """One step of 04_distill as it runs, part by part; what of it no implementation could leave out; and what was paid before."""
-    tiny = preset == "tiny"
-    begin, views = time.perf_counter(), 16 if tiny else 8
-    data.make_rooms(folder / "data", scenes=1, views=views, size=(96, 128) if tiny else (584, 876))
-    print(f"rooms: {views / (time.perf_counter() - begin):.1f} views/s at {'96x128' if tiny else '584x876'}\n")
-    args = distill.parse(["--preset", preset, "--model", "tiny" if tiny else published_size(preset, folder), "--device", str(device),
-                          "--operators", str(folder / "operators")])
+def parts_of_step(scene, args) -> dict:
+    """{what: a function that does it}: a step of 04_distill on one triplet, its parts, and what is done once a triplet."""
     before, student, teacher, optimiser = distill.networks_of(args)
-    source = distill.Source(data.load_scenes(folder / "data"), args, before.patch)
-    (scene,) = data.load_scenes(folder / "data")
+    source = distill.Source([scene], args, before.patch)
     place = scene, data.sample_triplet(scene, torch.Generator().manual_seed(0))
-    t = source.load(*place)
-    grid = source.grid(t)
-    gaussians = source.reconstruct(t)
-    operator = source.operator(*place)
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    sample, t = source.sample(*place, 0), source.load(*place)
+    autocast = lambda: torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
+
+    def step():
+        optimiser.zero_grad(set_to_none=True)
+        distill.learn([sample], student, teacher, args)
+        optimiser.step()
 
     @torch.no_grad()
     def teach():
         with autocast():
-            return teacher(t.images[:2]).flatten(0, 1)
+            return teacher(sample.context)
 
-    def learn():
+    def look():
         with autocast():
-            seen = student(t.images[2:])[0]
-        seen.backward(torch.ones_like(seen))
+            seen = student(sample.target)[0]
+        seen.float().square().mean().backward()
+    tokens, gaussians, steps = teach(), source.reconstruct(t), (source.grid(t), *source.steps)
+    goal, valid = sample.carry(tokens)
+    seen = student(sample.target)[0].detach()[valid]
 
-    tokens = teach()
-    goal, valid = operator(tokens), operator.valid
-    seen = student(t.images[2:])[0].detach()
+    def judge():
+        distill.objective(student, teacher, seen.requires_grad_(), goal[valid], args)[0].backward()
+    return {
+        "a step": step, "teacher, two views": teach, "student, forward + backward": look, "head and loss, forward + backward": judge,
+        "operator on tokens": lambda: sample.carry(tokens), "Adam": optimiser.step,
+        "images and operator from disk (other threads do it)": lambda: source.sample(*place, 0),
+        "once a triplet: geometry by the tiny MVSplat": lambda: source.reconstruct(t),
+        "once a triplet: operator": lambda: distill.triplet_operator(gaussians, t, *steps),
+        "--online instead: lift, splat, blend": lambda: distill.splat_in_blocks(tokens, gaussians, t, *steps)}
 
-    def head():
-        distill.objective(student, teacher, seen[valid].requires_grad_(), goal[valid], args)[0].backward()
 
-    def step():
-        optimiser.zero_grad(set_to_none=True)
-        distill.learn([source.sample(*place, seed=0)], student, teacher, args)
-        optimiser.step()
-
-    measure = lambda function, n=rounds: median_ms(function, n, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    whole = measure(step)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    parts = {
-        "teacher, two views forward": measure(teach),
-        "student, forward + backward": measure(learn),
-        "head and loss, forward + backward": measure(head)}
-    needed = sum(parts.values())
-    parts |= {"images and operator from disk": measure(lambda: source.sample(*place, seed=0)), "operator on tokens": measure(lambda: operator(tokens)),
-              "Adam": measure(optimiser.step)}
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"a step of preset {preset} on {name}: {grid[0]}x{grid[1]} tokens, {args.prototypes} prototypes; median of {rounds}\n\n| part | ms |\n|---|---|")
-    for part, ms in [*parts.items(), ("sum", sum(parts.values())), ("**the step as it runs**", whole), ("the first three, which nothing can leave out", needed)]:
-        print(f"| {part} | {ms:.0f} |")
-    print(f"\nratio {whole / needed:.2f}; {1000 / whole:.2f} steps/s; peak {peak:.0f} MB {'allocated' if device.type == 'cuda' else 'resident'}")
-    once = {"geometry (Eq. 1)": lambda: source.reconstruct(t), "operator (Eq. 2-4)": lambda: distill.triplet_operator(gaussians, t, grid, args.blend),
-            "`--online` instead: lift, splat, blend (Eq. 2-4)": lambda: distill.splat_features(tokens.unflatten(0, (2, -1)), gaussians, t, grid, args.blend)}
-    print("\n| once a triplet | ms |\n|---|---|")
-    for part, function in once.items():
-        print(f"| {part} | {measure(function, rounds if tiny else 1):.0f} |", flush=True)
+def step_section(preset, rounds, folder):
+    """One step of 04_distill, part by part, and the part of it that no implementation could leave out."""
+    tiny, cpu = preset == "tiny", torch.device("cpu")
+    data.make_rooms(folder / "data", scenes=1, views=4, size=(96, 128) if tiny else (584, 876))
+    args = distill.parse(["--preset", preset, "--model", "tiny" if tiny else published_size(preset, folder), "--device", "cpu",
+                          "--operators", str(folder / "operators")])
+    (scene,), ms = data.load_scenes(folder / "data"), {}
+    print(f"preset {preset}, {torch.get_num_threads()} CPU threads; median of {rounds}\n\n| part | ms |\n|---|---|")
+    for what, part in parts_of_step(scene, args).items():
+        ms[what] = median_ms(part, 1 if "once" in what and not tiny else rounds, cpu)
+        print(f"| {what} | {ms[what]:.0f} |", flush=True)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if what == "a step" else peak
+    whole, *needed = list(ms.values())[:4]
+    print(f"\nteacher, student and loss {sum(needed):.0f} ms, the step {whole / sum(needed):.2f} times that; peak {peak:.0f} MB resident")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Medians of the parts of a training step.")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--section", choices=["step", "mvsplat", "splat", "tricks", "operator", "student", "peaks", "photos"], default="step")
+    parser.add_argument("--section", choices=["step", "mvsplat", "splat", "tricks", "operator", "peaks", "photos"], default="step")
     parser.add_argument("--preset", choices=["tiny", "vits", "vitb"], default="tiny", help="step: whose")
     parser.add_argument("--large", action="store_true", help="splat: also 1.02M Gaussians in 584x876")
     args = parser.parse_args(argv)
-    if args.section == "mvsplat":
-        return mvsplat_section(min(args.rounds, 5))
-    if args.section == "splat":
-        return splat_section(min(args.rounds, 5), args.large)
-    if args.section == "tricks":
-        return tricks_section(min(args.rounds, 5))
-    if args.section in ("student", "peaks"):
-        return student_section() if args.section == "student" else peaks_section()
-    device = torch.device(args.device)
-    if args.section == "operator":
-        return operator_section(min(args.rounds, 5), device)
     with tempfile.TemporaryDirectory() as folder:
-        if args.section == "photos":
-            return photos_section(Path(folder))
-        step_section(args.preset, args.rounds, device, Path(folder))
+        rounds = min(args.rounds, 5)
+        {"step": lambda: step_section(args.preset, args.rounds, Path(folder)), "mvsplat": lambda: mvsplat_section(rounds),
+         "splat": lambda: splat_section(rounds, args.large), "tricks": lambda: tricks_section(rounds), "peaks": peaks_section,
+         "operator": lambda: operator_section(rounds), "photos": lambda: photos_section(Path(folder))}[args.section]()
 
 
 if __name__ == "__main__":

@@ -41,8 +41,6 @@ TABLE_I = {  # views: student's s and GB, Fast3R's s and GB
     12: (0.13, 4.05, 0.32, 6.86), 32: (0.41, 9.97, 1.14, 12.11), 64: (1.02, 21.80, 3.26, 21.11),
     96: (1.78, 28.69, 6.35, 32.36), 128: (2.69, 31.90, 10.11, 44.36)}
 
-TOY_FAST3R = 64, 4, 12, 64, 4, 12  # width, heads and depth of encoder and fusion
-
 # ------------------------------------------------------------------------------------------------ rows, measurements
 
 
@@ -89,17 +87,12 @@ def rounded(value):
 
 def describe(device) -> dict:
     card = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    query = ["nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader"]
+    query, driver = "nvidia-smi --query-gpu=driver_version,memory.total --format=csv,noheader", "unknown"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-        return dict(card=card, driver=driver, **software())
-    return dict(card=card, driver="unknown", **software())
-
-
-def software() -> dict:
+        driver = subprocess.run(query.split(), capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     now = datetime.datetime.now(datetime.timezone.utc)
-    return dict(torch=torch.__version__, cuda=str(torch.version.cuda), python=platform.python_version(),
-                date=f"{now:%Y-%m-%d %H:%M} UTC")
+    return dict(card=card, driver=driver, torch=torch.__version__, cuda=str(torch.version.cuda),
+                python=platform.python_version(), date=f"{now:%Y-%m-%d %H:%M} UTC")
 
 
 def timed(function, args, rounds=5) -> dict:
@@ -185,23 +178,12 @@ def raster_fixture(f, args):
             "gradients to the CPU": max(relative(a, b) for a, b in zip(grads, cpu_grads))}
 
 
-def small_operator(height, width, mask, device):
-    """Operator and tokens (2N, 16) of two views' pixel-aligned Gaussians, in patches of 14 pixels or of 8."""
-    patch = 14 if height % 14 == 0 else 8
-    grid, (*gaussians, _, w2c, K) = (height // patch, width // patch), reference.pixel_aligned(height, width, 1)
-    N = grid[0] * grid[1]
-    pairs = [lift.upscale_weights(bench.cells(height, width, 25, seed).to(device), grid) for seed in (1, 2)]
-    index, weight = torch.cat([pairs[0][0], pairs[1][0] + N]), torch.cat([weight for _, weight in pairs])
-    gaussians, camera = [x.to(device) for x in gaussians], (w2c.to(device), K.to(device), height, width)
-    mask = None if mask is None else mask.to(device)
-    operator = splat.splat_operator(*gaussians, index, weight, 2 * N, *camera, grid, mask)
-    return operator, torch.randn(2 * N, 16, generator=torch.Generator().manual_seed(0)).to(device)
-
-
 def operator_fixture(height, width, mask, args):
     results = []
     for device in (torch.device("cpu"), args.device):
-        operator, tokens = small_operator(height, width, mask, device)
+        scene = bench.two_views(height, width, 14 if height % 14 == 0 else 8, device)
+        operator = splat.splat_operator(*scene, None if mask is None else mask.to(device))
+        tokens = torch.randn(operator.S.shape[1], 16, generator=torch.Generator().manual_seed(0)).to(device)
         results.append((operator(tokens).cpu(), operator.valid.cpu()))
     (wanted, valid), (found, found_valid) = results
     return {"relative error to the CPU": relative(found, wanted),
@@ -278,36 +260,8 @@ def beside_limits(found, pairs, height, width, C, backward, args):
 def operator(report, args):
     """The splat operator at the paper's size, with and without masks, beside the dense path (as in tests/bench.py)."""
     size = dict(height=24, width=32, patch=8) if args.toy else {}
-    bench_rows(report, "", lambda: bench.operator_section(1 if args.toy else 3, args.device, **size))
-
-
-def bench_rows(report, prefix, section, beside=""):
-    """A section of tests/bench.py. What it prints as tables becomes rows here, the rest stands beside the first one."""
-    screen, begin = io.StringIO(), time.monotonic()
-
-    def run():
-        with contextlib.redirect_stdout(screen):
-            section()
-        return {"s": time.monotonic() - begin}
-    lines = lambda: [line.strip() for line in screen.getvalue().splitlines() if line.strip()]
-    words = lambda _: "; ".join([line for line in lines() if not line.startswith("|")] + [beside] * bool(beside))
-    report.row(f"{prefix}all of it, preparations included", run, words)
-    header = None
-    for line in lines():
-        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
-        if not line.startswith("|"):
-            header = None  # the end of a table
-        elif header is None:
-            header = cells
-        elif set(line) - set("|- "):
-            report.row(f"{prefix}{cells[0]}", lambda: {key: number(cell) for key, cell in zip(header[1:], cells[1:])})
-
-
-def number(cell):
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
+    for what, numbers in bench.operator_rows(1 if args.toy else 3, args.device, **size).items():
+        report.row(what, lambda: numbers)
 
 
 # ------------------------------------------------------------------------------------------------ networks and steps
@@ -316,15 +270,7 @@ def number(cell):
 def mvsplat(report, args):
     """MVSplat's forward pass on two views."""
     height, width = (96, 128) if args.toy else (576, 880)
-    net = lift.MVSplat(lift.MVSplatConfig.tiny if args.toy else lift.MVSplatConfig()).eval().to(args.device)
-    K = torch.tensor([[0.9 * width, 0, width / 2], [0, 0.9 * width, height / 2], [0, 0, 1]]).expand(2, 3, 3)
-    c2w = torch.eye(4).repeat(2, 1, 1)
-    c2w[1, 0, 3] = 0.3
-    K, c2w, images = (x.to(args.device) for x in (K, c2w, torch.rand(2, 3, height, width)))
-
-    @torch.no_grad()
-    def run():
-        net(images, K, c2w, 1.0, 100.0)
+    run = bench.mvsplat_pass(args.toy, height, width, args.device)
     what = f"MVSplat, two views of {height}x{width}"
     report.row(what, lambda: timed(run, args, rounds=3), "98 s, 3.0 GB on a 2-core CPU")
 
@@ -342,86 +288,23 @@ def step_of(report, preset, scene, folder, args):
     model = "tiny" if args.toy else bench.published_size(preset, folder)
     settings = distill.parse(["--preset", preset, "--model", model, "--operators", str(folder / "operators"),
                               "--device", args.device.type, *["--pixels", "3072"] * args.toy])
-    before, student, teacher, optimiser = distill.networks_of(settings)
-    source = distill.Source([scene], settings, before.patch)
-    place = scene, data.sample_triplet(scene, torch.Generator().manual_seed(0))
-    sample = source.sample(*place, 0)
-
-    def whole():
-        optimiser.zero_grad(set_to_none=True)
-        distill.learn([sample], student, teacher, settings)
-        optimiser.step()
-    paper = "paper: 1.30 s on an L40S, reconstruction included" if preset == "vits" else ""
-    report.row(f"{preset}: a step", lambda: timed(whole, args, 9) | in_all(), paper)
-    for what, part in parts_of_step(source, place, sample, student, teacher, settings).items():
-        report.row(f"{preset}: {what}", lambda: timed(part, args, 3 if "once" in what else 9))
-    report.row(f"{preset}: Adam", lambda: timed(optimiser.step, args, 9))
-
-
-def parts_of_step(source, place, sample, student, teacher, settings) -> dict:
-    """{what: a function that does it}."""
-    autocast = lambda: torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16)
-
-    @torch.no_grad()
-    def teach():
-        with autocast():
-            return teacher(sample.context)
-
-    def look():
-        with autocast():
-            seen = student(sample.target)[0]
-        seen.float().square().mean().backward()
-    tokens, t = teach(), source.load(*place)
-    (goal, valid), gaussians, steps = sample.carry(tokens), source.reconstruct(t), (source.grid(t), *source.steps)
-    seen = student(sample.target)[0].detach()[valid]
-
-    def judge():
-        distill.objective(student, teacher, seen.requires_grad_(), goal[valid], settings)[0].backward()
-    return {
-        "teacher, two views": teach, "student, forward + backward": look, "head and loss, forward + backward": judge,
-        "operator on tokens": lambda: sample.carry(tokens),
-        "images and operator from disk (other threads do it)": lambda: source.sample(*place, 0),
-        "once a triplet: geometry by the tiny MVSplat": lambda: source.reconstruct(t),
-        "once a triplet: operator": lambda: distill.triplet_operator(gaussians, t, *steps),
-        "--online instead: lift, splat, blend": lambda: distill.splat_in_blocks(tokens, gaussians, t, *steps)}
+    for what, part in bench.parts_of_step(scene, settings).items():
+        run = lambda: timed(part, args, 3 if "once" in what else 9) | (in_all() if what == "a step" else {})
+        paper = "paper: 1.30 s on an L40S, reconstruction included" if (preset, what) == ("vits", "a step") else ""
+        report.row(f"{preset}: {what}", run, paper)
 
 
 def table_one(report, args):
-    """Table I of Distill3R: a forward pass over N views in bfloat16; the memory includes weights and pictures."""
-    toy = args.toy
-    networks = {"student": (d3r.Student, [d3r.StudentConfig.tiny] * toy), "Fast3R": (d3r.Fast3R, TOY_FAST3R * toy)}
-    sizes = {"student": (48, 64) if toy else (378, 518), "Fast3R": (48, 64) if toy else (384, 512)}
-    for n, (name, (network, settings)) in enumerate(networks.items()):
-        model = generated(network, settings, args)
-        for count, papers in list(TABLE_I.items())[: 1 if toy else None]:
-            views, size = 2 if toy else count, sizes[name]
-            paper = "paper: {} s, {} GB on an RTX 6000 Ada, all heads at once".format(*papers[2 * n : 2 * n + 2])
-            what = f"{name}, {views} views of {size[0]}x{size[1]}"
-            report.row(what, lambda: forward(model, views, size, args), paper)
-        del model
-
-
-def generated(network, settings, args):
-    """The network with generated weights on the card. What it costs does not depend on them."""
-    with torch.device("meta"):  # 650 million random numbers less, which would only be overwritten
-        model = network(*settings)
-    model = model.to_empty(device="cpu").eval().to(args.device)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.02 * torch.randn(p.shape, device=args.device))
-    return model
-
-
-def forward(model, views, size, args):
-    images = list(torch.rand(views, 3, *size).to(args.device))
-
-    @torch.no_grad()
-    def run():
-        with torch.autocast(args.device.type, torch.bfloat16):
-            model(images, generator=torch.Generator().manual_seed(0))
-    torch.cuda.reset_peak_memory_stats()
-    ms = bench.median_ms(run, 3 if views < 64 and not args.toy else 1, args.device)
-    return dict(s=ms / 1000, GB=torch.cuda.max_memory_allocated() / 1e9)
+    """Table I of Distill3R by its command: a pass over N views in bfloat16; memory includes weights and pictures."""
+    few = ["--counts", *map(str, [2] if args.toy else TABLE_I), *["--size", "48", "64"] * args.toy]
+    with tempfile.TemporaryDirectory() as folder:
+        for n, name in enumerate(["student", "teacher"][: 1 if args.toy else None]):
+            asked = ["table", "--models", name, *few, "--out", folder, "--device", args.device.type]
+            report.row(f"{name}, all of it", lambda: command(d3r, asked))
+            for row in json.loads(Path(folder, "table.json").read_text()):
+                papers = TABLE_I.get(row["views"], TABLE_I[12])[2 * n : 2 * n + 2]
+                report.row(f"{name}, {row['views']} views", lambda: dict(s=row["seconds"], GB=row["gigabytes"]),
+                           "paper: {} s, {} GB on an RTX 6000 Ada, all heads at once".format(*papers))
 
 
 def student_step(report, args):

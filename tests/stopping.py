@@ -1,17 +1,40 @@
-"""Runs of a stage that are to be killed: forked from a process that has imported torch already, which saves three seconds each."""
+"""Runs of a stage as a user starts it; what a command says when it refuses; and runs that are to be killed, forked from a
+process that has imported torch already, which saves seconds each."""
 import importlib
 import json
 import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
 distill, _ = (importlib.import_module(name) for name in ("04_distill", "06_distill3r"))  # the last one imports them all
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["killed"])
+SERVER.set_forkserver_preload(["06_distill3r"])
+
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = """-m torch.distributed.run --nproc_per_node=2 --master_port=0 --rdzv_backend=c10d
+    --rdzv_endpoint=localhost:0""".split()
+
+
+def script(stage, *arguments, launcher=(), cwd=ROOT):  # -> what it printed
+    command = [sys.executable, *launcher, str(ROOT / f"{stage}.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refusal(main, *arguments):  # the one line that a command ends with
+    with pytest.raises(SystemExit) as stop, torch.enable_grad():
+        main([str(a) for a in arguments])
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
 
 
 def child(stage, arguments, file_limit=None):

@@ -61,14 +61,12 @@ CURVES = {  # {name: {steps: run}}, drawn over the steps
 AIMS = {  # (probe, score) -> the aim, from what the start has
     ("depth", "RMSE"): lambda start: 0.88 * start, ("normals", "RMSE"): lambda start: 0.94 * start,
     ("segmentation", "mIoU"): lambda start: start + 2, ("correspondence", "1.5 patches"): lambda start: start}
-UNDIVIDED = "not divided by alpha"  # with `undivided` below; --online alone comes to the same as the defaults
 OTHERS = {
     "adapters": ["--no-full_finetune", "--lr", "3e-3"],
     "temperatures 1 and 1": ["--tau_student", "1", "--tau_teacher", "1"],
     "temperatures 0.05 and 0.02": ["--tau_student", "0.05", "--tau_teacher", "0.02"],
     "measured depth": ["--geometry", "depth"],
-    "shared head": ["--shared_head"],
-    UNDIVIDED: ["--online"]}
+    "shared head": ["--shared_head"]}
 RUNS = MAIN | TABLE5 | BUDGET | OTHERS
 EQ2 = "student, teacher's confidence weighs (Eq. 2)"
 TABLE3 = {  # of Distill3R: name -> what 06_distill3r is told
@@ -130,9 +128,8 @@ def score_run(name, seed, args, flags, start="tiny"):
     elif flags is not None:
         student = f"{start}+{trained / 'student'}" if name in BESIDE else str(trained / "student")
         if not (trained / "result.json").exists():
-            with undivided() if name == UNDIVIDED else contextlib.nullcontext():
-                distill.main(["--preset", "tiny", "--model", start, "--scene_dir", args.scene_dir, "--out", str(trained), "--operators",
-                              str(Path(args.out) / "operators"), "--seed", str(seed), "--device", args.device, "--resume", *flags])
+            distill.main(["--preset", "tiny", "--model", start, "--scene_dir", args.scene_dir, "--out", str(trained), "--operators",
+                          str(Path(args.out) / "operators"), "--seed", str(seed), "--device", args.device, "--resume", *flags])
     asked = asked_of_probes(args, student, folder / "probe")
     train, val, pairs = views_of(args.scene_dir, args.views, args.device)
     scores = probes.probe({"model": student}, train, val, pairs, asked)["model"].scores
@@ -240,15 +237,6 @@ def score_real(name, seed, args):
         aside.rename(folder)
     args = argparse.Namespace(**vars(args) | dict(scene_dir=str(folder), views=100))
     score_run(name, seed, args, RUNS[kind])
-
-
-def undivided():
-    """As in the official code: the splatted features stay dark where alpha is below 1; which pixels are valid does not change."""
-    def render_target(*inputs):
-        render = rendered(*inputs)
-        return render._replace(alpha=(render.alpha >= distill.splat.COVERED).to(render.alpha))
-    rendered = distill.splat.render_target
-    return mock.patch.object(distill.splat, "render_target", render_target)
 
 
 def asked_of_probes(args, model, out):
@@ -456,8 +444,7 @@ def tokens_table(found) -> str:
 
 def in_words(name) -> str:
     flags = RUNS[name]
-    words = "the weights as they are" if flags is None else f"`{' '.join(flags)}`" if flags else "the defaults"
-    return words + ", with `undivided` of tests/study.py" * (name == UNDIVIDED)
+    return "the weights as they are" if flags is None else f"`{' '.join(flags)}`" if flags else "the defaults"
 
 
 def write_study(args):

@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +22,8 @@ import torch
 import torch.nn.functional as F
 
 import stopping
-from stopping import finish, kill_and_resume
+from stopping import finish, kill_and_resume, log_of as lines_of
+from test_03_splat import blend_loop
 
 data, lift, splat, distill = (importlib.import_module(n) for n in ("01_data", "02_lift", "03_splat", "04_distill"))
 ROOT = Path(__file__).parents[1]
@@ -33,30 +32,13 @@ SMALL = """--heldout 2 --pixels 3072 --hidden 64 --bottleneck 32 --prototypes 12
 GRID = 6, 8  # of 48x64 pixels in patches of 8
 
 
-def run(*arguments, launcher=()):
-    command = [sys.executable, *launcher, str(ROOT / "04_distill.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
-
-
 def main(*arguments):
     with torch.enable_grad():
         distill.main([str(a) for a in arguments])
 
 
-def refusal(*arguments):
-    """The one line that main leaves with."""
-    with pytest.raises(SystemExit) as stop:
-        main(*arguments)
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
-    return stop.value.code
-
-
-def lines_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-fork = functools.partial(stopping.fork, "04_distill")
+fork, script = (functools.partial(how, "04_distill") for how in (stopping.fork, stopping.script))
+refusal = functools.partial(stopping.refusal, distill.main)
 
 
 def small_vit():
@@ -137,18 +119,6 @@ def test_no_valid_token_is_a_loss_of_nothing():
         assert distill.token_loss(name, torch.randn(0, 6), torch.randn(0, 6)) == 0
 
 
-def test_ema_moves_what_is_trained_and_nothing_else():
-    student = distill.Network(distill.add_lora(small_vit()), distill.DINOHead(64, 16, 8, 12))
-    teacher = copy.deepcopy(student)
-    for p in distill.trained(student).values():
-        p.data += 1.0
-    before = {n: p.clone() for n, p in teacher.named_parameters()}
-    distill.ema_update(teacher, student, 0.9)
-    for (name, theirs), ours in zip(teacher.named_parameters(), student.parameters()):
-        expected = 0.9 * before[name] + 0.1 * ours if ours.requires_grad else before[name]
-        assert torch.allclose(theirs, expected, atol=1e-6), name
-
-
 # -------------------------------------------------------------------------------- the 3D-aware teacher
 
 
@@ -163,11 +133,7 @@ def test_splatted_tokens_against_the_plain_definition(crooked, blend, upscale):
     features = torch.cat([lift.mask_aware_upscale(tokens[v], masks[v], GRID).reshape(-1, 3) for v in (0, 1)])
     render = splat.rasterize(g.means, g.covariances, g.opacities, features, torch.linalg.inv(t.c2w[2]), t.K[2], 48, 64)
     valid, rendered = render.alpha >= 0.5, render.features / render.alpha[..., None]
-    blended = rendered.clone()
-    for i in t.masks[2].unique().tolist():
-        same = t.masks[2] == i
-        if i and (valid & same).any():
-            blended[same] = blend * rendered[same] + (1 - blend) * rendered[valid & same].mean(0)
+    blended = blend_loop(rendered, t.masks[2], blend, valid)
     for n in range(48):
         r, c = 8 * (n // 8) + 4, 8 * (n % 8) + 4  # the centre of an 8 x 8 patch lies between four pixels
         taps = [(y, x) for y in (r - 1, r) for x in (c - 1, c) if valid[y, x]]
@@ -188,26 +154,6 @@ def test_channels_in_blocks_are_all_channels(crooked, monkeypatch):
 
 
 HOW = [flags.split() for flags in ("", "--no_blend", "--upscale bilinear", "--geometry depth", "--masks superpixels")]
-
-
-@pytest.mark.parametrize("flags", HOW, ids=" ".join)
-def test_operator_and_online_path_give_the_same_loss(crooked, tmp_path, flags):
-    """The promise of the cache: for the same triplet, the loss of the plain path to the rounding of float16 weights."""
-    place, vit, losses = place_of(crooked, 1), lift.load_vit("tiny"), []
-    torch.manual_seed(0)
-    student = distill.Network(vit, distill.DINOHead(192, 64, 32, 128))
-    for path in ([], ["--online"]):
-        source = source_of(crooked, *flags, *path, "--operators", tmp_path)
-        sample = source.sample(*place, seed=0)
-        with torch.no_grad():
-            goal, valid = sample.carry(vit(sample.context).patches)
-            seen = student(sample.target)[0]
-            loss, entropy = distill.objective(student, student, seen[valid], goal[valid], source.args)
-        losses.append((loss.item(), entropy.item(), valid.sum().item(), goal[valid]))
-    (a, b, n, x), (c, d, m, y) = losses
-    assert n == m > 30 and (x - y).norm() < 1e-3 * y.norm()
-    assert a == pytest.approx(c, rel=2e-4) and b == pytest.approx(d, rel=1e-3) and a > b + 0.1
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
 
 
 def bent_mvsplat(folder):  # a file: its disparity is off by a tenth of the nearest
@@ -415,34 +361,6 @@ def test_three_steps_by_hand(crooked_dir, tmp_path):
     assert len(saved) == 3 * len(names)
 
 
-def test_a_step_waits_for_the_device_at_most_twice_a_triplet(rooms_dir, tmp_path):
-    """Counted on the pretended CUDA device, for each loss; the operators are on disk."""
-    tools = ROOT.parent / "shared/tools"
-    if not (tools / "fake_cuda.py").exists():
-        pytest.skip(f"{tools}/fake_cuda.py, the pretended CUDA device, is not here")
-    program = """if True:
-        import importlib, sys
-        sys.path[:0] = sys.argv[1], "."
-        import fake_cuda
-        installed, distill = fake_cuda.install(), importlib.import_module("04_distill")
-        for loss in ("distill", "cosine", "correspondence"):
-            args = distill.parse([*sys.argv[2:], "--device", "cuda", "--bf16", "--loss", loss])
-            scenes, _, source = distill.prepare(args)
-            _, student, teacher, optimiser = distill.networks_of(args)
-            batch = [source.sample(*place, 0) for place in distill.draw_triplets(scenes, 2, 0)]
-            with fake_cuda.watch() as seen:
-                distill.learn(batch, student, teacher, args)
-                optimiser.step()
-                distill.ema_update(teacher, student, 0.9)
-            print("counted", sum(seen.syncs.values()))"""
-    flags = "--scene_dir", rooms_dir, "--operators", tmp_path, *SMALL, "--geometry", "depth"
-    command = [sys.executable, "-c", program, tools, *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True,
-                          env=os.environ | {"FAKE_CUDA_PROJECT": str(ROOT)})
-    counted = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("counted")]
-    assert counted == [3, 3, 3], done.stderr[-2000:]  # one a triplet, and one for the numbers of the log
-
-
 def test_held_out_triplets_keep_nothing_for_a_backward_pass(rooms_dir, tmp_path, monkeypatch):
     """Else MVSplat's activations, 20 GB at the paper's size, lie on the card while they are made (seen on an H200)."""
     args = distill.parse([*map(str, ["--scene_dir", rooms_dir, "--operators", tmp_path, *SMALL])])
@@ -619,8 +537,7 @@ def test_small_tensors_get_one_thread(monkeypatch, flags, named, asked):
 def test_the_script_improves_on_its_start(rooms_dir, tmp_path):
     out = tmp_path / "run"
     flags = "--max_steps 36 --triplets 40 --heldout 6 --eval_every 12 --geometry depth --device cpu".split()
-    code, printed, err = run("--scene_dir", rooms_dir, "--out", out, "--operators", tmp_path / "operators", *flags)
-    assert code == 0, err
+    printed = script("--scene_dir", rooms_dir, "--out", out, "--operators", tmp_path / "operators", *flags)
     result, log = json.loads((out / "result.json").read_text()), lines_of(out)
     assert result["after"]["matching"] > result["before"]["matching"] + 0.01
     assert result["after"]["rank"] > 0.95 * result["before"]["rank"]
@@ -761,10 +678,7 @@ def test_two_processes_are_one(undisturbed, tmp_path):
     own = ["--operators", tmp_path / "operators"]  # which both processes make
     common = [*common, "--batch", 2]
     assert finish(fork(*common, "--out", tmp_path / "one")) == 0
-    launcher = """-m torch.distributed.run --nproc_per_node=2 --master_port=0 --rdzv_backend=c10d
-        --rdzv_endpoint=localhost:0"""
-    code, printed, err = run(*common, *own, "--out", tmp_path / "two", launcher=launcher.split())
-    assert code == 0, err
+    printed = script(*common, *own, "--out", tmp_path / "two", launcher=stopping.TORCHRUN)
     assert printed.count("held-out triplets") == 1
     one, two = (lines_of(tmp_path / name) for name in ("one", "two"))
     assert len(two) == 12 and [line["triplets"] for line in one] == [line["triplets"] for line in two]
@@ -772,21 +686,8 @@ def test_two_processes_are_one(undisturbed, tmp_path):
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
     a, b = (lift.load_file(tmp_path / name / "adapters.safetensors") for name in ("one", "two"))
     assert all((a[key] - b[key]).abs().max() < 1e-3 for key in a)  # 12 Adam steps of 3e-3, whatever the gradient's size
-    code, _, err = run(*common, "--batch", 3, "--out", tmp_path / "three", launcher=launcher.split())
-    assert code != 0 and "--batch 3 cannot be shared by 2 processes" in err
-
-
-@pytest.mark.parametrize("arguments,says", [
-    (["--scene_dir", "no_such_folder"], "no_such_folder: no such folder"),
-    (["--model", "no_such_weights"], "no_such_weights: no such weights"),
-    (["--near", "5", "--far", "3"], "give --near and --far"),
-    (["--far", "0"], "give --near and --far"),
-    (["--pixels", "64"], "fewer than 2x2 patches"),
-    (["--device", "cuda:99"], "--device cuda:99")])
-def test_bad_input_is_one_line(rooms_dir, tmp_path, arguments, says):
-    out = tmp_path / "out"
-    assert says in refusal("--scene_dir", rooms_dir, "--preset", "tiny", "--out", out, "--operators", out, *arguments)
-    assert not out.exists()
+    with pytest.raises(AssertionError, match="--batch 3 cannot be shared by 2 processes"):
+        script(*common, "--batch", 3, "--out", tmp_path / "three", launcher=stopping.TORCHRUN)
 
 
 # -------------------------------------------------------------------------------- fine-tuning MVSplat

@@ -5,8 +5,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import stopping
+
 data, lift, probe = (importlib.import_module(n) for n in ("01_data", "02_lift", "05_probe"))
-ROOT = Path(__file__).parents[1]
 
 
 def rand(*shape, seed=0):
@@ -454,6 +453,9 @@ def test_models_have_names_and_stand_side_by_side(tmp_path, monkeypatch):
         assert probe.parts_of(path) == parts
     args = probe.parse(["--models", "start=tiny", "dense=a/student", "c++/lr=1", "both=tiny+b"])
     assert args.models == {"start": "tiny", "dense": "a/student", "c++/lr=1": "c++/lr=1", "both": "tiny+b"}
+    for wrong in (["--models", "tiny", "tiny"], "--crop 1 0 0 1".split()):
+        with pytest.raises(SystemExit):
+            probe.parse(wrong)
 
 
 def test_the_second_time_a_model_sees_mirrored_images(tmp_path):
@@ -669,17 +671,10 @@ def test_the_best_model_is_bold_and_the_baseline_never():
 | c           |           |""".strip()
 
 
-def script(*arguments):
-    command = [sys.executable, str(ROOT / "05_probe.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_the_script(rooms_dir, tmp_path):
     command = ["--scene_dir", rooms_dir, "--out", tmp_path, "--models", "tiny", "twice=tiny+tiny", "--max_steps", "60",
                "--views", "6", "--pairs", "1", "--device", "cpu"]
-    code, printed, err = script(*command)
-    assert code == 0, err
+    printed = stopping.script("05_probe", *command)
     lines = [line for line in printed.splitlines() if line.startswith("| ")]
     assert [line[1:].split("|")[0].strip() for line in lines] == ["", "---", "no features", "tiny", "twice"]
     assert str(tmp_path / "report.html") in printed and "Place share: tiny " in printed
@@ -697,17 +692,6 @@ def test_the_script(rooms_dir, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in log if line.get("head") == "segmentation"]
     assert losses[2] < losses[0] and len(losses) == 6
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--models", "nowhere.pth"], "no such weights"), (["--models", "tiny", "tiny"], "2"),
-    (["--scene_dir", "missing"], "no such folder"), (["--pixels", "100"], "fewer than 2x2 patches"),
-    (["--crop", "1", "0", "0", "1"], "2")])
-def test_bad_input_is_one_line(rooms_dir, tmp_path, arguments, message, capsys):
-    given = dict(zip(("--scene_dir", "--out"), (str(rooms_dir), str(tmp_path))))
-    with pytest.raises(SystemExit) as stopped:
-        probe.main([x for pair in given.items() if pair[0] not in arguments for x in pair] + arguments)
-    assert message in str(stopped.value) and "\n" not in str(stopped.value)
 
 
 def test_a_score_does_not_depend_on_the_resolution_at_which_masks_are_evaluated():

@@ -13,8 +13,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 import zlib
@@ -28,7 +26,8 @@ from safetensors.torch import load_file, save_file
 
 import stopping
 from stopping import finish, log_of
-from test_02_lift import error_to, recipe as vit_recipe
+from test_01_data import tree as contents
+from test_02_lift import error_to, pick, recipe as vit_recipe, recipe_images
 
 data, lift, distill, d3r = (importlib.import_module(n) for n in ("01_data", "02_lift", "04_distill", "06_distill3r"))
 GeometricTeacher = importlib.import_module("tiny.teacher").GeometricTeacher
@@ -41,11 +40,10 @@ POINTS, CONF, TOKENS = 2e-4, 3e-5, 3e-5  # max |a - b| / mean |b| that the fixtu
 MAPS = {"pts3d_in_other_view": "points_global", "pts3d_local": "points_local",
         "conf": "conf_global", "conf_local": "conf_local"}
 SLOW = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes 3 GB and a minute; SLOW=1 runs it")
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0")
 SMALL = (28, 42)  # of pictures where a test brings its own teacher
 TOY = ["--size", "48", "64", "--views", "2", "--no-mirror", "--device", "cpu"]
-fork = functools.partial(stopping.fork, "06_distill3r")
+fork, script = (functools.partial(how, "06_distill3r") for how in (stopping.fork, stopping.script))
+message = functools.partial(stopping.refusal, d3r.main)
 
 
 def seeded(seed=0):
@@ -57,25 +55,11 @@ def main(*arguments):
         d3r.main([str(a) for a in arguments])
 
 
-def message(*arguments):  # the one line that a command ends with
-    with pytest.raises(SystemExit) as stop:
-        main(*arguments)
-    assert "\n" not in str(stop.value.code)
-    return str(stop.value.code)
-
-
 def refusal(function, *arguments, kind=ValueError):  # the one line that a call ends with
     with pytest.raises(kind) as error:
         function(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def script(*arguments, launcher=(), cwd=ROOT):
-    command = [sys.executable, *launcher, str(ROOT / "06_distill3r.py"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def pictures(folder, names, size=(48, 64), orientation=None):
@@ -102,22 +86,11 @@ def recipe(key, shape):  # the fixtures' weights; the student's ViT comes in chu
     return gain * vit_recipe(key.replace("encoder.blocks.", "encoder.blocks.0."), shape)
 
 
-def recipe_images(name, shape):  # -> (B, 3, H, W) in [0, 1]
-    g = generator_of("input/" + name)
-    low = torch.rand((*shape[:2], 8, 8), generator=g)
-    low = torch.nn.functional.interpolate(low, size=shape[2:], mode="bilinear", align_corners=True)
-    return 0.8 * low + 0.2 * torch.rand(shape, generator=g)
-
-
 def with_recipe(model):
     with torch.no_grad():
         for key, value in model.state_dict().items():
             value.copy_(recipe(key, value.shape))
     return model.eval()
-
-
-def pick(n, k):
-    return torch.arange(n) if n <= k else torch.linspace(0, n - 1, k).round().long()
 
 
 def check_maps(pointmap, truth, prefix, row=0):
@@ -436,6 +409,8 @@ def test_the_loss_is_that_of_the_loop_and_its_gradients_are_its_slopes(name, wei
     loss = d3r.pointmap_loss(pred, target, masks, weight=weight, mean=mean)
     slow = slow_loss(*arrays, [m.numpy() for m in masks], weight, mean)
     assert [x.item() for x in loss] == pytest.approx(slow, rel=1e-12)
+    half = [Pointmap(*(x.half() for x in view)) for view in target]  # as the cache has it
+    assert d3r.pointmap_loss(pred, half, masks).total.dtype == torch.float64
 
     def total(*maps):
         views = [Pointmap(*maps[n:n + 4]) for n in range(0, len(maps), 4)]
@@ -467,20 +442,6 @@ def test_masked_pixels_may_hold_anything_and_nothing_valid_is_a_loss_of_zero(glo
 
 LOSS = json.loads((NETWORKS / "distill3r_loss.json").read_text())
 LOSS_TRUTH = load_file(NETWORKS / "distill3r_loss.safetensors")
-
-
-def test_what_the_loss_does_not_see():
-    pred, target, masks = loss_case("three")
-    loss = d3r.pointmap_loss(pred, target, masks)
-    larger = [Pointmap(7 * view.points_global, 7 * view.points_local, *view[2:]) for view in pred]
-    every = [new._replace(points_local=old.points_local) for new, old in zip(larger, pred)]
-    assert d3r.pointmap_loss(every, target, masks).global_.item() == pytest.approx(loss.global_.item(), rel=1e-12)
-    changed = d3r.pointmap_loss([larger[0], *pred[1:]], target, masks)
-    assert changed.local.item() == pytest.approx(loss.local.item(), rel=1e-12)  # a scale for each view
-    assert abs(changed.global_.item() / loss.global_.item() - 1) > 0.01  # one for all views
-    assert [x.item() for x in d3r.pointmap_loss(target, target, masks)] == [0, 0, 0, 0]
-    half = [Pointmap(*(x.half() for x in view)) for view in target]  # as the cache has it
-    assert d3r.pointmap_loss(pred, half, masks).total.dtype == torch.float64
 
 
 @pytest.mark.parametrize("name, weight", [
@@ -563,9 +524,6 @@ def test_no_photo_is_lost_or_taken_for_a_map_and_bad_ones_are_named(tmp_path, ca
         assert words in refusal(d3r.make_manifest, tmp_path / folder, kind=DataError)
     (bad / "c.jpg").write_bytes((bad / "c.jpg").read_bytes()[:-200])  # cut off
     pictures(bad / ".thumbnails", ["a.png"])
-    endings = [".Jpg", ".webp", ".tif", ".bmp", ".JPEG"]
-    pictures(tmp_path / "other", [f"{n}{end}" for n, end in enumerate(endings)])
-    assert [Path(path).suffix for path in paths_of(tmp_path / "other")] == endings
     assert paths_of(bad, 20, 1, True) == ["a.png"] and "c.jpg: cannot be decoded" in capsys.readouterr().out
 
 
@@ -653,10 +611,6 @@ def cache(crooked_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "cache"
     write(crooked_dir, out)
     return out
-
-
-def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def maps_of(kind, shape=(17, 23)):
@@ -1226,7 +1180,7 @@ def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(und
 def test_two_processes_are_one(undisturbed, tmp_path):
     """Two gloo processes, each with half of the samples, give the cache, the loss curve and the student of one."""
     whole, _, common = undisturbed
-    printed = script(*common, "--cache", tmp_path / "cache", "--out", tmp_path / "two", launcher=TORCHRUN)
+    printed = script(*common, "--cache", tmp_path / "cache", "--out", tmp_path / "two", launcher=stopping.TORCHRUN)
     assert printed.count("samples written") == 1 and contents(tmp_path / "cache") == contents(common[3])
     one, two = log_of(whole), log_of(tmp_path / "two")
     assert [line["samples"] for line in one] == [line["samples"] for line in two] and len(one[0]["samples"]) == 2
@@ -1241,21 +1195,6 @@ def test_a_run_does_not_go_on_with_another_cache(cached, tmp_path):
     lines = (tmp_path / "cache/manifest.jsonl").read_text().splitlines(True)
     (tmp_path / "cache/manifest.jsonl").write_text("".join(line for line in lines if '"room_001' not in line))
     assert "cached" in message(*other, "--resume")
-
-
-# ------------------------------------------------------------------------------------------------ bad input
-
-
-@pytest.mark.parametrize("arguments,says", [
-    (["cache", "--images", "no_such_folder"], "no_such_folder: no such folder"),
-    (["cache", "--teacher", "no_such_weights"], "no_such_weights: no such weights"),
-    (["train"], "run the cache command first"),
-    (["infer"], "no such weights; give the folder that `train` wrote"),
-    (["eval", "--models", "student"], "no such weights; give the folder that `train` wrote"),
-    (["cache", "--device", "cuda:99"], "--device cuda:99")])
-def test_bad_input_is_one_line(rooms_dir, tmp_path, arguments, says):
-    arguments = arguments if "--images" in arguments else [*arguments, "--scene_dir", rooms_dir]
-    assert says in message(*arguments, "--preset", "tiny", "--out", tmp_path / "out")
 
 
 def test_training_takes_the_size_of_the_cache_and_eval_the_mean_of_it(rooms_dir, tmp_path, capsys):

@@ -78,6 +78,17 @@ def commands(tmp_path_factory):
                 result[name] = ""
             except BaseException:
                 result[name] = traceback.format_exc()[-3500:]
+        distill, result["04 waits"] = sys.modules["04_distill"], []
+        for loss in ("distill", "cosine", "correspondence"):
+            args = distill.parse([*json.loads(sys.argv[4]), "--loss", loss])
+            scenes, _, source = distill.prepare(args)
+            _, student, teacher, optimiser = distill.networks_of(args)
+            batch = [source.sample(*place, 0) for place in distill.draw_triplets(scenes, 2, 0)]
+            with fake_cuda.watch() as seen:
+                distill.learn(batch, student, teacher, args)
+                optimiser.step()
+                distill.ema_update(teacher, student, 0.9)
+            result["04 waits"].append(sum(seen.syncs.values()))
         d3r, torch, result["06 waits"] = sys.modules["06_distill3r"], sys.modules["torch"], []
         args = d3r.parse(["train", "--preset", "tiny", "--device", "cuda"])
         student = d3r.new_student(args).to("cuda")
@@ -95,7 +106,9 @@ def commands(tmp_path_factory):
         given = [first, *DISTILL3R, *rest] if stage == "06_distill3r" else [*more.get(stage, []), first, *rest]
         given += [] if "--images" in rest else ["--scene_dir", "rooms"]
         asked[name] = stage, [*given, "--device", "cuda"]
-    done = subprocess.run([sys.executable, "-c", program, FAKE.parent, ROOT, json.dumps(asked)], cwd=folder,
+    waiting = "--preset tiny --bf16 --no-full_finetune --prototypes 128 --scene_dir rooms --device cuda".split()
+    told = map(json.dumps, (asked, [*SMALL, *waiting]))
+    done = subprocess.run([sys.executable, "-c", program, FAKE.parent, ROOT, *told], cwd=folder,
                           capture_output=True, text=True, env=os.environ | {"FAKE_CUDA_PROJECT": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "result.json").read_text())
@@ -107,7 +120,8 @@ def test_every_command_runs_on_the_device(commands, name):
     assert untrained or commands[name] == ""
 
 
-def test_a_sample_of_distill3r_waits_for_the_device_three_times(commands):
+def test_how_often_a_step_waits_for_the_device(commands):
+    assert commands["04 waits"] == [3, 3, 3]  # for each loss: one a triplet, and one for the numbers of the log
     assert commands["06 waits"] == [3, 3]  # however many views it has
 
 

@@ -33,11 +33,15 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, save
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import stopping
+from test_01_data import write_colmap
+
 STAGES = data, lift, splat, distill, probe, d3r = [importlib.import_module(name) for name in (
     "01_data", "02_lift", "03_splat", "04_distill", "05_probe", "06_distill3r")]
 SECONDS, MEMORY = 3, 1.5e9  # of the processor, for a case; of the worker, beyond what its libraries take
@@ -321,23 +325,6 @@ COLMAP = {
 # ------------------------------------------------------------------------------------------- good inputs
 
 
-def colmap_text(model, camera, poses, points):
-    text = lambda row: " ".join(map(str, row))
-    seen = text(x for n in range(60) for x in (1.0, 1.0, n))
-    (model / "cameras.txt").write_text(f"1 PINHOLE 32 24 {text(camera)}\n")
-    (model / "images.txt").write_text("".join(f"{text(pose)} {name}\n{seen}\n" for *pose, name in poses))
-    (model / "points3D.txt").write_text("".join(f"{n} {text(xyz)} 0 0 0 0.5 1 0\n" for n, xyz in enumerate(points)))
-
-
-def colmap_binary(model, camera, poses, points):
-    count, seen = struct.pack("<Q", 60), b"".join(struct.pack("<ddq", 1, 1, n) for n in range(60))
-    images = [struct.pack("<i7di", *pose) + name.encode() + b"\0" + count + seen for *pose, name in poses]
-    places = [struct.pack("<Q3d3BdQii", n, *xyz, 0, 0, 0, 0.5, 1, 1, 0) for n, xyz in enumerate(points)]
-    (model / "cameras.bin").write_bytes(struct.pack("<QiiQQ4d", 1, 1, 1, 32, 24, *camera))
-    (model / "images.bin").write_bytes(struct.pack("<Q", len(poses)) + b"".join(images))
-    (model / "points3D.bin").write_bytes(count + b"".join(places))
-
-
 def lay_out(folder, layout):
     """The files of a built-in room, as another program would have written them."""
     file = folder / "transforms.json"
@@ -366,14 +353,13 @@ def lay_out(folder, layout):
                   for name, frame in zip(names, meta["frames"])]
         file.write_text(json.dumps(keys | dict(frames=frames)))
     if layout.startswith("colmap"):
-        (folder / "sparse" / "0").mkdir(parents=True)
         shutil.rmtree(folder / "depth")
-        quaternions = splat.rotation_to_quaternion(np.stack([pose[:3, :3] for pose in w2c]))
-        poses = [(n + 1, *q, *pose[:3, 3], 1, name) for n, (q, pose, name) in enumerate(zip(quaternions, w2c, names))]
+        quaternions = splat.rotation_to_quaternion(np.stack([pose[:3, :3] for pose in w2c])).tolist()
         points = np.random.default_rng(0).normal(size=(60, 3)) / 10
         points += np.mean([pose[:3, 3] + 2 * pose[:3, 2] for pose in c2w], 0)
-        write = colmap_text if layout == "colmap text" else colmap_binary
-        write(folder / "sparse" / "0", camera, poses, points)
+        poses = [(q, pose[:3, 3].tolist()) for q, pose in zip(quaternions, w2c)]
+        text = layout == "colmap text"
+        write_colmap(folder, "PINHOLE", camera, (24, 32), names, points.tolist(), poses, text, range(60))
     if layout == "rgb-d":
         for n, name in enumerate(names):
             (folder / "images" / name).rename(folder / f"frame-{n:06d}.color.png")
@@ -399,7 +385,7 @@ def small_run(folder, stop=None, **more):  # of the class that 04 and 06 use, wi
     run = distill.Run(argparse.Namespace(**args), {"net": dict(net.named_parameters())}, optimiser, generator=generator)
     for step in run:
         loss = net(torch.rand(4, 3, generator=generator)).square().mean()
-        run.check(loss, "the small run")
+        run.check(loss.item(), "the small run")
         loss.backward(), optimiser.step(), optimiser.zero_grad()
         run.log(loss=loss.item())
         if step + 1 == stop:
@@ -523,10 +509,10 @@ TABLE = [  # folder of good files, the one that is broken or written, what is ca
      SOME | edits("is_fisheye fl_y") | edits("frames.2.file_path", NAMES)),
     *(("colmap binary", f"sparse/0/{name}.bin", scenes, BYTES | FLIPS | FILES | COLMAP[name]) for name in COLMAP),
     ("colmap text", "sparse/0/cameras.txt", scenes,
-     BYTES | TEXT | FILES | PIPE | words(0, 0, 1, 4, 6) | words(0, 2, 3, values=SIDES)),
+     BYTES | TEXT | FILES | PIPE | words(1, 0, 1, 4, 6) | words(1, 2, 3, values=SIDES)),
     ("colmap text", "sparse/0/images.txt", scenes,
-     SOME | TEXT | words(0, 0, 1, 5, 8) | {"name ..": swap(b"000.png", b"../../x.png")}),
-    ("colmap text", "sparse/0/points3D.txt", scenes, SOME | TEXT | words(0, 0, 1)),
+     SOME | TEXT | words(1, 0, 1, 5, 8) | {"name ..": swap(b"000.png", b"../../x.png")}),
+    ("colmap text", "sparse/0/points3D.txt", scenes, SOME | TEXT | words(1, 0, 1)),
     ("rgb-d", "frame-000001.pose.txt", scenes, BYTES | TEXT | FILES | words(0, 0, 3)),
     ("rgb-d", "camera-intrinsics.txt", scenes, BYTES | TEXT | FILES | words(0, 0, 2)),
     ("rgb-d", "frame-000001.depth.png", scenes, SOME | FILES | PICTURES),
@@ -693,6 +679,28 @@ def test_broken_inputs_are_refused_in_one_line_or_harmless(tmp_path, capsys):
         print(f"\n{summary(found)}\n{time.monotonic() - begin:.0f} s")
     assert len(found) >= 250
     assert not {name: outcome for name, outcome in found.items() if outcome[0] not in FINE}
+
+
+ASKED = [  # stage, what it is told, what its one line says
+    (distill, "--scene_dir no_such_folder", "no_such_folder: no such folder"),
+    (distill, "--model no_such_weights", "no_such_weights: no such weights"),
+    (distill, "--near 5 --far 3", "give --near and --far"),
+    (distill, "--pixels 64", "fewer than 2x2 patches"), (distill, "--device cuda:99", "--device cuda:99"),
+    (probe, "--scene_dir missing", "no such folder"), (probe, "--pixels 100", "fewer than 2x2 patches"),
+    (probe, "--models nowhere.pth", "no such weights"),
+    (d3r, "cache --images no_such_folder", "no_such_folder: no such folder"),
+    (d3r, "cache --teacher no_such_weights", "no_such_weights: no such weights"),
+    (d3r, "train", "run the cache command first"), (d3r, "cache --device cuda:99", "--device cuda:99"),
+    (d3r, "infer", "no such weights; give the folder that `train` wrote"),
+    (d3r, "eval --models student", "no such weights; give the folder that `train` wrote")]
+
+
+@pytest.mark.parametrize("stage, words, says", ASKED)
+def test_what_no_command_can_do_is_one_line(rooms_dir, tmp_path, stage, words, says):
+    given = [*words.split(), "--out", tmp_path / "out", *["--preset", "tiny"] * (stage is not probe)]
+    given += ["--scene_dir", rooms_dir] * ("--images" not in given and "--scene_dir" not in given)
+    assert says in stopping.refusal(stage.main, *given)
+    assert stage is d3r or not (tmp_path / "out").exists()
 
 
 if __name__ == "__main__":
