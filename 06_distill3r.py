@@ -1263,13 +1263,9 @@ def draw_cloud(points, radii, colours, centres, size=480) -> Tensor:
 # ------------------------------------------------------------------------ evaluation
 
 
-class Score(NamedTuple):
-    """Of one view, or a mean over views and scenes; in the unit of the truth."""
-    accuracy_mean: float  # from the prediction to the truth
-    accuracy_median: float
-    completeness_mean: float  # from the truth to the prediction
-    completeness_median: float
-    scale: float  # by which the prediction had to be multiplied; 1 = metric
+# Accuracy: from the prediction to the truth, completeness: from the truth to the prediction, both in the unit of the
+# truth. Scale: by what the prediction had to be multiplied; 1 = metric.
+SCORES = "accuracy_mean", "accuracy_median", "completeness_mean", "completeness_median", "scale"
 
 
 def evaluate(teacher, scenes, size, views=20, seed=0) -> dict:
@@ -1293,22 +1289,23 @@ def evaluate(teacher, scenes, size, views=20, seed=0) -> dict:
                 sure.append(m.conf_local[use])
                 wrong.append(off)
         if of_scene:
-            scores[scene.name] = Score(*np.mean(of_scene, axis=0).tolist())
+            scores[scene.name] = dict(zip(SCORES, np.mean(of_scene, axis=0).tolist()))
     if not scores:
         raise data.DataError("no scene has a view with measured depth to compare with; give another --scene_dir")
-    return dict(mean=Score(*np.mean(list(scores.values()), axis=0).tolist()), scenes=scores,
+    mean = np.mean([list(score.values()) for score in scores.values()], axis=0).tolist()
+    return dict(mean=dict(zip(SCORES, mean)), scenes=scores,
                 calibration=dict(rank=rank_correlation(torch.cat(sure), torch.cat(wrong))))
 
 
 def score_view(points: Tensor, truth: Tensor, most=5_000):
-    """(M, 3) twice, pixel by pixel -> Score, and (M,) how far each pixel is off after the alignment: one similarity a
+    """(M, 3) twice, pixel by pixel -> SCORES, and (M,) how far each pixel is off after the alignment: one similarity a
     view (Sec. IV-B), over all pixels, so that a network gains nothing by being confident of few. Distances are taken
     from at most so many pixels, evenly spread, to all points of the other side."""
     s, R, t = similarity(points, truth)
     aligned, some = (s * points.double() @ R.T + t).to(truth), slice(None, None, len(points) // most + 1)
     there, back = nearest_distance(aligned[some], truth), nearest_distance(truth[some], aligned)
-    score = Score(there.mean().item(), there.median().item(), back.mean().item(), back.median().item(), s.item())
-    return score, (aligned - truth).norm(dim=1)
+    score = there.mean(), there.median(), back.mean(), back.median(), s
+    return [x.item() for x in score], (aligned - truth).norm(dim=1)
 
 
 def nearest_distance(queries: Tensor, points: Tensor, block=256) -> Tensor:  # (M, 3), (N, 3) -> (M,)
@@ -1408,10 +1405,10 @@ def measure(args):
              f"{'':10}{'accuracy':>20}{'completeness':>20}{'scale':>8}{'conf. rank':>12}",
              f"{'':10}{'mean':>10}{'median':>10}{'mean':>10}{'median':>10}"]
     for name, r in results.items():
-        numbers = "".join(f"{value:10.4f}" for value in r["mean"][:4])
+        *distances, scale = r["mean"].values()
+        numbers = "".join(f"{value:10.4f}" for value in distances)
         what = f"  ({models[name].identity})" if name in ("teacher", "tiny") else ""
-        table.append(f"{name:10}{numbers}{r['mean'].scale:8.3f}{r['calibration']['rank']:12.2f}{what}")
-        r.update(mean=r["mean"]._asdict(), scenes={scene: score._asdict() for scene, score in r["scenes"].items()})
+        table.append(f"{name:10}{numbers}{scale:8.3f}{r['calibration']['rank']:12.2f}{what}")
     path = Path(args.out, "result.json")
     data.write_whole(path, json.dumps(results, indent=1).encode())
     table, card = "\n".join(table), Path(args.weights, "README.md")
