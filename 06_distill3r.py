@@ -955,15 +955,12 @@ def checksum(parts, layout=b"pointmaps 3") -> bytes:  # give another `layout` wh
 
 def read_sample(path) -> dict:
     """-> {name: bytes} of what a sample holds. DataError names a file that is damaged."""
-    try:
+    with contextlib.suppress(Exception):  # whatever damaged bytes make the reader raise
         parts = {name: x.numpy().tobytes() for name, x in load(Path(path).read_bytes()).items()}
-        whole = parts.pop("sha256") == checksum(parts)
-    except Exception:  # whatever damaged bytes make the reader raise
-        whole = False
-    if not whole:
-        raise data.DataError(f"{path}: damaged, cut off or of another version; run the cache command again, it makes "
-                             "this sample anew")
-    return parts
+        if parts.pop("sha256") == checksum(parts):
+            return parts
+    raise data.DataError(f"{path}: damaged, cut off or of another version; run the cache command again, it makes this "
+                         "sample anew")
 
 
 def unpack_sample(path, sizes):  # (H, W) of each view -> [Pointmap] float32, [mask (H, W) bool]
