@@ -555,23 +555,17 @@ def view_row(scene, i, size, args, part) -> dict:
     return row
 
 
-def frame_of(name, image, root, K, c2w, where=""):  # with the maps that lie beside the image
-    frame = data.Frame(name, image, K, c2w, None, **data.maps_beside(image, root))
-    if problem := data.problem_of(frame):
-        raise data.DataError(f"{where}{problem}; mend or remove the file")
-    return frame
-
-
-def plain_frames(root):  # of the images in root/images, without poses
+def plain_frames(root):  # of the images in root/images, whose cameras are not known: such views make no pairs
     files = sorted((f for f in (root / "images").rglob("*") if data.is_picture(f)), key=data.natural)
     if len(files) < 2:
         raise data.DataError(f"{root}: {len(files)} images in images/; give at least two")
     for note in data.left_out((root / "images").rglob("*")):
         print(f"{root / 'images'}: {note}")
-    K = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # a stand-in: only correspondence uses K
-    frames = [frame_of(f.stem, f, root, K, np.eye(4)) for f in files]
-    for frame in frames:
-        frame.c2w = np.full((4, 4), np.nan)  # unknown: such views make no pairs
+    K, c2w, frames = np.eye(3), np.full((4, 4), np.nan), []
+    for file in files:
+        frames.append(data.Frame(file.stem, file, K, c2w, data.stored_size(file), **data.maps_beside(file, root)))
+        if problem := data.problem_of_maps(frames[-1], thorough=False):
+            raise data.DataError(f"{problem}; mend or remove the file")
     return frames
 
 
@@ -607,7 +601,9 @@ def read_pairs(file, args):
         frames = []
         for name, K, c2w in zip(names, values[2:20].reshape(2, 3, 3), poses):
             image = data.inside(root / name, root, str(file))
-            frames.append(frame_of(name, image, file.parent, K, c2w, f"{file}: line {number}: "))
+            frames.append(data.Frame(name, image, K, c2w, None, **data.maps_beside(image, file.parent)))
+            if problem := data.problem_of(frames[-1]):
+                raise data.DataError(f"{file}: line {number}: {problem}; mend or remove the file")
         scenes.append(ListedPair(f"pair {number}", frames, depth_scale=args.depth_scale))
     if not scenes:
         raise data.DataError(f"{file}: no pairs in it; a line is nameA nameB rotA rotB K_A K_B T_AB")
