@@ -580,10 +580,6 @@ def plain_folder(folder, args):
     return scene("train", train), scene("val", val)
 
 
-class ListedPair(data.Scene):  # two views that a list of pairs names
-    pass
-
-
 def read_pairs(file, args):
     """SuperGlue's list, a line nameA nameB rotA rotB K_A(9) K_B(9) T_AB(16), with X_B = T_AB X_A."""
     root, scenes = file.parent / "images" if (file.parent / "images").is_dir() else file.parent, []
@@ -604,7 +600,7 @@ def read_pairs(file, args):
             frames.append(data.Frame(name, image, K, c2w, None, **data.maps_beside(image, file.parent)))
             if problem := data.problem_of(frames[-1]):
                 raise data.DataError(f"{file}: line {number}: {problem}; mend or remove the file")
-        scenes.append(ListedPair(f"pair {number}", frames, depth_scale=args.depth_scale))
+        scenes.append(data.Scene(f"pair {number}", frames, depth_scale=args.depth_scale))
     if not scenes:
         raise data.DataError(f"{file}: no pairs in it; a line is nameA nameB rotA rotB K_A K_B T_AB")
     return scenes
@@ -674,12 +670,13 @@ def candidate_pairs(views: Views):
     return a, b, angle, deep[a] & deep[b]
 
 
-def choose_pairs(views: Views, per_range, seed) -> list[Pair]:
-    """Up to `per_range` pairs in each range of viewpoint change. If any pair has depth, those without are not used."""
+def choose_pairs(views: Views, per_range, seed, least=0.2) -> list[Pair]:
+    """Up to `per_range` pairs in each range of viewpoint change, which share at least the part `least` of what they
+    see. If any pair has depth, those without are not used."""
     # Differs: the paper evaluates SuperGlue's list of ScanNet pairs. In posed scenes we draw pairs that share a fifth
     # of what they see, as many in each range of viewpoint change. A list in SuperGlue's format is used as it is.
     generator, (a, b, angle, deep) = torch.Generator().manual_seed(seed), candidate_pairs(views)
-    is_good = lambda p: isinstance(views.where[p.a][0], ListedPair) or shared_share(views, p) >= 0.2
+    is_good = lambda pair: not least or shared_share(views, pair) >= least
     for measured in (True, False):
         chosen = []
         for low, high in VIEWPOINTS.values():
@@ -1084,7 +1081,7 @@ def open_data(args):
         in_train, in_val = (len(views_with_truth(getattr(views, key), unknown)) > 0 for views in (train, val))
         if in_train != in_val:
             print(f"{name}: left out, as only {'training' if in_train else 'held-out'} views have its truth")
-    pairs = choose_pairs(val, args.pairs, args.seed)
+    pairs = choose_pairs(val, args.pairs, args.seed, least=0 if Path(args.scene_dir).is_file() else 0.2)
     if not pairs and val.c2w.isfinite().all():
         print(f"no pairs, so no correspondence: {why_no_pairs(val)}")
     if not pairs and not truths(train, val):
