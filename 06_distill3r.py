@@ -554,11 +554,9 @@ class DPT(nn.Module):  # four levels of tokens -> 4 channels a pixel, from coars
             nn.Sequential(lift.conv(dec_dim, b, 1), nn.ConvTranspose2d(b, b, 2, 2)),
             nn.Sequential(lift.conv(dec_dim, c, 1)),
             nn.Sequential(lift.conv(dec_dim, d, 1), lift.conv(d, d, 3, 2))])
-        self.scratch = nn.ModuleDict()
-        for n, width in enumerate(widths, 1):
-            self.scratch[f"layer{n}_rn"] = lift.conv(width, features, bias=False)
-        for n in (1, 2, 3, 4):
-            self.scratch[f"refinenet{n}"] = Refine(features)
+        scratch = {f"layer{n}_rn": lift.conv(width, features, bias=False) for n, width in enumerate(widths, 1)}
+        scratch |= {f"refinenet{n}": Refine(features) for n in (1, 2, 3, 4)}
+        self.scratch = nn.ModuleDict(scratch)
         half, to_pixels = features // 2, nn.Upsample(scale_factor=patch / 8, mode="bilinear", align_corners=True)
         self.head = nn.Sequential(lift.conv(features, half), to_pixels,
                                   lift.conv(half, half), nn.ReLU(inplace=True), lift.conv(half, 4, 1))
