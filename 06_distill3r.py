@@ -33,6 +33,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -869,10 +870,7 @@ def read_manifest(path):  # -> the settings of its first line, the lines of the 
 
 
 def samples_of(lines):  # -> {sample: its lines}
-    samples = {}
-    for line in lines:
-        samples.setdefault(line["sample"], []).append(line)
-    return samples
+    return {name: list(views) for name, views in itertools.groupby(lines, lambda line: line["sample"])}
 
 
 def load_views(root, lines, size_of, skip_bad_frames=False, maps=True):
