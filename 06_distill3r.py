@@ -1164,9 +1164,11 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3, photos=None) -> Path:
         raise ValueError(f"{out}: not one pixel is trusted at --tau {tau:g}; lower it, or look at other pictures")
     depths = [torch.where(depth <= FAR * known.median(), depth, 0.0) for depth in depths]
     unit = 10.0 ** math.ceil(math.log10(max(d.max().item() for d in depths) / 65000))  # the farthest fits 16 bits
-    before = [file for part in ("images", "depth", "confidence") for file in out.glob(f"{part}/[0-9]*.*")]
-    for file in [out / "transforms.json", *before]:
-        file.unlink(missing_ok=True)  # of an earlier scene; this is none until its transforms.json is written
+    (out / "transforms.json").unlink(missing_ok=True)  # of an earlier scene; this is none until it has one of its own
+    for folder in (out / part for part in ("images", "depth", "confidence")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("[0-9]*.*"):
+            file.unlink()
     frames = [write_view(out, k, view, maps[k], depths[k] / unit, cameras) for k, view in enumerate(views)]
     points, radii, colours, small = zip(*(points_of(*each) for each in zip(views, depths, cameras.focal)))
     poses = cameras.c2w, torch.eye(4).expand_as(cameras.c2w)  # as found, and as if no camera had moved
@@ -1191,12 +1193,9 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3, photos=None) -> Path:
 def write_view(out, k, view, m, steps, cameras) -> dict:  # its files -> its entry in transforms.json; steps: of depth
     height, width = view.image.shape[1:]
     f = cameras.focal[k].item() * width / steps.shape[1]
-    image, depth, confidence = (out / f"{part}/{k:03d}" for part in ("images", "depth", "confidence"))
-    for path in (image, depth, confidence):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    data.to_image(view.image).save(f"{image}.jpg", quality=95, subsampling=0)
-    Image.fromarray(steps.round().numpy().astype(np.uint16)).save(f"{depth}.png")
-    Image.fromarray((certainty(m.conf_local) * 255).round().byte().numpy()).save(f"{confidence}.png")
+    data.to_image(view.image).save(out / f"images/{k:03d}.jpg", quality=95, subsampling=0)
+    Image.fromarray(steps.round().numpy().astype(np.uint16)).save(out / f"depth/{k:03d}.png")
+    Image.fromarray((certainty(m.conf_local) * 255).round().byte().numpy()).save(out / f"confidence/{k:03d}.png")
     pose = (cameras.c2w[k].double().numpy() @ data.OPENGL).tolist()
     return dict(file_path=f"images/{k:03d}.jpg", depth_file_path=f"depth/{k:03d}.png", source=view.name, w=width,
                 h=height, fl_x=f, fl_y=f, cx=width / 2, cy=height / 2, transform_matrix=pose)
