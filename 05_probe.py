@@ -555,23 +555,17 @@ def view_row(scene, i, size, args, part) -> dict:
     return row
 
 
-def frame_of(name, image, root, K, c2w, where=""):  # with the maps that lie beside the image
-    frame = data.Frame(name, image, K, c2w, None, **data.maps_beside(image, root))
-    if problem := data.problem_of(frame):
-        raise data.DataError(f"{where}{problem}; mend or remove the file")
-    return frame
-
-
-def plain_frames(root):  # of the images in root/images, without poses
+def plain_frames(root):  # of the images in root/images, whose cameras are not known: such views make no pairs
     files = sorted((f for f in (root / "images").rglob("*") if data.is_picture(f)), key=data.natural)
     if len(files) < 2:
         raise data.DataError(f"{root}: {len(files)} images in images/; give at least two")
     for note in data.left_out((root / "images").rglob("*")):
         print(f"{root / 'images'}: {note}")
-    K = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # a stand-in: only correspondence uses K
-    frames = [frame_of(f.stem, f, root, K, np.eye(4)) for f in files]
-    for frame in frames:
-        frame.c2w = np.full((4, 4), np.nan)  # unknown: such views make no pairs
+    K, c2w, frames = np.eye(3), np.full((4, 4), np.nan), []
+    for file in files:
+        frames.append(data.Frame(file.stem, file, K, c2w, data.stored_size(file), **data.maps_beside(file, root)))
+        if problem := data.problem_of_maps(frames[-1], thorough=False):
+            raise data.DataError(f"{problem}; mend or remove the file")
     return frames
 
 
@@ -584,10 +578,6 @@ def plain_folder(folder, args):
         train, val = data.split(frames, "train"), data.split(frames, "val")
     scene = lambda name, frames: [data.Scene(name, frames, depth_scale=args.depth_scale)]
     return scene("train", train), scene("val", val)
-
-
-class ListedPair(data.Scene):  # two views that a list of pairs names
-    pass
 
 
 def read_pairs(file, args):
@@ -607,8 +597,10 @@ def read_pairs(file, args):
         frames = []
         for name, K, c2w in zip(names, values[2:20].reshape(2, 3, 3), poses):
             image = data.inside(root / name, root, str(file))
-            frames.append(frame_of(name, image, file.parent, K, c2w, f"{file}: line {number}: "))
-        scenes.append(ListedPair(f"pair {number}", frames, depth_scale=args.depth_scale))
+            frames.append(data.Frame(name, image, K, c2w, None, **data.maps_beside(image, file.parent)))
+            if problem := data.problem_of(frames[-1]):
+                raise data.DataError(f"{file}: line {number}: {problem}; mend or remove the file")
+        scenes.append(data.Scene(f"pair {number}", frames, depth_scale=args.depth_scale))
     if not scenes:
         raise data.DataError(f"{file}: no pairs in it; a line is nameA nameB rotA rotB K_A K_B T_AB")
     return scenes
@@ -678,12 +670,13 @@ def candidate_pairs(views: Views):
     return a, b, angle, deep[a] & deep[b]
 
 
-def choose_pairs(views: Views, per_range, seed) -> list[Pair]:
-    """Up to `per_range` pairs in each range of viewpoint change. If any pair has depth, those without are not used."""
+def choose_pairs(views: Views, per_range, seed, least=0.2) -> list[Pair]:
+    """Up to `per_range` pairs in each range of viewpoint change, which share at least the part `least` of what they
+    see. If any pair has depth, those without are not used."""
     # Differs: the paper evaluates SuperGlue's list of ScanNet pairs. In posed scenes we draw pairs that share a fifth
     # of what they see, as many in each range of viewpoint change. A list in SuperGlue's format is used as it is.
     generator, (a, b, angle, deep) = torch.Generator().manual_seed(seed), candidate_pairs(views)
-    is_good = lambda p: isinstance(views.where[p.a][0], ListedPair) or shared_share(views, p) >= 0.2
+    is_good = lambda pair: not least or shared_share(views, pair) >= least
     for measured in (True, False):
         chosen = []
         for low, high in VIEWPOINTS.values():
@@ -1088,7 +1081,7 @@ def open_data(args):
         in_train, in_val = (len(views_with_truth(getattr(views, key), unknown)) > 0 for views in (train, val))
         if in_train != in_val:
             print(f"{name}: left out, as only {'training' if in_train else 'held-out'} views have its truth")
-    pairs = choose_pairs(val, args.pairs, args.seed)
+    pairs = choose_pairs(val, args.pairs, args.seed, least=0 if Path(args.scene_dir).is_file() else 0.2)
     if not pairs and val.c2w.isfinite().all():
         print(f"no pairs, so no correspondence: {why_no_pairs(val)}")
     if not pairs and not truths(train, val):

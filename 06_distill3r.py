@@ -33,6 +33,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -554,11 +555,9 @@ class DPT(nn.Module):  # four levels of tokens -> 4 channels a pixel, from coars
             nn.Sequential(lift.conv(dec_dim, b, 1), nn.ConvTranspose2d(b, b, 2, 2)),
             nn.Sequential(lift.conv(dec_dim, c, 1)),
             nn.Sequential(lift.conv(dec_dim, d, 1), lift.conv(d, d, 3, 2))])
-        self.scratch = nn.ModuleDict()
-        for n, width in enumerate(widths, 1):
-            self.scratch[f"layer{n}_rn"] = lift.conv(width, features, bias=False)
-        for n in (1, 2, 3, 4):
-            self.scratch[f"refinenet{n}"] = Refine(features)
+        scratch = {f"layer{n}_rn": lift.conv(width, features, bias=False) for n, width in enumerate(widths, 1)}
+        scratch |= {f"refinenet{n}": Refine(features) for n in (1, 2, 3, 4)}
+        self.scratch = nn.ModuleDict(scratch)
         half, to_pixels = features // 2, nn.Upsample(scale_factor=patch / 8, mode="bilinear", align_corners=True)
         self.head = nn.Sequential(lift.conv(features, half), to_pixels,
                                   lift.conv(half, half), nn.ReLU(inplace=True), lift.conv(half, 4, 1))
@@ -871,10 +870,7 @@ def read_manifest(path):  # -> the settings of its first line, the lines of the 
 
 
 def samples_of(lines):  # -> {sample: its lines}
-    samples = {}
-    for line in lines:
-        samples.setdefault(line["sample"], []).append(line)
-    return samples
+    return {name: list(views) for name, views in itertools.groupby(lines, lambda line: line["sample"])}
 
 
 def load_views(root, lines, size_of, skip_bad_frames=False, maps=True):
@@ -955,15 +951,12 @@ def checksum(parts, layout=b"pointmaps 3") -> bytes:  # give another `layout` wh
 
 def read_sample(path) -> dict:
     """-> {name: bytes} of what a sample holds. DataError names a file that is damaged."""
-    try:
+    with contextlib.suppress(Exception):  # whatever damaged bytes make the reader raise
         parts = {name: x.numpy().tobytes() for name, x in load(Path(path).read_bytes()).items()}
-        whole = parts.pop("sha256") == checksum(parts)
-    except Exception:  # whatever damaged bytes make the reader raise
-        whole = False
-    if not whole:
-        raise data.DataError(f"{path}: damaged, cut off or of another version; run the cache command again, it makes "
-                             "this sample anew")
-    return parts
+        if parts.pop("sha256") == checksum(parts):
+            return parts
+    raise data.DataError(f"{path}: damaged, cut off or of another version; run the cache command again, it makes this "
+                         "sample anew")
 
 
 def unpack_sample(path, sizes):  # (H, W) of each view -> [Pointmap] float32, [mask (H, W) bool]
@@ -1171,9 +1164,11 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3, photos=None) -> Path:
         raise ValueError(f"{out}: not one pixel is trusted at --tau {tau:g}; lower it, or look at other pictures")
     depths = [torch.where(depth <= FAR * known.median(), depth, 0.0) for depth in depths]
     unit = 10.0 ** math.ceil(math.log10(max(d.max().item() for d in depths) / 65000))  # the farthest fits 16 bits
-    before = [file for part in ("images", "depth", "confidence") for file in out.glob(f"{part}/[0-9]*.*")]
-    for file in [out / "transforms.json", *before]:
-        file.unlink(missing_ok=True)  # of an earlier scene; this is none until its transforms.json is written
+    (out / "transforms.json").unlink(missing_ok=True)  # of an earlier scene; this is none until it has one of its own
+    for folder in (out / part for part in ("images", "depth", "confidence")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.glob("[0-9]*.*"):
+            file.unlink()
     frames = [write_view(out, k, view, maps[k], depths[k] / unit, cameras) for k, view in enumerate(views)]
     points, radii, colours, small = zip(*(points_of(*each) for each in zip(views, depths, cameras.focal)))
     poses = cameras.c2w, torch.eye(4).expand_as(cameras.c2w)  # as found, and as if no camera had moved
@@ -1198,12 +1193,9 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3, photos=None) -> Path:
 def write_view(out, k, view, m, steps, cameras) -> dict:  # its files -> its entry in transforms.json; steps: of depth
     height, width = view.image.shape[1:]
     f = cameras.focal[k].item() * width / steps.shape[1]
-    image, depth, confidence = (out / f"{part}/{k:03d}" for part in ("images", "depth", "confidence"))
-    for path in (image, depth, confidence):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    data.to_image(view.image).save(f"{image}.jpg", quality=95, subsampling=0)
-    Image.fromarray(steps.round().numpy().astype(np.uint16)).save(f"{depth}.png")
-    Image.fromarray((certainty(m.conf_local) * 255).round().byte().numpy()).save(f"{confidence}.png")
+    data.to_image(view.image).save(out / f"images/{k:03d}.jpg", quality=95, subsampling=0)
+    Image.fromarray(steps.round().numpy().astype(np.uint16)).save(out / f"depth/{k:03d}.png")
+    Image.fromarray((certainty(m.conf_local) * 255).round().byte().numpy()).save(out / f"confidence/{k:03d}.png")
     pose = (cameras.c2w[k].double().numpy() @ data.OPENGL).tolist()
     return dict(file_path=f"images/{k:03d}.jpg", depth_file_path=f"depth/{k:03d}.png", source=view.name, w=width,
                 h=height, fl_x=f, fl_y=f, cx=width / 2, cy=height / 2, transform_matrix=pose)
@@ -1263,13 +1255,9 @@ def draw_cloud(points, radii, colours, centres, size=480) -> Tensor:
 # ------------------------------------------------------------------------ evaluation
 
 
-class Score(NamedTuple):
-    """Of one view, or a mean over views and scenes; in the unit of the truth."""
-    accuracy_mean: float  # from the prediction to the truth
-    accuracy_median: float
-    completeness_mean: float  # from the truth to the prediction
-    completeness_median: float
-    scale: float  # by which the prediction had to be multiplied; 1 = metric
+# Accuracy: from the prediction to the truth, completeness: from the truth to the prediction, both in the unit of the
+# truth. Scale: by what the prediction had to be multiplied; 1 = metric.
+SCORES = "accuracy_mean", "accuracy_median", "completeness_mean", "completeness_median", "scale"
 
 
 def evaluate(teacher, scenes, size, views=20, seed=0) -> dict:
@@ -1293,22 +1281,23 @@ def evaluate(teacher, scenes, size, views=20, seed=0) -> dict:
                 sure.append(m.conf_local[use])
                 wrong.append(off)
         if of_scene:
-            scores[scene.name] = Score(*np.mean(of_scene, axis=0).tolist())
+            scores[scene.name] = dict(zip(SCORES, np.mean(of_scene, axis=0).tolist()))
     if not scores:
         raise data.DataError("no scene has a view with measured depth to compare with; give another --scene_dir")
-    return dict(mean=Score(*np.mean(list(scores.values()), axis=0).tolist()), scenes=scores,
+    mean = np.mean([list(score.values()) for score in scores.values()], axis=0).tolist()
+    return dict(mean=dict(zip(SCORES, mean)), scenes=scores,
                 calibration=dict(rank=rank_correlation(torch.cat(sure), torch.cat(wrong))))
 
 
 def score_view(points: Tensor, truth: Tensor, most=5_000):
-    """(M, 3) twice, pixel by pixel -> Score, and (M,) how far each pixel is off after the alignment: one similarity a
+    """(M, 3) twice, pixel by pixel -> SCORES, and (M,) how far each pixel is off after the alignment: one similarity a
     view (Sec. IV-B), over all pixels, so that a network gains nothing by being confident of few. Distances are taken
     from at most so many pixels, evenly spread, to all points of the other side."""
     s, R, t = similarity(points, truth)
     aligned, some = (s * points.double() @ R.T + t).to(truth), slice(None, None, len(points) // most + 1)
     there, back = nearest_distance(aligned[some], truth), nearest_distance(truth[some], aligned)
-    score = Score(there.mean().item(), there.median().item(), back.mean().item(), back.median().item(), s.item())
-    return score, (aligned - truth).norm(dim=1)
+    score = there.mean(), there.median(), back.mean(), back.median(), s
+    return [x.item() for x in score], (aligned - truth).norm(dim=1)
 
 
 def nearest_distance(queries: Tensor, points: Tensor, block=256) -> Tensor:  # (M, 3), (N, 3) -> (M,)
@@ -1408,10 +1397,10 @@ def measure(args):
              f"{'':10}{'accuracy':>20}{'completeness':>20}{'scale':>8}{'conf. rank':>12}",
              f"{'':10}{'mean':>10}{'median':>10}{'mean':>10}{'median':>10}"]
     for name, r in results.items():
-        numbers = "".join(f"{value:10.4f}" for value in r["mean"][:4])
+        *distances, scale = r["mean"].values()
+        numbers = "".join(f"{value:10.4f}" for value in distances)
         what = f"  ({models[name].identity})" if name in ("teacher", "tiny") else ""
-        table.append(f"{name:10}{numbers}{r['mean'].scale:8.3f}{r['calibration']['rank']:12.2f}{what}")
-        r.update(mean=r["mean"]._asdict(), scenes={scene: score._asdict() for scene, score in r["scenes"].items()})
+        table.append(f"{name:10}{numbers}{scale:8.3f}{r['calibration']['rank']:12.2f}{what}")
     path = Path(args.out, "result.json")
     data.write_whole(path, json.dumps(results, indent=1).encode())
     table, card = "\n".join(table), Path(args.weights, "README.md")

@@ -546,14 +546,14 @@ def test_models_of_other_patches_see_the_same_views_and_do_not_concatenate(tmp_p
         probe.open_data(asked("tiny", "nowhere.pth"))
 
 
-def write_plain(root, count, seed=0):
+def write_plain(root, count, size=(40, 60), seed=0):
     rng = np.random.default_rng(seed)
     for kind in ("images", "depth", "labels"):
         (root / kind).mkdir(parents=True)
     for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(root / "images" / f"{i}.jpg")
-        Image.fromarray(rng.integers(256, 90 * 256, (40, 60)).astype(np.uint16)).save(root / "depth" / f"{i}.png")
-        Image.fromarray(rng.integers(0, 3, (40, 60), np.uint8)).save(root / "labels" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(root / "images" / f"{i}.jpg")
+        Image.fromarray(rng.integers(256, 90 * 256, size).astype(np.uint16)).save(root / "depth" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 3, size, np.uint8)).save(root / "labels" / f"{i}.png")
 
 
 def asked_of(folder, out, *flags):
@@ -581,7 +581,7 @@ def test_images_without_poses(tmp_path, capsys):
         assert not torch.equal(found.depth[0], views.depth[0])
     _, train, val, pairs = probe.open_data(args)
     assert not pairs and list(probe.truths(train, val)) == ["depth", "segmentation"]
-    write_plain(tmp_path / "halves/train", 3)
+    write_plain(tmp_path / "halves/train", 3, (40, 40))
     write_plain(tmp_path / "halves/val", 2)
     args = asked_of(tmp_path / "halves", tmp_path / "out")
     assert [len(part[0]) for part in probe.open_split(args)] == [3, 2]
