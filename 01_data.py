@@ -883,10 +883,12 @@ def colmap_lines(file, columns=-1):  # -> the words of each line; behind `column
 # ------------------------------------------------------------------------ reader: RGB-D sequences
 
 # 7-Scenes was recorded with one Kinect whose depth is not registered to its colour: the commonly published calibration.
-KINECT_DEPTH_F, KINECT_COLOUR_F = 585.0, 525.0
-KINECT_DEPTH_TO_COLOUR = np.array([[0.9999148, 0.0026753, -0.0079073, -0.0255589],
-                                   [-0.0027419, 0.9999173, -0.0081503, 0.0001011],
-                                   [0.0078780, 0.0081711, 0.9998750, 0.0020318], [0.0, 0.0, 0.0, 1.0]])
+DEPTH_TO_COLOUR = np.array([[0.9999148, 0.0026753, -0.0079073, -0.0255589],
+                            [-0.0027419, 0.9999173, -0.0081503, 0.0001011],
+                            [0.0078780, 0.0081711, 0.9998750, 0.0020318], [0.0, 0.0, 0.0, 1.0]])
+KINECT_DEPTH, KINECT_COLOUR = (
+    Frame("", None, np.array([[f, 0, 320.5], [0, f, 240.5], [0, 0, 1]]), c2w, (480, 640))
+    for f, c2w in ((585.0, np.eye(4)), (525.0, np.linalg.inv(DEPTH_TO_COLOUR))))
 
 
 def read_rgbd(folder):
@@ -899,14 +901,14 @@ def read_rgbd(folder):
     images = [find_file(folder, f"{stem}.color.png", str(folder), endings=READABLE) for stem in stems]
     K, size, file = rgbd_intrinsics(folder)
     notes = [f"intrinsics from {file}"]
-    kinect = K is None or np.array_equal(K[:2], [[KINECT_DEPTH_F, 0, 320], [0, KINECT_DEPTH_F, 240]])
+    kinect = K is None or np.array_equal(K[:2], [[585, 0, 320], [0, 585, 240]])
     if kinect:
         sizes = {shape[1::-1] for path in images if path.exists() and (shape := header(path))}
         if K is None and sizes and sizes != {(640, 480)}:
             width, height = min(sizes)
             raise DataError(f"{folder}: no intrinsics for its pictures of {width}x{height}; "
                             f"write K as three rows of three into {folder / 'camera-intrinsics.txt'}")
-        K, size = np.array([[KINECT_COLOUR_F, 0, 320.5], [0, KINECT_COLOUR_F, 240.5], [0, 0, 1]]), (480, 640)
+        K, size = KINECT_COLOUR.K, KINECT_COLOUR.size
         notes = ["depth registered into the colour camera with the published Kinect calibration of 7-Scenes"]
     frames = []
     for stem, image in zip(stems, images):
@@ -915,7 +917,7 @@ def read_rgbd(folder):
         except ValueError:  # such as -1.#IND
             c2w = np.full((4, 4), np.nan)
         if kinect and np.isfinite(c2w).all():
-            c2w = c2w @ np.linalg.inv(KINECT_DEPTH_TO_COLOUR)
+            c2w = c2w @ KINECT_COLOUR.c2w
         depth = folder / f"{stem}.depth.png"
         maps = maps_beside(image, folder) | {"depth": depth if depth.exists() else None}
         frames.append(Frame(image.name, image, K, c2w, size, **maps))
@@ -944,21 +946,19 @@ def rgbd_intrinsics(folder):
                         f"into {folder / 'camera-intrinsics.txt'}") from None
 
 
-def register_kinect_depth(depth):  # (480, 640) of the depth camera -> the same, seen from the colour camera
-    height, width = depth.shape
-    rows, cols = np.nonzero(depth)
-    z = depth[rows, cols]
-    centre = np.array([width / 2, height / 2])
-    rays = (np.stack([cols, rows], 1) - centre) / KINECT_DEPTH_F  # this calibration counts pixels from (0, 0)
-    points = np.concatenate([rays * z[:, None], z[:, None]], 1)
-    points = points @ KINECT_DEPTH_TO_COLOUR[:3, :3].T + KINECT_DEPTH_TO_COLOUR[:3, 3]
-    target = np.round(points[:, :2] / points[:, 2:] * KINECT_COLOUR_F + centre).astype(int)
-    visible = (target >= 0).all(1) & (target < [width, height]).all(1)
-    target, z = target[visible], points[visible, 2]
-    order = np.argsort(-z, kind="stable")  # written far to near: the nearest surface stays
-    registered = np.zeros_like(depth)
-    registered[target[order, 1], target[order, 0]] = z[order]
-    return registered
+def register_kinect_depth(depth):  # (H, W) of the depth camera -> (480, 640), seen from the colour camera
+    row, col = np.nonzero(depth)
+    to_camera = np.divide(KINECT_DEPTH.size, depth.shape)  # depth may be stored smaller
+    x, y = (col + 0.5) * to_camera[1], (row + 0.5) * to_camera[0]
+    return depth_of_points(unproject(x, y, depth[row, col], KINECT_DEPTH), KINECT_COLOUR)
+
+
+def depth_of_points(points, frame):  # (M, 3) world -> (H, W): the z-depth of the nearest in each pixel, 0 where none is
+    x, y, z = into_picture(points, frame)
+    order = np.argsort(-z, kind="stable")[:np.count_nonzero(z)]  # written far to near: the nearest stays
+    depth = np.zeros(frame.size, np.float32)
+    depth[y[order].astype(int), x[order].astype(int)] = z[order]
+    return depth
 
 
 # ------------------------------------------------------------------------ reader: LLFF

@@ -1080,25 +1080,16 @@ def pca_colours(features: Tensor, basis) -> Tensor:  # (H, W, C) -> (3, H, W) in
     return (((features - mean) @ axes - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).permute(2, 0, 1)
 
 
-def depth_of_points(points, view) -> Tensor:
-    """(H, W): the z-depth of the nearest of a scene's sparse points (M, 3) in each pixel, 0 where there is none."""
-    _, height, width = view.image.shape
-    points = (torch.as_tensor(points, dtype=torch.float32) - view.c2w[:3, 3]) @ view.c2w[:3, :3]
-    points = points[points[:, 2] > 1e-6]
-    col, row = ((points @ view.K.T)[:, :2] / points[:, 2:]).floor().T
-    inside = (col >= 0) & (col < width) & (row >= 0) & (row < height)
-    pixel, z = (row * width + col)[inside].long(), points[inside, 2]
-    depth = torch.full((height * width,), torch.inf).scatter_reduce(0, pixel, z, "amin").view(height, width)
-    return torch.where(depth.isfinite(), depth, 0.0)
-
-
 def depth_errors(depth, scene, views):
     """{what: mean relative error} of a depth (2, H, W), and of one plane at the median depth, against measured depth
     or, where there is none, COLMAP's points."""
+    data = importlib.import_module("01_data")
     if all(view.depth is not None for view in views):
         truth, where = torch.stack([view.depth for view in views]), ""
     elif scene.points is not None and len(scene.points):
-        truth, where = torch.stack([depth_of_points(scene.points, view) for view in views]), " (at COLMAP's points)"
+        frames = [data.Frame(v.name, None, v.K.numpy(), v.c2w.numpy(), v.image.shape[1:]) for v in views]
+        truth = torch.stack([torch.from_numpy(data.depth_of_points(scene.points, frame)) for frame in frames])
+        where = " (at COLMAP's points)"
     else:
         return {}
     known = truth > 0
