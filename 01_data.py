@@ -1075,23 +1075,21 @@ def read_image(frame, size) -> Tensor:
     steps = [1, 2, 4, 8]  # a JPEG is decoded at one of these fractions, its last row and column rounded up
     step = next((k for k in steps if tuple(-(-full // k)) == image.size), None)
     shrunk = np.full(2, 1 / step) if step else np.divide(image.size, full)  # image pixels = stored pixels * shrunk
-    if any(frame.distortion):
-        image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
+    if any(frame.distortion):  # made straight at size `work`
+        whole = (full * shrunk).clip(0, image.size).tolist()
+        image = straight(image.resize(work[::-1], Image.BICUBIC, box=(0, 0, *whole)), frame)
+        shrunk = np.divide(image.size, full)
     corners = (np.reshape(box, (2, 2)) * shrunk).clip(0, image.size).ravel()
     image = image.resize(size[::-1], Image.BICUBIC, box=tuple(corners.tolist()))  # antialiased
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def undistorted(image, shrunk, frame, work):  # -> the whole picture at size `work` (H, W)
-    width, height = np.array(frame.size[::-1]) * shrunk
-    x, y = stored_position(frame, work, np.divide(work, frame.size)[::-1])
-    grid = np.stack([2 * x * width / image.width - 1, 2 * y * height / image.height - 1], -1)
-    if image.width > 1.5 * work[1]:  # grid_sample looks at 2x2 pixels: the picture must not be much finer than its grid
-        image = image.resize(work[::-1], Image.BICUBIC, box=(0, 0, min(width, image.width), min(height, image.height)))
-        grid = np.stack([2 * x - 1, 2 * y - 1], -1)
-    pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)[None]
-    straight = F.grid_sample(pixels, torch.from_numpy(grid).float()[None], align_corners=False, padding_mode="border")
-    return Image.fromarray(straight[0].permute(1, 2, 0).round().byte().numpy())
+def straight(image, frame):  # the whole picture of a frame, stored or shrunk, without the distortion of its lens
+    x, y = stored_position(frame, image.size[::-1], np.divide(image.size, frame.size[::-1]))
+    grid = torch.from_numpy(np.stack([2 * x - 1, 2 * y - 1], -1)).float()
+    pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)
+    pixels = F.grid_sample(pixels[None], grid[None], align_corners=False, padding_mode="border")[0]
+    return Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy())
 
 
 def stored_position(frame, size, scale, corner=(0, 0)):
