@@ -1013,13 +1013,10 @@ def ratio_to_points(scene, frames):
 
     Something may hide a point, so this is the median of the third of the sorted ratios that lie closest together.
     """
-    ratios = []
-    for n in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int):
-        x, y, z = into_picture(scene.points[frames[n].seen], frames[n])
-        ratios += depth_ratios(read_depth(scene, frames[n]), x, y, z, frames[n])
-    if len(ratios) < 30:
+    some = [frames[n] for n in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
+    logs = np.sort(np.log(np.concatenate([depth_ratios(scene, frame, scene.points[frame.seen]) for frame in some])))
+    if len(logs) < 30:
         return None
-    logs = np.sort(np.log(ratios))
     third = len(logs) // 3
     first = int(np.argmin(logs[third:] - logs[:-third]))
     return math.exp(np.median(logs[first:first + third])) if logs[first + third] - logs[first] < 0.2 else None
@@ -1032,16 +1029,16 @@ def view_disagreement(scene, frames):  # -> the median relative difference of de
         height, width = depth.shape
         row, col = np.mgrid[0:height:max(1, height // 36), 0:width:max(1, width // 48)]
         x, y, z = (col + 0.5) / width * a.size[1], (row + 0.5) / height * a.size[0], depth[row, col]
-        there = into_picture(unproject(x[z > 0], y[z > 0], z[z > 0], a), b)
-        ratios += depth_ratios(read_depth(scene, b), *there, b)
+        ratios.extend(depth_ratios(scene, b, unproject(x[z > 0], y[z > 0], z[z > 0], a)))
     return float(np.median(np.abs(np.log(ratios)))) if len(ratios) > 50 else 0.0
 
 
-def depth_ratios(depth, x, y, z, frame):  # measured depth over z, at points that the frame shows and where it is known
-    x, y, z = x[z > 0], y[z > 0], z[z > 0]
+def depth_ratios(scene, frame, points):  # measured depth over that of world points, where a frame shows and knows both
+    depth, seen = read_depth(scene, frame), np.stack(into_picture(points, frame))
+    x, y, z = seen[:, seen[2] > 0]
     row, col = (y / frame.size[0] * depth.shape[0]).astype(int), (x / frame.size[1] * depth.shape[1]).astype(int)
     measured = depth[row, col]
-    return (measured[measured > 0] / z[measured > 0]).tolist()
+    return measured[measured > 0] / z[measured > 0]
 
 
 # ------------------------------------------------------------------------ pictures of a view, lenses
