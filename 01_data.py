@@ -313,14 +313,12 @@ def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
     if settings:  # also completes rooms whose making was interrupted
         make_rooms(folder, **settings)
     scenes = load_scenes(folder, skip_bad_frames)
-    if near is None and far is None:
-        return scenes
-    for scene in scenes:
+    for scene in scenes if (near, far) != (None, None) else ():
         found = scene.depth_range
-        scene.depth_range = (found[0] if near is None else near, found[1] if far is None else far)
+        low, high = scene.depth_range = (found[0] if near is None else near, found[1] if far is None else far)
         scene.range_source = "--near and --far"
-        if not 0 < scene.depth_range[0] < scene.depth_range[1] < math.inf:
-            raise DataError(f"{scene.name}: {scene.depth_range[0]:g} to {scene.depth_range[1]:g} is no depth range; "
+        if not 0 < low < high < math.inf:
+            raise DataError(f"{scene.name}: {low:g} to {high:g} is no depth range; "
                             "give --near and --far with 0 < near < far")
     return scenes
 
@@ -666,12 +664,10 @@ def read_transforms(folder):
     root = file.parent
     if root.name == "nerfstudio" and image_folder(root.parent) and not image_folder(root):
         root = root.parent  # ScanNet++ has dslr/nerfstudio/transforms.json beside dslr/images/
-    frames, bad = [], 0
-    for n, entry in enumerate(meta["frames"]):
-        if isinstance(entry, dict) and entry.get("is_bad") in (True, "true", "True"):
-            bad += 1
-        else:
-            frames.append(transforms_frame(meta, entry, root, f"{file}: frame {n}"))
+    marked = lambda entry: isinstance(entry, dict) and entry.get("is_bad") in (True, "true", "True")
+    frames = [transforms_frame(meta, entry, root, f"{file}: frame {n}")
+              for n, entry in enumerate(meta["frames"]) if not marked(entry)]
+    bad = len(meta["frames"]) - len(frames)
     unit = next((key for key in ("depth_unit_scale_factor", "integer_depth_scale") if meta.get(key) is not None), None)
     try:
         depth_scale = float(meta[unit]) if unit else 1e-3
@@ -777,8 +773,8 @@ def read_colmap(folder):
     root = image_folder(folder) or folder / "images"
     if not root.is_dir():
         raise DataError(f"{root} does not exist, but {model} is a COLMAP model of images; put them there")
-    points = None if place is None else np.array(list(place.values()), float).reshape(-1, 3)
-    frames, row_of = [], {n: row for row, n in enumerate(place or ())}
+    points = np.array(list(place.values()), float) if place else None
+    frames, row_of = [], {n: row for row, n in enumerate(place)}
     for name, camera, quaternion, translation, ids in poses:
         if camera not in cameras:
             raise DataError(f"{model}: image {name} uses camera {camera}, which the model lacks; export it again")
@@ -793,7 +789,7 @@ def read_colmap(folder):
     frames.sort(key=lambda frame: natural(frame.name))
     notes = [f"ignored: {other.relative_to(folder)}, another model (that of {model.relative_to(folder)} is larger)"
              for other in others]
-    notes += [] if points is not None else ["it has no points3D: near and far come from the depth or the cameras"]
+    notes += [] if place else ["it has no points3D: near and far come from the depth or the cameras"]
     notes += spare_pictures(list(root.rglob("*")), frames)
     return frames, dict(points=points, notes=notes)
 
@@ -837,9 +833,8 @@ def colmap_binary(model):
         count = take("Q")[0]
         in_picture = np.frombuffer(take(f"{24 * count}s")[0], "<f8, <f8, <i8")  # x, y, id of the point or -1
         poses.append((name.decode(), camera, pose[:4], pose[4:], in_picture["f2"].tolist()))
-    if not (model / "points3D.bin").exists():
-        return cameras, poses, None
-    for take in records(model / "points3D.bin"):
+    file = model / "points3D.bin"
+    for take in records(file) if file.exists() else ():
         number, *xyz, _, _, _, _, track = take("Q3d3BdQ")
         points[number] = xyz
         take(f"{8 * track}x")
@@ -869,10 +864,9 @@ def colmap_text(model):
             poses.append((w[9], int(w[8]), pose[:4], pose[4:], []))
         elif poses:
             poses[-1][4].extend(int(float(number)) for number in " ".join(w).split()[2::3])
-    if not (model / "points3D.txt").exists():
-        return cameras, poses, None
-    points = {int(w[0]): (float(w[1]), float(w[2]), float(w[3])) for w in colmap_lines(model / "points3D.txt")}
-    return cameras, poses, points
+    file = model / "points3D.txt"
+    lines = colmap_lines(file) if file.exists() else ()
+    return cameras, poses, {int(w[0]): (float(w[1]), float(w[2]), float(w[3])) for w in lines}
 
 
 def colmap_lines(file, columns=-1):  # -> the words of each line; behind `columns` words the rest is one
