@@ -39,7 +39,7 @@ import sys
 import threading
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import combinations
@@ -289,6 +289,7 @@ OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # flips y and z: OpenGL camera axes <-
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr", ".gif")
 MAPS = dict(mask=("instance_segmentation", "masks"), depth=("depth",), normal=("normals",), label=("labels",))
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)  # of damaged pictures
 CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
 DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
 BUILT_IN = {  # folders that are made if missing: rooms to train on, other rooms for 05, and small rooms for 06
@@ -478,11 +479,9 @@ def fit_camera(frame, stored):
 
 
 def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, which its EXIF tag may say
-    try:
-        with Image.open(path) as image:
-            orientation = image.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):  # or damaged EXIF
-        orientation = 1
+    orientation = 1
+    with suppress(*PILLOW_ERRORS), Image.open(path) as image:
+        orientation = image.getexif().get(0x0112, 1)
     return stored[::-1] if orientation in (5, 6, 7, 8) else stored
 
 
@@ -542,11 +541,8 @@ def stored_size(path, thorough=False, channels=None):
 
 
 def header(path):  # -> (H, W, C) of a picture, not decoded; None where even that cannot be read
-    try:
-        with Image.open(path) as image:
-            return (*image.size[::-1], len(image.getbands()))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None
+    with suppress(*PILLOW_ERRORS), Image.open(path) as image:
+        return (*image.size[::-1], len(image.getbands()))
 
 
 def ends_well(path):  # whether the last bytes of a PNG or JPEG are there; of other types nothing is known
@@ -897,9 +893,8 @@ def read_rgbd(folder):
     notes = [f"intrinsics from {file}"]
     kinect = K is None or np.array_equal(K[:2], [[585, 0, 320], [0, 585, 240]])
     if kinect:
-        sizes = {shape[1::-1] for path in images if path.exists() and (shape := header(path))}
-        if K is None and sizes and sizes != {(640, 480)}:
-            width, height = min(sizes)
+        height, width = next((shape[:2] for path in images if (shape := header(path))), KINECT_COLOUR.size)
+        if K is None and (height, width) != KINECT_COLOUR.size:
             raise DataError(f"{folder}: no intrinsics for its pictures of {width}x{height}; "
                             f"write K as three rows of three into {folder / 'camera-intrinsics.txt'}")
         K, size = KINECT_COLOUR.K, KINECT_COLOUR.size
@@ -1199,7 +1194,7 @@ def decode(path, colour=False, least=None, upright=False):
     except Image.DecompressionBombError:
         raise DataError(f"{path}: has more pixels than are read ({2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million); "
                         "make the picture smaller") from None
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
+    except PILLOW_ERRORS as error:
         if path.suffix.lower() in UNREADABLE:
             raise DataError(f"{path}: {path.suffix[1:].upper()} files are not read; save it as JPEG or PNG") from None
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
@@ -1387,11 +1382,10 @@ def depth_legend(depth: Tensor | None, width: int) -> Tensor:
     low, high = (0.0, 1.0) if depth is None else usual_range(depth).tolist()
     near, far = ("near", "far, each row on its own scale") if depth is None else (f"near {low:.3g}", f"{high:.3g} far")
     ramp = colour_depth(torch.linspace(low, high, 200).clamp_min(1e-9).expand(12, 200), depth)
-    bar = Image.fromarray((255 * ramp).byte().permute(1, 2, 0).numpy())
     picture = Image.new("RGB", (width, 26), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((6, 7), f"depth: {near}", fill="black")
-    picture.paste(bar, (110, 7))
+    picture.paste(to_image(ramp), (110, 7))
     draw.text((320, 7), f"{far}; black: not known", fill="black")
     return from_image(picture)
 

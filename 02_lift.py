@@ -930,13 +930,12 @@ def read_checkpoint(path) -> dict:
         found = load_file(path) if start[8:9] == b"{" else read_pickled(path)  # by what it holds: people rename files
         if isinstance(found, dict):
             return found
-        reason, foreign = f"it holds a {type(found).__name__}, not tensors by name", None
+        reason = f"it holds a {type(found).__name__}, not tensors by name"
     except Exception as error:  # a damaged file can raise anything
         reason = re.split(r"\. |\n", f"{type(error).__name__}: {error}")[0]
-        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if foreign:
-        raise fault(path, f"refused, because it names {foreign[1]}, which weights do not need (nothing of it was run); "
-                          "if it is your own file, save its state_dict() alone")
+        if isinstance(error, pickle.UnpicklingError) and (foreign := re.search(r"GLOBAL (\S+)", str(error))):
+            raise fault(path, f"refused, because it names {foreign[1]}, which weights do not need (nothing of it was "
+                              "run); if it is your own file, save its state_dict() alone") from None
     remedy = "copy it again; unpack it if it is an archive; save a state_dict() if it is TorchScript"
     if start.startswith(b"version https://git-lfs"):
         remedy = "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
