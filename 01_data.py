@@ -475,7 +475,6 @@ def fit_camera(frame, stored):
                         f"scaled to the {size[1]}x{size[0]} of {frame.image.parent.name}/",)
     if frame.upright:
         frame.notes += ("pictures are turned upright, as EXIF says and as their cameras expect",)
-    return None
 
 
 def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, which its EXIF tag may say
@@ -570,9 +569,7 @@ def find_file(root, name, where, folders=(), endings=()):
 
     Lists come from other machines: backslashes, drive letters, other case or ending, images_4/ in place of images/.
     """
-    name = name.replace("\\", "/")
-    if re.match("[A-Za-z]:/", name):
-        name = name.rsplit("/", 1)[1]
+    name = re.sub("^[A-Za-z]:/(.*/)?", "", name.replace("\\", "/"))  # C:\me\1.png is 1.png
     first = inside(root / name, root, where)
     relative = Path(os.path.relpath(first, root))
     smaller = [Path(f"{relative.parts[0]}_{n}", *relative.parts[1:]) for n in (2, 4, 8) if len(relative.parts) > 1]
@@ -780,8 +777,8 @@ def read_colmap(folder):
         w2c[:3, :3], w2c[:3, 3] = rotation_of(quaternion), translation
         c2w = np.linalg.inv(w2c) if np.isfinite(w2c).all() else w2c  # a pose that is not finite is reported later
         seen = [row_of[n] for n in ids if n in row_of]
-        frames.append(Frame(name, image, K, c2w, size, distortion, **maps_beside(image, folder)))
-        frames[-1].seen = seen if len(seen) > 9 else ...
+        maps = maps_beside(image, folder)
+        frames.append(Frame(name, image, K, c2w, size, distortion, **maps, seen=seen if len(seen) > 9 else ...))
     frames.sort(key=lambda frame: natural(frame.name))
     notes = [f"ignored: {other.relative_to(folder)}, another model (that of {model.relative_to(folder)} is larger)"
              for other in others]
@@ -1073,9 +1070,8 @@ def read_image(frame, size) -> Tensor:
 def straight(image, frame):  # the whole picture of a frame, stored or shrunk, without the distortion of its lens
     x, y = stored_position(frame, image.size[::-1], np.divide(image.size, frame.size[::-1]))
     grid = torch.from_numpy(np.stack([2 * x - 1, 2 * y - 1], -1)).float()
-    pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)
-    pixels = F.grid_sample(pixels[None], grid[None], align_corners=False, padding_mode="border")[0]
-    return Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy())
+    pixels = F.grid_sample(from_image(image)[None], grid[None], align_corners=False, padding_mode="border")
+    return to_image(pixels[0])
 
 
 def stored_position(frame, size, scale, corner=(0, 0)):
@@ -1264,8 +1260,8 @@ def superpixels(image: Tensor, count: int) -> Tensor:
     feature = torch.cat([smooth, position]).reshape(5, -1).T  # (H*W, 5)
 
     row, col = (y * rows / height).long().flatten(), (x * cols / width).long().flatten()  # the cell of each pixel
-    steps = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    around = [(row + down).clamp(0, rows - 1) * cols + (col + right).clamp(0, cols - 1) for down, right in steps]
+    around = [(row + down).clamp(0, rows - 1) * cols + (col + right).clamp(0, cols - 1)
+              for down in (-1, 0, 1) for right in (-1, 0, 1)]
     around = torch.stack(around).to(image.device)  # (9, H*W) the clusters that a pixel may join
     cluster = around[4]
     for _ in range(8):
