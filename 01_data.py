@@ -555,23 +555,18 @@ def ends_well(path):  # whether the last bytes of a PNG or JPEG are there; of ot
 # ------------------------------------------------------------------------ names of files
 
 
-def inside(path, root, where):
-    """`path` without `..`; files outside the scene folder are refused, as a list may come from anyone."""
-    path = Path(os.path.normpath(path))
-    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
-        raise DataError(f"{where}: names {path}, outside the scene folder; "
-                        f"move the file into {root} and use a relative path")
-    return path
-
-
 def find_file(root, name, where, folders=(), endings=()):
     """The file that a list calls `name`, below `root` or in one of its `folders`; the first guess if there is none.
 
     Lists come from other machines: backslashes, drive letters, other case or ending, images_4/ in place of images/.
+    They may come from anyone, so files outside the scene folder are refused.
     """
     name = re.sub("^[A-Za-z]:/(.*/)?", "", name.replace("\\", "/"))  # C:\me\1.png is 1.png
-    first = inside(root / name, root, where)
+    first = Path(os.path.normpath(root / name))
     relative = Path(os.path.relpath(first, root))
+    if relative.parts[:1] == ("..",):
+        raise DataError(f"{where}: names {first}, outside the scene folder; "
+                        f"move the file into {root} and use a relative path")
     smaller = [Path(f"{relative.parts[0]}_{n}", *relative.parts[1:]) for n in (2, 4, 8) if len(relative.parts) > 1]
     for path in (relative, *(Path(folder) / relative for folder in folders), *smaller):
         if (root / path).is_file() and path.suffix.lower() not in UNREADABLE:
@@ -1372,7 +1367,7 @@ def colour_normals(normal: Tensor) -> Tensor:  # (H, W, 3) -> (3, H, W): red rig
     return (normal * torch.tensor([1.0, -1, -1]) + 1).permute(2, 0, 1) / 2
 
 
-def depth_legend(depth: Tensor | None, width: int) -> Tensor:
+def depth_legend(width: int, depth: Tensor | None = None) -> Tensor:
     """(3, 26, width): the colours of `colour_depth` and what they mean on the scale of `depth`. With None, the legend
     says that each row has its own scale."""
     low, high = (0.0, 1.0) if depth is None else usual_range(depth).tolist()

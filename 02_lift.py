@@ -1135,8 +1135,7 @@ def main(argv=None):
             files.append(Path(args.out) / f"{scene.name.replace('/', '_')}_{a}_{b}.ply")
             colours = torch.cat([view.image.permute(1, 2, 0).flatten(0, 1) for view in views])
             splat.save_ply(files[-1], gaussians, colours)
-        legend = lambda width: data.depth_legend(None, width)
-        path = data.picture_grid(Path(args.out) / "lift.png", list(pictures), rows, below=legend)
+        path = data.picture_grid(Path(args.out) / "lift.png", list(pictures), rows, below=data.depth_legend)
         answer = ", ".join(f"{name} {100 * sum(e) / len(e):.1f} %" for name, e in errors.items())
         answer = answer or "unknown, because nothing was measured"
         print(f"mean error of depth: {answer}  ->  {path}, {', '.join(map(str, files))}")
