@@ -571,14 +571,13 @@ def find_file(root, name, where, folders=(), endings=()):
     for path in (relative, *(Path(folder) / relative for folder in folders), *smaller):
         if (root / path).is_file() and path.suffix.lower() not in UNREADABLE:
             return root / path
-        folder = root
-        for part in path.parts[:-1]:
-            folder = listing(folder).get(plain(part), folder / part)
-        there, wanted = listing(folder), plain(path.name)
-        stem = Path(wanted).stem if Path(wanted).suffix in (*endings, *UNREADABLE) else wanted
-        for candidate in (wanted, *(stem + end for end in endings)):
-            if candidate in there and there[candidate].is_file():
-                return there[candidate]
+        stem = path.stem if path.suffix.lower() in (*endings, *UNREADABLE) else path.name
+        for name in (path.name, *(stem + end for end in endings)):
+            found = root
+            for part in (*path.parts[:-1], name):
+                found = listing(found).get(plain(part), found / part)
+            if found.is_file():
+                return found
     return first
 
 
@@ -1395,8 +1394,9 @@ def picture_grid(path, headings, rows, scale=None, below=None):
     scale = scale or math.ceil(150 / width)  # small pictures are shown larger
     cell_h, cell_w, gap, top = height * scale, width * scale, 6, 24
     sheet_w, sheet_h = len(headings) * (cell_w + gap) + gap, len(rows) * (cell_h + gap) + gap + top
-    strip = to_image(below(sheet_w)) if below else None
-    sheet = Image.new("RGB", (sheet_w, sheet_h + (strip.height if strip else 0)), "white")
+    strip = to_image(below(sheet_w)) if below else Image.new("RGB", (sheet_w, 0))
+    sheet = Image.new("RGB", (sheet_w, sheet_h + strip.height), "white")
+    sheet.paste(strip, (0, sheet_h))
     draw = ImageDraw.Draw(sheet)
     for c, heading in enumerate(headings):
         while draw.textlength(heading) > cell_w:  # narrow portrait panels
@@ -1409,8 +1409,6 @@ def picture_grid(path, headings, rows, scale=None, below=None):
                 draw.text((corner[0] + 8, corner[1] + 8), "none", fill=(120, 120, 120))
             else:
                 sheet.paste(ImageOps.pad(to_image(row[c]), (cell_w, cell_h), Image.NEAREST, color="white"), corner)
-    if strip:
-        sheet.paste(strip, (0, sheet_h))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path
