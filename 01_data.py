@@ -423,11 +423,11 @@ def checked_scene(name, folder, frames, extra, skip_bad_frames):
         lacking = sum(getattr(frame, kind) is None for frame in frames)
         notes += [f"{lacking} of {len(frames)} views have no {kind}"] if 0 < lacking < len(frames) else []
     notes += folders_not_read(folder, frames)
-    bounds, unit_given = extra.pop("bounds", None), extra.pop("unit_given", False)
+    bounds = extra.pop("bounds", None)
     scene = Scene(name, frames, notes=notes, **extra)
     if bounds:
         scene.depth_range, scene.range_source = bounds, "poses_bounds.npy"
-    if not unit_given:
+    if "depth_scale" not in extra:
         settle_depth_unit(scene)
     return scene
 
@@ -657,8 +657,8 @@ def read_transforms(folder):
     bad = len(meta["frames"]) - len(frames)
     unit = next((key for key in ("depth_unit_scale_factor", "integer_depth_scale") if meta.get(key) is not None), None)
     try:
-        depth_scale = float(meta[unit]) if unit else 1e-3
-        assert 0 < depth_scale < 1e30
+        given = {"depth_scale": float(meta[unit])} if unit else {}
+        assert 0 < given.get("depth_scale", 1) < 1e30
     except (AssertionError, TypeError, ValueError):
         raise DataError(f"{file}: '{unit}' must be a positive number (0.001 for millimetres)") from None
     notes = [f"ignored: {other.relative_to(folder)} ({file.relative_to(folder)} comes first)" for other in others]
@@ -672,8 +672,7 @@ def read_transforms(folder):
     names = meta.get("class_names")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise DataError(f"{file}: 'class_names' must be a list of names")
-    return frames, dict(depth_scale=depth_scale, unit_given=bool(unit), notes=notes,
-                        class_names=tuple(names) if names else None)
+    return frames, dict(notes=notes, class_names=tuple(names) if names else None, **given)
 
 
 def spare_pictures(there, frames, expected=0):  # -> sentences about pictures without a pose, and pictures of no use
@@ -901,7 +900,7 @@ def read_rgbd(folder):
         depth = folder / f"{stem}.depth.png"
         maps = maps_beside(image, folder) | {"depth": depth if depth.exists() else None}
         frames.append(Frame(image.name, image, K, c2w, size, **maps))
-    return frames, dict(kinect=kinect, notes=notes, unit_given=True)
+    return frames, dict(kinect=kinect, notes=notes, depth_scale=1e-3)
 
 
 def rgbd_intrinsics(folder):
