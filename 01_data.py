@@ -386,14 +386,10 @@ def find_scenes(folder, levels=3):  # -> [(folder, its reader), ...]
     return [found for d in sorted(below, key=natural) for found in find_scenes(d, levels - 1)]
 
 
-def reader_of(folder):
-    if transforms_files(folder):
-        return read_transforms
-    if colmap_models(folder):
-        return read_colmap
-    if next(folder.glob("frame-*.pose.txt"), None):
-        return read_rgbd
-    return read_llff if (folder / "poses_bounds.npy").is_file() else None
+def reader_of(folder):  # the first whose files are there
+    files = {read_transforms: transforms_files(folder), read_colmap: colmap_models(folder),
+             read_rgbd: any(folder.glob("frame-*.pose.txt")), read_llff: (folder / "poses_bounds.npy").is_file()}
+    return next((reader for reader, there in files.items() if there), None)
 
 
 def checked_scene(name, folder, frames, extra, skip_bad_frames):
