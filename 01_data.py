@@ -551,18 +551,23 @@ def ends_well(path):  # whether the last bytes of a PNG or JPEG are there; of ot
 # ------------------------------------------------------------------------ names of files
 
 
+def inside(path, root, where):
+    """`path` without `..`; files outside the scene folder are refused, as a list may come from anyone."""
+    path = Path(os.path.normpath(path))
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
+        raise DataError(f"{where}: names {path}, outside the scene folder; "
+                        f"move the file into {root} and use a relative path")
+    return path
+
+
 def find_file(root, name, where, folders=(), endings=()):
     """The file that a list calls `name`, below `root` or in one of its `folders`; the first guess if there is none.
 
     Lists come from other machines: backslashes, drive letters, other case or ending, images_4/ in place of images/.
-    They may come from anyone, so files outside the scene folder are refused.
     """
     name = re.sub("^[A-Za-z]:/(.*/)?", "", name.replace("\\", "/"))  # C:\me\1.png is 1.png
-    first = Path(os.path.normpath(root / name))
+    first = inside(root / name, root, where)
     relative = Path(os.path.relpath(first, root))
-    if relative.parts[:1] == ("..",):
-        raise DataError(f"{where}: names {first}, outside the scene folder; "
-                        f"move the file into {root} and use a relative path")
     smaller = [Path(f"{relative.parts[0]}_{n}", *relative.parts[1:]) for n in (2, 4, 8) if len(relative.parts) > 1]
     for path in (relative, *(Path(folder) / relative for folder in folders), *smaller):
         if (root / path).is_file() and path.suffix.lower() not in UNREADABLE:
