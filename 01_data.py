@@ -39,7 +39,7 @@ import sys
 import threading
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import combinations
@@ -289,6 +289,7 @@ OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])  # flips y and z: OpenGL camera axes <-
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".exr", ".gif")
 MAPS = dict(mask=("instance_segmentation", "masks"), depth=("depth",), normal=("normals",), label=("labels",))
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)  # of damaged pictures
 CHANNELS = {"depth": (1,), "normal": (3, 4)}  # of the maps that have a fixed number; ids may be grey or colours
 DEFAULT_ROOMS = dict(scenes=48, views=16, size=(96, 128), seed=0)
 BUILT_IN = {  # folders that are made if missing: rooms to train on, other rooms for 05, and small rooms for 06
@@ -313,14 +314,12 @@ def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
     if settings:  # also completes rooms whose making was interrupted
         make_rooms(folder, **settings)
     scenes = load_scenes(folder, skip_bad_frames)
-    if near is None and far is None:
-        return scenes
-    for scene in scenes:
+    for scene in scenes if (near, far) != (None, None) else ():
         found = scene.depth_range
-        scene.depth_range = (found[0] if near is None else near, found[1] if far is None else far)
+        low, high = scene.depth_range = (found[0] if near is None else near, found[1] if far is None else far)
         scene.range_source = "--near and --far"
-        if not 0 < scene.depth_range[0] < scene.depth_range[1] < math.inf:
-            raise DataError(f"{scene.name}: {scene.depth_range[0]:g} to {scene.depth_range[1]:g} is no depth range; "
+        if not 0 < low < high < math.inf:
+            raise DataError(f"{scene.name}: {low:g} to {high:g} is no depth range; "
                             "give --near and --far with 0 < near < far")
     return scenes
 
@@ -387,14 +386,10 @@ def find_scenes(folder, levels=3):  # -> [(folder, its reader), ...]
     return [found for d in sorted(below, key=natural) for found in find_scenes(d, levels - 1)]
 
 
-def reader_of(folder):
-    if transforms_files(folder):
-        return read_transforms
-    if colmap_models(folder):
-        return read_colmap
-    if next(folder.glob("frame-*.pose.txt"), None):
-        return read_rgbd
-    return read_llff if (folder / "poses_bounds.npy").is_file() else None
+def reader_of(folder):  # the first whose files are there
+    files = {read_transforms: transforms_files(folder), read_colmap: colmap_models(folder),
+             read_rgbd: any(folder.glob("frame-*.pose.txt")), read_llff: (folder / "poses_bounds.npy").is_file()}
+    return next((reader for reader, there in files.items() if there), None)
 
 
 def checked_scene(name, folder, frames, extra, skip_bad_frames):
@@ -424,11 +419,11 @@ def checked_scene(name, folder, frames, extra, skip_bad_frames):
         lacking = sum(getattr(frame, kind) is None for frame in frames)
         notes += [f"{lacking} of {len(frames)} views have no {kind}"] if 0 < lacking < len(frames) else []
     notes += folders_not_read(folder, frames)
-    bounds, unit_given = extra.pop("bounds", None), extra.pop("unit_given", False)
+    bounds = extra.pop("bounds", None)
     scene = Scene(name, frames, notes=notes, **extra)
     if bounds:
         scene.depth_range, scene.range_source = bounds, "poses_bounds.npy"
-    if not unit_given:
+    if "depth_scale" not in extra:
         settle_depth_unit(scene)
     return scene
 
@@ -476,15 +471,12 @@ def fit_camera(frame, stored):
                         f"scaled to the {size[1]}x{size[0]} of {frame.image.parent.name}/",)
     if frame.upright:
         frame.notes += ("pictures are turned upright, as EXIF says and as their cameras expect",)
-    return None
 
 
 def upright_size(path, stored):  # (H, W) of a picture as it is to be seen, which its EXIF tag may say
-    try:
-        with Image.open(path) as image:
-            orientation = image.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError):  # or damaged EXIF
-        orientation = 1
+    orientation = 1
+    with suppress(*PILLOW_ERRORS), Image.open(path) as image:
+        orientation = image.getexif().get(0x0112, 1)
     return stored[::-1] if orientation in (5, 6, 7, 8) else stored
 
 
@@ -544,11 +536,8 @@ def stored_size(path, thorough=False, channels=None):
 
 
 def header(path):  # -> (H, W, C) of a picture, not decoded; None where even that cannot be read
-    try:
-        with Image.open(path) as image:
-            return (*image.size[::-1], len(image.getbands()))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None
+    with suppress(*PILLOW_ERRORS), Image.open(path) as image:
+        return (*image.size[::-1], len(image.getbands()))
 
 
 def ends_well(path):  # whether the last bytes of a PNG or JPEG are there; of other types nothing is known
@@ -576,23 +565,20 @@ def find_file(root, name, where, folders=(), endings=()):
 
     Lists come from other machines: backslashes, drive letters, other case or ending, images_4/ in place of images/.
     """
-    name = name.replace("\\", "/")
-    if re.match("[A-Za-z]:/", name):
-        name = name.rsplit("/", 1)[1]
+    name = re.sub("^[A-Za-z]:/(.*/)?", "", name.replace("\\", "/"))  # C:\me\1.png is 1.png
     first = inside(root / name, root, where)
     relative = Path(os.path.relpath(first, root))
     smaller = [Path(f"{relative.parts[0]}_{n}", *relative.parts[1:]) for n in (2, 4, 8) if len(relative.parts) > 1]
     for path in (relative, *(Path(folder) / relative for folder in folders), *smaller):
         if (root / path).is_file() and path.suffix.lower() not in UNREADABLE:
             return root / path
-        folder = root
-        for part in path.parts[:-1]:
-            folder = listing(folder).get(plain(part), folder / part)
-        there, wanted = listing(folder), plain(path.name)
-        stem = Path(wanted).stem if Path(wanted).suffix in (*endings, *UNREADABLE) else wanted
-        for candidate in (wanted, *(stem + end for end in endings)):
-            if candidate in there and there[candidate].is_file():
-                return there[candidate]
+        stem = path.stem if path.suffix.lower() in (*endings, *UNREADABLE) else path.name
+        for name in (path.name, *(stem + end for end in endings)):
+            found = root
+            for part in (*path.parts[:-1], name):
+                found = listing(found).get(plain(part), found / part)
+            if found.is_file():
+                return found
     return first
 
 
@@ -666,16 +652,14 @@ def read_transforms(folder):
     root = file.parent
     if root.name == "nerfstudio" and image_folder(root.parent) and not image_folder(root):
         root = root.parent  # ScanNet++ has dslr/nerfstudio/transforms.json beside dslr/images/
-    frames, bad = [], 0
-    for n, entry in enumerate(meta["frames"]):
-        if isinstance(entry, dict) and entry.get("is_bad") in (True, "true", "True"):
-            bad += 1
-        else:
-            frames.append(transforms_frame(meta, entry, root, f"{file}: frame {n}"))
+    marked = lambda entry: isinstance(entry, dict) and entry.get("is_bad") in (True, "true", "True")
+    frames = [transforms_frame(meta, entry, root, f"{file}: frame {n}")
+              for n, entry in enumerate(meta["frames"]) if not marked(entry)]
+    bad = len(meta["frames"]) - len(frames)
     unit = next((key for key in ("depth_unit_scale_factor", "integer_depth_scale") if meta.get(key) is not None), None)
     try:
-        depth_scale = float(meta[unit]) if unit else 1e-3
-        assert 0 < depth_scale < 1e30
+        given = {"depth_scale": float(meta[unit])} if unit else {}
+        assert 0 < given.get("depth_scale", 1) < 1e30
     except (AssertionError, TypeError, ValueError):
         raise DataError(f"{file}: '{unit}' must be a positive number (0.001 for millimetres)") from None
     notes = [f"ignored: {other.relative_to(folder)} ({file.relative_to(folder)} comes first)" for other in others]
@@ -689,8 +673,7 @@ def read_transforms(folder):
     names = meta.get("class_names")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise DataError(f"{file}: 'class_names' must be a list of names")
-    return frames, dict(depth_scale=depth_scale, unit_given=bool(unit), notes=notes,
-                        class_names=tuple(names) if names else None)
+    return frames, dict(notes=notes, class_names=tuple(names) if names else None, **given)
 
 
 def spare_pictures(there, frames, expected=0):  # -> sentences about pictures without a pose, and pictures of no use
@@ -777,8 +760,8 @@ def read_colmap(folder):
     root = image_folder(folder) or folder / "images"
     if not root.is_dir():
         raise DataError(f"{root} does not exist, but {model} is a COLMAP model of images; put them there")
-    points = None if place is None else np.array(list(place.values()), float).reshape(-1, 3)
-    frames, row_of = [], {n: row for row, n in enumerate(place or ())}
+    points = np.array(list(place.values()), float) if place else None
+    frames, row_of = [], {n: row for row, n in enumerate(place)}
     for name, camera, quaternion, translation, ids in poses:
         if camera not in cameras:
             raise DataError(f"{model}: image {name} uses camera {camera}, which the model lacks; export it again")
@@ -788,12 +771,12 @@ def read_colmap(folder):
         w2c[:3, :3], w2c[:3, 3] = rotation_of(quaternion), translation
         c2w = np.linalg.inv(w2c) if np.isfinite(w2c).all() else w2c  # a pose that is not finite is reported later
         seen = [row_of[n] for n in ids if n in row_of]
-        frames.append(Frame(name, image, K, c2w, size, distortion, **maps_beside(image, folder)))
-        frames[-1].seen = seen if len(seen) > 9 else ...
+        maps = maps_beside(image, folder)
+        frames.append(Frame(name, image, K, c2w, size, distortion, **maps, seen=seen if len(seen) > 9 else ...))
     frames.sort(key=lambda frame: natural(frame.name))
     notes = [f"ignored: {other.relative_to(folder)}, another model (that of {model.relative_to(folder)} is larger)"
              for other in others]
-    notes += [] if points is not None else ["it has no points3D: near and far come from the depth or the cameras"]
+    notes += [] if place else ["it has no points3D: near and far come from the depth or the cameras"]
     notes += spare_pictures(list(root.rglob("*")), frames)
     return frames, dict(points=points, notes=notes)
 
@@ -837,9 +820,8 @@ def colmap_binary(model):
         count = take("Q")[0]
         in_picture = np.frombuffer(take(f"{24 * count}s")[0], "<f8, <f8, <i8")  # x, y, id of the point or -1
         poses.append((name.decode(), camera, pose[:4], pose[4:], in_picture["f2"].tolist()))
-    if not (model / "points3D.bin").exists():
-        return cameras, poses, None
-    for take in records(model / "points3D.bin"):
+    file = model / "points3D.bin"
+    for take in records(file) if file.exists() else ():
         number, *xyz, _, _, _, _, track = take("Q3d3BdQ")
         points[number] = xyz
         take(f"{8 * track}x")
@@ -869,10 +851,9 @@ def colmap_text(model):
             poses.append((w[9], int(w[8]), pose[:4], pose[4:], []))
         elif poses:
             poses[-1][4].extend(int(float(number)) for number in " ".join(w).split()[2::3])
-    if not (model / "points3D.txt").exists():
-        return cameras, poses, None
-    points = {int(w[0]): (float(w[1]), float(w[2]), float(w[3])) for w in colmap_lines(model / "points3D.txt")}
-    return cameras, poses, points
+    file = model / "points3D.txt"
+    lines = colmap_lines(file) if file.exists() else ()
+    return cameras, poses, {int(w[0]): (float(w[1]), float(w[2]), float(w[3])) for w in lines}
 
 
 def colmap_lines(file, columns=-1):  # -> the words of each line; behind `columns` words the rest is one
@@ -883,10 +864,12 @@ def colmap_lines(file, columns=-1):  # -> the words of each line; behind `column
 # ------------------------------------------------------------------------ reader: RGB-D sequences
 
 # 7-Scenes was recorded with one Kinect whose depth is not registered to its colour: the commonly published calibration.
-KINECT_DEPTH_F, KINECT_COLOUR_F = 585.0, 525.0
-KINECT_DEPTH_TO_COLOUR = np.array([[0.9999148, 0.0026753, -0.0079073, -0.0255589],
-                                   [-0.0027419, 0.9999173, -0.0081503, 0.0001011],
-                                   [0.0078780, 0.0081711, 0.9998750, 0.0020318], [0.0, 0.0, 0.0, 1.0]])
+DEPTH_TO_COLOUR = np.array([[0.9999148, 0.0026753, -0.0079073, -0.0255589],
+                            [-0.0027419, 0.9999173, -0.0081503, 0.0001011],
+                            [0.0078780, 0.0081711, 0.9998750, 0.0020318], [0.0, 0.0, 0.0, 1.0]])
+KINECT_DEPTH, KINECT_COLOUR = (
+    Frame("", None, np.array([[f, 0, 320.5], [0, f, 240.5], [0, 0, 1]]), c2w, (480, 640))
+    for f, c2w in ((585.0, np.eye(4)), (525.0, np.linalg.inv(DEPTH_TO_COLOUR))))
 
 
 def read_rgbd(folder):
@@ -899,14 +882,13 @@ def read_rgbd(folder):
     images = [find_file(folder, f"{stem}.color.png", str(folder), endings=READABLE) for stem in stems]
     K, size, file = rgbd_intrinsics(folder)
     notes = [f"intrinsics from {file}"]
-    kinect = K is None or np.array_equal(K[:2], [[KINECT_DEPTH_F, 0, 320], [0, KINECT_DEPTH_F, 240]])
+    kinect = K is None or np.array_equal(K[:2], [[585, 0, 320], [0, 585, 240]])
     if kinect:
-        sizes = {shape[1::-1] for path in images if path.exists() and (shape := header(path))}
-        if K is None and sizes and sizes != {(640, 480)}:
-            width, height = min(sizes)
+        height, width = next((shape[:2] for path in images if (shape := header(path))), KINECT_COLOUR.size)
+        if K is None and (height, width) != KINECT_COLOUR.size:
             raise DataError(f"{folder}: no intrinsics for its pictures of {width}x{height}; "
                             f"write K as three rows of three into {folder / 'camera-intrinsics.txt'}")
-        K, size = np.array([[KINECT_COLOUR_F, 0, 320.5], [0, KINECT_COLOUR_F, 240.5], [0, 0, 1]]), (480, 640)
+        K, size = KINECT_COLOUR.K, KINECT_COLOUR.size
         notes = ["depth registered into the colour camera with the published Kinect calibration of 7-Scenes"]
     frames = []
     for stem, image in zip(stems, images):
@@ -915,11 +897,11 @@ def read_rgbd(folder):
         except ValueError:  # such as -1.#IND
             c2w = np.full((4, 4), np.nan)
         if kinect and np.isfinite(c2w).all():
-            c2w = c2w @ np.linalg.inv(KINECT_DEPTH_TO_COLOUR)
+            c2w = c2w @ KINECT_COLOUR.c2w
         depth = folder / f"{stem}.depth.png"
         maps = maps_beside(image, folder) | {"depth": depth if depth.exists() else None}
         frames.append(Frame(image.name, image, K, c2w, size, **maps))
-    return frames, dict(kinect=kinect, notes=notes, unit_given=True)
+    return frames, dict(kinect=kinect, notes=notes, depth_scale=1e-3)
 
 
 def rgbd_intrinsics(folder):
@@ -944,21 +926,19 @@ def rgbd_intrinsics(folder):
                         f"into {folder / 'camera-intrinsics.txt'}") from None
 
 
-def register_kinect_depth(depth):  # (480, 640) of the depth camera -> the same, seen from the colour camera
-    height, width = depth.shape
-    rows, cols = np.nonzero(depth)
-    z = depth[rows, cols]
-    centre = np.array([width / 2, height / 2])
-    rays = (np.stack([cols, rows], 1) - centre) / KINECT_DEPTH_F  # this calibration counts pixels from (0, 0)
-    points = np.concatenate([rays * z[:, None], z[:, None]], 1)
-    points = points @ KINECT_DEPTH_TO_COLOUR[:3, :3].T + KINECT_DEPTH_TO_COLOUR[:3, 3]
-    target = np.round(points[:, :2] / points[:, 2:] * KINECT_COLOUR_F + centre).astype(int)
-    visible = (target >= 0).all(1) & (target < [width, height]).all(1)
-    target, z = target[visible], points[visible, 2]
-    order = np.argsort(-z, kind="stable")  # written far to near: the nearest surface stays
-    registered = np.zeros_like(depth)
-    registered[target[order, 1], target[order, 0]] = z[order]
-    return registered
+def register_kinect_depth(depth):  # (H, W) of the depth camera -> (480, 640), seen from the colour camera
+    row, col = np.nonzero(depth)
+    to_camera = np.divide(KINECT_DEPTH.size, depth.shape)  # depth may be stored smaller
+    x, y = (col + 0.5) * to_camera[1], (row + 0.5) * to_camera[0]
+    return depth_of_points(unproject(x, y, depth[row, col], KINECT_DEPTH), KINECT_COLOUR)
+
+
+def depth_of_points(points, frame):  # (M, 3) world -> (H, W): the z-depth of the nearest in each pixel, 0 where none is
+    x, y, z = into_picture(points, frame)
+    order = np.argsort(-z, kind="stable")[:np.count_nonzero(z)]  # written far to near: the nearest stays
+    depth = np.zeros(frame.size, np.float32)
+    depth[y[order].astype(int), x[order].astype(int)] = z[order]
+    return depth
 
 
 # ------------------------------------------------------------------------ reader: LLFF
@@ -1013,13 +993,10 @@ def ratio_to_points(scene, frames):
 
     Something may hide a point, so this is the median of the third of the sorted ratios that lie closest together.
     """
-    ratios = []
-    for n in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int):
-        x, y, z = into_picture(scene.points[frames[n].seen], frames[n])
-        ratios += depth_ratios(read_depth(scene, frames[n]), x, y, z, frames[n])
-    if len(ratios) < 30:
+    some = [frames[n] for n in np.linspace(0, len(frames) - 1, min(6, len(frames))).astype(int)]
+    logs = np.sort(np.log(np.concatenate([depth_ratios(scene, frame, scene.points[frame.seen]) for frame in some])))
+    if len(logs) < 30:
         return None
-    logs = np.sort(np.log(ratios))
     third = len(logs) // 3
     first = int(np.argmin(logs[third:] - logs[:-third]))
     return math.exp(np.median(logs[first:first + third])) if logs[first + third] - logs[first] < 0.2 else None
@@ -1032,16 +1009,16 @@ def view_disagreement(scene, frames):  # -> the median relative difference of de
         height, width = depth.shape
         row, col = np.mgrid[0:height:max(1, height // 36), 0:width:max(1, width // 48)]
         x, y, z = (col + 0.5) / width * a.size[1], (row + 0.5) / height * a.size[0], depth[row, col]
-        there = into_picture(unproject(x[z > 0], y[z > 0], z[z > 0], a), b)
-        ratios += depth_ratios(read_depth(scene, b), *there, b)
+        ratios.extend(depth_ratios(scene, b, unproject(x[z > 0], y[z > 0], z[z > 0], a)))
     return float(np.median(np.abs(np.log(ratios)))) if len(ratios) > 50 else 0.0
 
 
-def depth_ratios(depth, x, y, z, frame):  # measured depth over z, at points that the frame shows and where it is known
-    x, y, z = x[z > 0], y[z > 0], z[z > 0]
+def depth_ratios(scene, frame, points):  # measured depth over that of world points, where a frame shows and knows both
+    depth, seen = read_depth(scene, frame), np.stack(into_picture(points, frame))
+    x, y, z = seen[:, seen[2] > 0]
     row, col = (y / frame.size[0] * depth.shape[0]).astype(int), (x / frame.size[1] * depth.shape[1]).astype(int)
     measured = depth[row, col]
-    return (measured[measured > 0] / z[measured > 0]).tolist()
+    return measured[measured > 0] / z[measured > 0]
 
 
 # ------------------------------------------------------------------------ pictures of a view, lenses
@@ -1075,23 +1052,20 @@ def read_image(frame, size) -> Tensor:
     steps = [1, 2, 4, 8]  # a JPEG is decoded at one of these fractions, its last row and column rounded up
     step = next((k for k in steps if tuple(-(-full // k)) == image.size), None)
     shrunk = np.full(2, 1 / step) if step else np.divide(image.size, full)  # image pixels = stored pixels * shrunk
-    if any(frame.distortion):
-        image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
+    if any(frame.distortion):  # made straight at size `work`
+        whole = (full * shrunk).clip(0, image.size).tolist()
+        image = straight(image.resize(work[::-1], Image.BICUBIC, box=(0, 0, *whole)), frame)
+        shrunk = np.divide(image.size, full)
     corners = (np.reshape(box, (2, 2)) * shrunk).clip(0, image.size).ravel()
     image = image.resize(size[::-1], Image.BICUBIC, box=tuple(corners.tolist()))  # antialiased
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def undistorted(image, shrunk, frame, work):  # -> the whole picture at size `work` (H, W)
-    width, height = np.array(frame.size[::-1]) * shrunk
-    x, y = stored_position(frame, work, np.divide(work, frame.size)[::-1])
-    grid = np.stack([2 * x * width / image.width - 1, 2 * y * height / image.height - 1], -1)
-    if image.width > 1.5 * work[1]:  # grid_sample looks at 2x2 pixels: the picture must not be much finer than its grid
-        image = image.resize(work[::-1], Image.BICUBIC, box=(0, 0, min(width, image.width), min(height, image.height)))
-        grid = np.stack([2 * x - 1, 2 * y - 1], -1)
-    pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)[None]
-    straight = F.grid_sample(pixels, torch.from_numpy(grid).float()[None], align_corners=False, padding_mode="border")
-    return Image.fromarray(straight[0].permute(1, 2, 0).round().byte().numpy())
+def straight(image, frame):  # the whole picture of a frame, stored or shrunk, without the distortion of its lens
+    x, y = stored_position(frame, image.size[::-1], np.divide(image.size, frame.size[::-1]))
+    grid = torch.from_numpy(np.stack([2 * x - 1, 2 * y - 1], -1)).float()
+    pixels = F.grid_sample(from_image(image)[None], grid[None], align_corners=False, padding_mode="border")
+    return to_image(pixels[0])
 
 
 def stored_position(frame, size, scale, corner=(0, 0)):
@@ -1210,7 +1184,7 @@ def decode(path, colour=False, least=None, upright=False):
     except Image.DecompressionBombError:
         raise DataError(f"{path}: has more pixels than are read ({2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million); "
                         "make the picture smaller") from None
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
+    except PILLOW_ERRORS as error:
         if path.suffix.lower() in UNREADABLE:
             raise DataError(f"{path}: {path.suffix[1:].upper()} files are not read; save it as JPEG or PNG") from None
         reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
@@ -1280,8 +1254,8 @@ def superpixels(image: Tensor, count: int) -> Tensor:
     feature = torch.cat([smooth, position]).reshape(5, -1).T  # (H*W, 5)
 
     row, col = (y * rows / height).long().flatten(), (x * cols / width).long().flatten()  # the cell of each pixel
-    steps = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    around = [(row + down).clamp(0, rows - 1) * cols + (col + right).clamp(0, cols - 1) for down, right in steps]
+    around = [(row + down).clamp(0, rows - 1) * cols + (col + right).clamp(0, cols - 1)
+              for down in (-1, 0, 1) for right in (-1, 0, 1)]
     around = torch.stack(around).to(image.device)  # (9, H*W) the clusters that a pixel may join
     cluster = around[4]
     for _ in range(8):
@@ -1392,17 +1366,16 @@ def colour_normals(normal: Tensor) -> Tensor:  # (H, W, 3) -> (3, H, W): red rig
     return (normal * torch.tensor([1.0, -1, -1]) + 1).permute(2, 0, 1) / 2
 
 
-def depth_legend(depth: Tensor | None, width: int) -> Tensor:
+def depth_legend(width: int, depth: Tensor | None = None) -> Tensor:
     """(3, 26, width): the colours of `colour_depth` and what they mean on the scale of `depth`. With None, the legend
     says that each row has its own scale."""
     low, high = (0.0, 1.0) if depth is None else usual_range(depth).tolist()
     near, far = ("near", "far, each row on its own scale") if depth is None else (f"near {low:.3g}", f"{high:.3g} far")
     ramp = colour_depth(torch.linspace(low, high, 200).clamp_min(1e-9).expand(12, 200), depth)
-    bar = Image.fromarray((255 * ramp).byte().permute(1, 2, 0).numpy())
     picture = Image.new("RGB", (width, 26), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((6, 7), f"depth: {near}", fill="black")
-    picture.paste(bar, (110, 7))
+    picture.paste(to_image(ramp), (110, 7))
     draw.text((320, 7), f"{far}; black: not known", fill="black")
     return from_image(picture)
 
@@ -1421,8 +1394,9 @@ def picture_grid(path, headings, rows, scale=None, below=None):
     scale = scale or math.ceil(150 / width)  # small pictures are shown larger
     cell_h, cell_w, gap, top = height * scale, width * scale, 6, 24
     sheet_w, sheet_h = len(headings) * (cell_w + gap) + gap, len(rows) * (cell_h + gap) + gap + top
-    strip = to_image(below(sheet_w)) if below else None
-    sheet = Image.new("RGB", (sheet_w, sheet_h + (strip.height if strip else 0)), "white")
+    strip = to_image(below(sheet_w)) if below else Image.new("RGB", (sheet_w, 0))
+    sheet = Image.new("RGB", (sheet_w, sheet_h + strip.height), "white")
+    sheet.paste(strip, (0, sheet_h))
     draw = ImageDraw.Draw(sheet)
     for c, heading in enumerate(headings):
         while draw.textlength(heading) > cell_w:  # narrow portrait panels
@@ -1435,8 +1409,6 @@ def picture_grid(path, headings, rows, scale=None, below=None):
                 draw.text((corner[0] + 8, corner[1] + 8), "none", fill=(120, 120, 120))
             else:
                 sheet.paste(ImageOps.pad(to_image(row[c]), (cell_w, cell_h), Image.NEAREST, color="white"), corner)
-    if strip:
-        sheet.paste(strip, (0, sheet_h))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path

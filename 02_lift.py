@@ -871,25 +871,18 @@ def sound(tensor):  # with strides of 0, a file of a few bytes can claim a tenso
 
 def load_mvsplat(name_or_path) -> MVSplat:
     """An MVSplat with its weights: `tiny` (built in), or the official Lightning checkpoint `re10k.ckpt` (or its tensors
-    as .safetensors). Every size is read off the tensors. Raises ValueError, one line, as `load_vit` does."""
+    as .safetensors), or another of one of these two sizes. Raises ValueError, one line, as `load_vit` does."""
     path = WEIGHTS / "mvsplat.safetensors" if str(name_or_path) == "tiny" else weights_in(Path(name_or_path))
     if not path.is_file():
         raise fault(path, "no such weights; give 'tiny', or put re10k.ckpt there, from the folder that "
                           "github.com/donydchen/mvsplat links to")
     stored = {key.removeprefix("encoder."): value for key, value in state_within(path).items()
               if str(key).startswith(("encoder.", "backbone.", "depth_predictor.")) and isinstance(value, Tensor)}
-    rows = lambda name: len(stored[name + ".weight"])
-    cnn, net, layer = "backbone.backbone.", "depth_predictor.", r"backbone\.transformer\.layers\.(\d+)\."
-    try:
-        config = MVSplatConfig(
-            rows(cnn + "conv2"), rows(net + "regressor_residual"), rows(net + "corr_refine_net.0"),
-            rows(net + "refine_unet.0"), math.isqrt((rows(net + "to_gaussians.2") - 9) // 3) - 1,
-            tuple(rows(cnn + name) for name in ("conv1", "layer2.0.conv1", "layer3.0.conv1")),
-            len({found[1] for key in stored if (found := re.match(layer, key))}))
-        with torch.device("meta"):
-            model = MVSplat(config)
-    except Exception as error:
-        raise fault(path, f"lacks {error}; it is no MVSplat, give re10k.ckpt or 'tiny'") from None
+    first, tiny = stored.get("backbone.backbone.conv1.weight"), MVSplatConfig.tiny
+    if first is None:
+        raise fault(path, "lacks backbone.backbone.conv1.weight; it is no MVSplat, give re10k.ckpt or 'tiny'")
+    with torch.device("meta"):  # without memory, as in `load_vit`
+        model = MVSplat(tiny if first.shape[:1] == tiny.cnn_widths[:1] else MVSplatConfig())
     return load_strictly(model, stored, path)
 
 
@@ -930,13 +923,12 @@ def read_checkpoint(path) -> dict:
         found = load_file(path) if start[8:9] == b"{" else read_pickled(path)  # by what it holds: people rename files
         if isinstance(found, dict):
             return found
-        reason, foreign = f"it holds a {type(found).__name__}, not tensors by name", None
+        reason = f"it holds a {type(found).__name__}, not tensors by name"
     except Exception as error:  # a damaged file can raise anything
         reason = re.split(r"\. |\n", f"{type(error).__name__}: {error}")[0]
-        foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if foreign:
-        raise fault(path, f"refused, because it names {foreign[1]}, which weights do not need (nothing of it was run); "
-                          "if it is your own file, save its state_dict() alone")
+        if isinstance(error, pickle.UnpicklingError) and (foreign := re.search(r"GLOBAL (\S+)", str(error))):
+            raise fault(path, f"refused, because it names {foreign[1]}, which weights do not need (nothing of it was "
+                              "run); if it is your own file, save its state_dict() alone") from None
     remedy = "copy it again; unpack it if it is an archive; save a state_dict() if it is TorchScript"
     if start.startswith(b"version https://git-lfs"):
         remedy = "it is a Git LFS pointer; fetch the file itself with `git lfs pull`"
@@ -1080,25 +1072,16 @@ def pca_colours(features: Tensor, basis) -> Tensor:  # (H, W, C) -> (3, H, W) in
     return (((features - mean) @ axes - low) / (high - low).clamp_min(1e-9)).clamp(0, 1).permute(2, 0, 1)
 
 
-def depth_of_points(points, view) -> Tensor:
-    """(H, W): the z-depth of the nearest of a scene's sparse points (M, 3) in each pixel, 0 where there is none."""
-    _, height, width = view.image.shape
-    points = (torch.as_tensor(points, dtype=torch.float32) - view.c2w[:3, 3]) @ view.c2w[:3, :3]
-    points = points[points[:, 2] > 1e-6]
-    col, row = ((points @ view.K.T)[:, :2] / points[:, 2:]).floor().T
-    inside = (col >= 0) & (col < width) & (row >= 0) & (row < height)
-    pixel, z = (row * width + col)[inside].long(), points[inside, 2]
-    depth = torch.full((height * width,), torch.inf).scatter_reduce(0, pixel, z, "amin").view(height, width)
-    return torch.where(depth.isfinite(), depth, 0.0)
-
-
 def depth_errors(depth, scene, views):
     """{what: mean relative error} of a depth (2, H, W), and of one plane at the median depth, against measured depth
     or, where there is none, COLMAP's points."""
+    data = importlib.import_module("01_data")
     if all(view.depth is not None for view in views):
         truth, where = torch.stack([view.depth for view in views]), ""
     elif scene.points is not None and len(scene.points):
-        truth, where = torch.stack([depth_of_points(scene.points, view) for view in views]), " (at COLMAP's points)"
+        frames = [data.Frame(v.name, None, v.K.numpy(), v.c2w.numpy(), v.image.shape[1:]) for v in views]
+        truth = torch.stack([torch.from_numpy(data.depth_of_points(scene.points, frame)) for frame in frames])
+        where = " (at COLMAP's points)"
     else:
         return {}
     known = truth > 0
@@ -1152,8 +1135,7 @@ def main(argv=None):
             files.append(Path(args.out) / f"{scene.name.replace('/', '_')}_{a}_{b}.ply")
             colours = torch.cat([view.image.permute(1, 2, 0).flatten(0, 1) for view in views])
             splat.save_ply(files[-1], gaussians, colours)
-        legend = lambda width: data.depth_legend(None, width)
-        path = data.picture_grid(Path(args.out) / "lift.png", list(pictures), rows, below=legend)
+        path = data.picture_grid(Path(args.out) / "lift.png", list(pictures), rows, below=data.depth_legend)
         answer = ", ".join(f"{name} {100 * sum(e) / len(e):.1f} %" for name, e in errors.items())
         answer = answer or "unknown, because nothing was measured"
         print(f"mean error of depth: {answer}  ->  {path}, {', '.join(map(str, files))}")

@@ -917,7 +917,7 @@ def draw_all(results, train, val: Views, pairs, out):
         maps = [truth[shown], *(results[m].maps[kind] for m in models)]
         like = maps[0].flatten(0, 1)
         rows = [[val.images[i] / 255, *(colour_map(kind, m[n], like) for m in maps)] for n, i in enumerate(shown)]
-        below = (lambda width: data.depth_legend(like, width)) if kind == "depth" else None
+        below = (lambda width: data.depth_legend(width, like)) if kind == "depth" else None
         path = data.picture_grid(out / f"{kind}.png", ["image", "truth", *models], rows, below=below)
         yield kind.capitalize(), f"Held-out views. {captions[kind]}, black is unknown.", path
     if pairs:  # SnD Fig. 5

@@ -1182,8 +1182,8 @@ def write_scene(out, views, maps: list[Pointmap], tau=0.3, photos=None) -> Path:
     data.picture_grid(out / "cloud.png", headings, [[cloud, views[0].image, views[-1].image]])
     rows = [[views[k].image, data.colour_depth(depths[k]), certainty(maps[k].conf_local).expand(3, -1, -1)]
             for k in np.linspace(0, len(views) - 1, min(5, len(views))).astype(int)]
-    headings, legend = ["image", "depth", "confidence 1 - 1/C"], lambda width: data.depth_legend(None, width)
-    data.picture_grid(out / "maps.png", headings, rows, below=legend)
+    headings = ["image", "depth", "confidence 1 - 1/C"]
+    data.picture_grid(out / "maps.png", headings, rows, below=data.depth_legend)
     meta = dict(camera_model="PINHOLE", depth_unit_scale_factor=unit, agreement=agreement, frames=frames)
     meta |= {"photos": str(photos)} if photos else {}
     data.write_whole(out / "transforms.json", json.dumps(meta, indent=1).encode())  # last: now it is a scene
