@@ -871,18 +871,25 @@ def sound(tensor):  # with strides of 0, a file of a few bytes can claim a tenso
 
 def load_mvsplat(name_or_path) -> MVSplat:
     """An MVSplat with its weights: `tiny` (built in), or the official Lightning checkpoint `re10k.ckpt` (or its tensors
-    as .safetensors), or another of one of these two sizes. Raises ValueError, one line, as `load_vit` does."""
+    as .safetensors). Every size is read off the tensors. Raises ValueError, one line, as `load_vit` does."""
     path = WEIGHTS / "mvsplat.safetensors" if str(name_or_path) == "tiny" else weights_in(Path(name_or_path))
     if not path.is_file():
         raise fault(path, "no such weights; give 'tiny', or put re10k.ckpt there, from the folder that "
                           "github.com/donydchen/mvsplat links to")
     stored = {key.removeprefix("encoder."): value for key, value in state_within(path).items()
               if str(key).startswith(("encoder.", "backbone.", "depth_predictor.")) and isinstance(value, Tensor)}
-    first, tiny = stored.get("backbone.backbone.conv1.weight"), MVSplatConfig.tiny
-    if first is None:
-        raise fault(path, "lacks backbone.backbone.conv1.weight; it is no MVSplat, give re10k.ckpt or 'tiny'")
-    with torch.device("meta"):  # without memory, as in `load_vit`
-        model = MVSplat(tiny if first.shape[:1] == tiny.cnn_widths[:1] else MVSplatConfig())
+    rows = lambda name: len(stored[name + ".weight"])
+    cnn, net, layer = "backbone.backbone.", "depth_predictor.", r"backbone\.transformer\.layers\.(\d+)\."
+    try:
+        config = MVSplatConfig(
+            rows(cnn + "conv2"), rows(net + "regressor_residual"), rows(net + "corr_refine_net.0"),
+            rows(net + "refine_unet.0"), math.isqrt((rows(net + "to_gaussians.2") - 9) // 3) - 1,
+            tuple(rows(cnn + name) for name in ("conv1", "layer2.0.conv1", "layer3.0.conv1")),
+            len({found[1] for key in stored if (found := re.match(layer, key))}))
+        with torch.device("meta"):
+            model = MVSplat(config)
+    except Exception as error:
+        raise fault(path, f"lacks {error}; it is no MVSplat, give re10k.ckpt or 'tiny'") from None
     return load_strictly(model, stored, path)
 
 

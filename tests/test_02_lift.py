@@ -319,7 +319,7 @@ BIAS = "depth_predictor.to_disparity.0.bias"
     (lambda s: {k: v for k, v in s.items() if k != BIAS}, f"{BIAS} is missing"),
     (lambda s: {**s, "depth_predictor.third_head.bias": torch.zeros(2)}, "depth_predictor.third_head.bias"),
     (lambda s: {**s, BIAS: torch.zeros(7)}, f"{BIAS} is (7,)"),
-    (lambda s: {**s, "backbone.backbone.conv1.weight": torch.zeros(8, 3)}, "conv1.weight is (8, 3)"),
+    (lambda s: {**s, "depth_predictor.to_gaussians.2.weight": torch.zeros(3, 1)}, "no MVSplat"),
     (lambda s: {"layer1.0.conv1.weight": torch.zeros(4, 3, 3, 3)}, "no MVSplat")])
 def test_a_tensor_of_mvsplat_that_does_not_fit_is_named(tmp_path, small, change, says):
     assert says in refused(lightning(change(small.state_dict()), tmp_path / "re10k.ckpt"), lift.load_mvsplat)

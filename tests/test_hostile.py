@@ -410,8 +410,8 @@ def make_good(root):
     (weights / "old.pth").write_bytes(torch_file(tensors, _use_new_zipfile_serialization=False))
     for n in "12":
         lift.save_tensors(weights / "shards" / f"model-{n}-of-2.safetensors", tensors)
-    mvsplat = lift.MVSplat(lift.MVSplatConfig.tiny).state_dict()
-    mvsplat = {f"encoder.{name}": x for name, x in mvsplat.items()}
+    mvsplat = lift.MVSplat(lift.MVSplatConfig(8, 8, 8, 8, 0, (8, 8, 8), 1))
+    mvsplat = {f"encoder.{name}": x for name, x in mvsplat.state_dict().items()}
     (weights / "re10k.ckpt").write_bytes(torch_file(dict(state_dict=mvsplat)))
     config = d3r.StudentConfig(8, 16, 1, 1, 2, 0, 4, 16, 1, 4, (8, 8, 8, 8), 8, False, (24, 32))
     d3r.save_student(d3r.Student(config), weights / "student")
