@@ -386,10 +386,14 @@ def find_scenes(folder, levels=3):  # -> [(folder, its reader), ...]
     return [found for d in sorted(below, key=natural) for found in find_scenes(d, levels - 1)]
 
 
-def reader_of(folder):  # the first whose files are there
-    files = {read_transforms: transforms_files(folder), read_colmap: colmap_models(folder),
-             read_rgbd: any(folder.glob("frame-*.pose.txt")), read_llff: (folder / "poses_bounds.npy").is_file()}
-    return next((reader for reader, there in files.items() if there), None)
+def reader_of(folder):
+    if transforms_files(folder):
+        return read_transforms
+    if colmap_models(folder):
+        return read_colmap
+    if next(folder.glob("frame-*.pose.txt"), None):
+        return read_rgbd
+    return read_llff if (folder / "poses_bounds.npy").is_file() else None
 
 
 def checked_scene(name, folder, frames, extra, skip_bad_frames):
@@ -1052,20 +1056,23 @@ def read_image(frame, size) -> Tensor:
     steps = [1, 2, 4, 8]  # a JPEG is decoded at one of these fractions, its last row and column rounded up
     step = next((k for k in steps if tuple(-(-full // k)) == image.size), None)
     shrunk = np.full(2, 1 / step) if step else np.divide(image.size, full)  # image pixels = stored pixels * shrunk
-    if any(frame.distortion):  # made straight at size `work`
-        whole = (full * shrunk).clip(0, image.size).tolist()
-        image = straight(image.resize(work[::-1], Image.BICUBIC, box=(0, 0, *whole)), frame)
-        shrunk = np.divide(image.size, full)
+    if any(frame.distortion):
+        image, shrunk = undistorted(image, shrunk, frame, work), np.divide(work, frame.size)[::-1]
     corners = (np.reshape(box, (2, 2)) * shrunk).clip(0, image.size).ravel()
     image = image.resize(size[::-1], Image.BICUBIC, box=tuple(corners.tolist()))  # antialiased
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def straight(image, frame):  # the whole picture of a frame, stored or shrunk, without the distortion of its lens
-    x, y = stored_position(frame, image.size[::-1], np.divide(image.size, frame.size[::-1]))
-    grid = torch.from_numpy(np.stack([2 * x - 1, 2 * y - 1], -1)).float()
-    pixels = F.grid_sample(from_image(image)[None], grid[None], align_corners=False, padding_mode="border")
-    return to_image(pixels[0])
+def undistorted(image, shrunk, frame, work):  # -> the whole picture at size `work` (H, W)
+    width, height = np.array(frame.size[::-1]) * shrunk
+    x, y = stored_position(frame, work, np.divide(work, frame.size)[::-1])
+    grid = np.stack([2 * x * width / image.width - 1, 2 * y * height / image.height - 1], -1)
+    if image.width > 1.5 * work[1]:  # grid_sample looks at 2x2 pixels: the picture must not be much finer than its grid
+        image = image.resize(work[::-1], Image.BICUBIC, box=(0, 0, min(width, image.width), min(height, image.height)))
+        grid = np.stack([2 * x - 1, 2 * y - 1], -1)
+    pixels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)[None]
+    straight = F.grid_sample(pixels, torch.from_numpy(grid).float()[None], align_corners=False, padding_mode="border")
+    return Image.fromarray(straight[0].permute(1, 2, 0).round().byte().numpy())
 
 
 def stored_position(frame, size, scale, corner=(0, 0)):
