@@ -3,6 +3,7 @@ models against their definition, folders as people have them, and what can be wr
 import argparse
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -42,32 +43,42 @@ def numbers(view):  # -> K, c2w in float64
 # -------------------------------------------------------------------------------------------------- scenes made by hand
 
 
-def pose(i, step=0.1):  # OpenCV camera-to-world: along x, looking along z
+LENS = np.array([[30.0, 0, 16], [0, 31, 12], [0, 0, 1]])
+
+
+def pose(i):  # OpenCV camera-to-world: along x, looking along z
     c2w = np.eye(4)
-    c2w[0, 3] = step * i
+    c2w[0, 3] = 0.1 * i
     return c2w
 
 
-def write_scene(folder, count=4, size=(24, 32), kind="png", **meta):
-    """A transforms.json scene of noise pictures; returns its contents for the test to spoil and `save`."""
-    (folder / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        picture = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
-        Image.fromarray(picture).save(folder / f"images/{i}.{kind}")
-    frames = [dict(file_path=f"images/{i}.{kind}", transform_matrix=(pose(i) @ GL).tolist()) for i in range(count)]
-    meta = dict(fl_x=30.0, fl_y=31.0, cx=16.5, cy=11.5, w=size[1], h=size[0], frames=frames) | meta
-    return save(folder, {k: v for k, v in meta.items() if v is not None})
+def placed(c2w):
+    return dict(transform_matrix=(c2w @ GL).tolist())
 
 
 def save(folder, meta, name="transforms.json"):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps(meta))
+    (folder / name).write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
     return meta
 
 
-def write_maps(folder, names, array):
-    for n in names:
+def describe(folder, names, file="transforms.json", size=(24, 32), zoom=1.0, more=lambda i: {}, **meta):
+    """transforms.json for pictures of this size, `zoom` times as large; `more` is what is said of frame i besides."""
+    frames = [dict(file_path=name) | placed(pose(i)) | more(i) for i, name in enumerate(names)]
+    K, (h, w) = zoom * LENS, (zoom * n for n in size)
+    meta = dict(fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2], w=w, h=h, frames=frames) | meta
+    return save(folder, meta, file)
+
+
+def write_scene(folder, count=4, size=(24, 32), kind="png", **how):
+    """Noise pictures and their `describe`, whose contents it returns for the test to spoil and `save`."""
+    names = [f"images/{i}.{kind}" for i in range(count)]
+    write_maps(folder, names, *np.random.default_rng(0).integers(0, 256, (count, *size, 3)).astype(np.uint8))
+    return describe(folder, names, size=size, **how)
+
+
+def write_maps(folder, names, *arrays):  # in turn
+    for n, array in zip(names, itertools.cycle(arrays)):
         (folder / n).parent.mkdir(parents=True, exist_ok=True)
         np.save(folder / n, array) if n.endswith(".npy") else Image.fromarray(array).save(folder / n)
 
@@ -454,8 +465,7 @@ def test_cameras_put_points_where_the_picture_has_them(tmp_path, model, params, 
         frame = scene.frames[0]
         keys = dict(zip(("p1", "p2", "k1", "k2"), frame.distortion))
         keys |= dict(fl_x=frame.K[0, 0], fl_y=frame.K[1, 1], cx=frame.K[0, 2], cy=frame.K[1, 2], w=320, h=240)
-        frames = [dict(file_path=f"images/{f.name}", transform_matrix=(f.c2w @ GL).tolist()) for f in scene.frames]
-        save(tmp_path, keys | dict(frames=frames))
+        save(tmp_path, keys | dict(frames=[dict(file_path=f"images/{f.name}") | placed(f.c2w) for f in scene.frames]))
         scene = only_scene(tmp_path)
     for i in range(3):
         offsets = dot_offsets(scene.view(i), DOTS, 10)
@@ -540,16 +550,13 @@ def test_fisheye_files_of_scannetpp_are_passed_over(tmp_path):
 
 
 def test_depth_of_another_resolution_arrays_and_scale(tmp_path):
-    meta = write_scene(tmp_path, size=(96, 128), cx=64.0, cy=48.0, depth_unit_scale_factor=0.01)
+    depths = ["d/0.npy", "d/1.npy", "d/2.png", None]
+    write_scene(tmp_path, size=(96, 128), cx=64.0, cy=48.0, depth_unit_scale_factor=0.01,
+                more=lambda i: dict(depth_file_path=depths[i]))
     ids = blocks((48, 64))
     depth = (ids * 50).astype(np.float32)
     depth[0, :4] = np.nan, np.inf, -3, 65535  # none of these is a depth
-    write_maps(tmp_path, ["d/0.npy"], depth)
-    write_maps(tmp_path, ["d/1.npy"], depth[..., None].astype(np.float64))
-    write_maps(tmp_path, ["d/2.png"], (ids * 50).astype(np.uint16))
-    for i, end in enumerate(("npy", "npy", "png")):
-        meta["frames"][i]["depth_file_path"] = f"d/{i}.{end}"
-    save(tmp_path, meta)
+    write_maps(tmp_path, depths[:3], depth, depth[..., None].astype(np.float64), (ids * 50).astype(np.uint16))
     scene = only_scene(tmp_path)
     wanted = torch.from_numpy(blocks((96, 128))).float() * 0.5
     assert torch.allclose(scene.view(2).depth, wanted)
@@ -562,13 +569,10 @@ def test_depth_of_another_resolution_arrays_and_scale(tmp_path):
 # `masks/` is looked into anyway, but mask_path says what it holds
 @pytest.mark.parametrize("folder", ["valid", "masks"])
 def test_mask_path_is_two_regions(tmp_path, high, folder):
-    meta = write_scene(tmp_path)
+    write_scene(tmp_path, more=lambda i: dict(mask_path=f"{folder}/{i}.png"))
     inside = np.zeros((24, 32), np.uint8)
     inside[4:9, 5:30] = high
     write_maps(tmp_path, [f"{folder}/{i}.png" for i in range(4)], inside.astype(bool) if high is True else inside)
-    for i, frame in enumerate(meta["frames"]):
-        frame["mask_path"] = f"{folder}/{i}.png"
-    save(tmp_path, meta)
     assert (only_scene(tmp_path).view(0).mask.numpy() == 1 + (inside > 0)).all()
     ids = blocks((24, 32)).astype(np.uint8)
     write_maps(tmp_path, [f"instance_segmentation/{i}.png" for i in range(4)], ids)  # better than two regions
@@ -576,22 +580,16 @@ def test_mask_path_is_two_regions(tmp_path, high, folder):
 
 
 def test_ids_of_every_encoding(tmp_path):
-    meta = write_scene(tmp_path, count=6)
+    names = [*(f"ids/{i}.png" for i in range(5)), "ids/5.npy"]
+    write_scene(tmp_path, count=6, more=lambda i: dict(instance_file_path=names[i]))
     ids = blocks((24, 32)) * 5
     colour = np.stack([ids % 256, ids * 5 % 256, 1 + 0 * ids], -1).astype(np.uint8)
     palette = Image.fromarray(ids.astype(np.uint8), "L").copy()
     palette.putpalette(np.random.default_rng(0).permutation(256).astype(np.uint8).repeat(3).tobytes())
-    (tmp_path / "ids").mkdir()
-    Image.fromarray(colour).save(tmp_path / "ids/0.png")
-    palette.save(tmp_path / "ids/1.png")
-    assert Image.open(tmp_path / "ids/1.png").mode == "P"
-    Image.fromarray((ids * 100).astype(np.uint16)).save(tmp_path / "ids/2.png")
-    Image.fromarray(np.dstack([colour, 255 + 0 * colour[..., :1]])).save(tmp_path / "ids/3.png")
-    Image.fromarray(np.dstack([ids, 0 * ids]).astype(np.uint8), "LA").save(tmp_path / "ids/4.png")
-    np.save(tmp_path / "ids/5.npy", ids)
-    for i, frame in enumerate(meta["frames"]):
-        frame["instance_file_path"] = f"ids/{i}.{'npy' if i == 5 else 'png'}"
-    save(tmp_path, meta)
+    with_alpha = np.dstack([colour, 255 + 0 * colour[..., :1]]), np.dstack([ids, 0 * ids]).astype(np.uint8)
+    write_maps(tmp_path, names, colour, colour, (ids * 100).astype(np.uint16), *with_alpha, ids)
+    palette.save(tmp_path / names[1])
+    assert [Image.open(tmp_path / names[i]).mode for i in (1, 3, 4)] == ["P", "RGBA", "LA"]
     scene = only_scene(tmp_path)
     coded = colour.astype(int) @ [1, 256, 65536]
     for i, wanted in enumerate((coded, ids, ids * 100, coded, ids, ids)):
@@ -613,7 +611,6 @@ def test_scenes_in_folders_come_in_natural_order(tmp_path):
 SMOOTH = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (3, 4, 3)).astype(np.uint8)).resize((32, 24),
                                                                                                         Image.BICUBIC)
           for i in range(5)]
-LENS = np.array([[30.0, 0, 16], [0, 31, 12], [0, 0, 1]])
 NAMES = [f"{i}.png" for i in range(5)]
 IN_IMAGES = [f"images/{name}" for name in NAMES]
 HALF = np.where(np.arange(32) < 16, 255, 0).astype(np.uint8)[None].repeat(24, 0)
@@ -627,16 +624,6 @@ def put(folder, names, zoom=1.0, turn=None):
         picture = picture.resize((int(32 * zoom), int(24 * zoom)), Image.BICUBIC)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (picture.transpose(how[turn]) if turn else picture).save(folder / name, exif=tag)
-
-
-def describe(folder, names, file="transforms.json", zoom=1.0, more=lambda i: {}, shape=lambda i: 1.0, **meta):
-    """transforms.json for the five pictures, `zoom` times as large; `shape` multiplies a rotation."""
-    c2w = [pose(i) @ GL @ np.diag([*[shape(i)] * 3, 1]) for i in range(5)]
-    frames = [dict(file_path=names[i], transform_matrix=c2w[i].tolist()) | more(i) for i in range(5)]
-    K = zoom * LENS
-    meta = dict(fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2], w=32 * zoom,
-                h=24 * zoom) | meta | dict(frames=frames)
-    save(folder, {key: value for key, value in meta.items() if value is not None}, file)
 
 
 def colmap_of(folder, names=NAMES, zoom=1.0, text=False, views=5, model="sparse/0", spoil=lambda lines: lines):
@@ -688,6 +675,7 @@ def named(folder, names, listed=None):
     put(folder, names), describe(folder, listed or names)
 
 
+turned = lambda i, scale: placed(pose(i) @ np.diag([scale] * 3 + [1]))
 no_2d = lambda lines: [line for line in lines if not line.startswith("1.0 2.0")]
 blank = lambda lines: [part for line in lines for part in ([line, "", ""] if "7 " in line else [line])]
 PEOPLE = {  # name: (what writes the folder, what the notes must say, the views that are read)
@@ -709,7 +697,7 @@ PEOPLE = {  # name: (what writes the folder, what the notes must say, the views 
                                   None),
     "3x4, blanks, no ending": (lambda f: (put(f, [f"images/my photo 0.{i}.png" for i in range(5)]), describe(
         f, [f"./images/my photo 0.{i}" for i in range(5)],
-        more=lambda i: dict(transform_matrix=(pose(i) @ GL)[:3].tolist()))), None),
+        more=lambda i: placed(pose(i)[:3]))), None),
     "EXIF": (lambda f: (put(f, jpegs := [n[:-3] + "jpg" for n in IN_IMAGES], turn=6), describe(f, jpegs)), "EXIF"),
     "EXIF, no size": (lambda f: (put(f, IN_IMAGES, turn=8), describe(f, IN_IMAGES, w=None, h=None)), "EXIF"),
     "EXIF, shrunk": (lambda f: (put(f, IN_IMAGES, turn=8), colmap_of(f, zoom=3)), "EXIF"),
@@ -717,8 +705,8 @@ PEOPLE = {  # name: (what writes the folder, what the notes must say, the views 
     "ScanNet++, small masks": (lambda f: scannetpp(f, "resized_anon_masks"), None),
     "ScanNet++ without masks": (scannetpp, "read without"),
     "a folder called nerfstudio": (lambda f: plainly(f / "nerfstudio"), None),
-    "rotations scaled": (lambda f: plainly(f, shape=lambda i: 2.0), "scaled by 2"),
-    "some rotations scaled": (lambda f: plainly(f, shape=lambda i: 0.5 if i % 2 else 1), "(2 views)"),
+    "rotations scaled": (lambda f: plainly(f, more=lambda i: turned(i, 2.0)), "scaled by 2"),
+    "some rotations scaled": (lambda f: plainly(f, more=lambda i: turned(i, 0.5 if i % 2 else 1)), "(2 views)"),
     "several models": (lambda f: (with_colmap(f, views=3), colmap_of(f, model="sparse/1")), "sparse/0, another model"),
     "sparse/1 alone": (lambda f: with_colmap(f, model="sparse/1"), None),
     "images.txt without 2D points": (lambda f: with_colmap(f, text=True, spoil=no_2d), None),
@@ -863,12 +851,9 @@ def test_one_unusable_scene_among_many(tmp_path, capsys):
 def test_a_photo_is_decoded_once_and_small(tmp_path, monkeypatch, lens, kind):
     rng = np.random.default_rng(0)
     photo = Image.fromarray(rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)).resize((1601, 1203), Image.BICUBIC)
+    write_scene(tmp_path, 3, kind=kind, fl_x=1500.0, fl_y=1510.0, cx=810.0, cy=600.0, w=1601, h=1203, **lens)
     for i in range(3):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        photo.save(tmp_path / f"images/{i}.{kind}", **(dict(quality=95) if kind == "jpg" else dict(compress_level=1)))
-    K = dict(fl_x=1500.0, fl_y=1510.0, cx=810.0, cy=600.0, w=1601, h=1203)
-    frames = [dict(file_path=f"images/{i}.{kind}", transform_matrix=(pose(i) @ GL).tolist()) for i in range(3)]
-    save(tmp_path, K | lens | dict(frames=frames))
+        photo.save(tmp_path / f"images/{i}.{kind}", quality=95, compress_level=1)  # either type heeds one of them
     scene, sizes, decode = only_scene(tmp_path), [], data.decode
 
     def watched(*args, **options):
@@ -960,14 +945,13 @@ def maps(kind, array):
     return lambda folder, meta: write_maps(folder, [f"{kind}/{i}.png" for i in range(4)], array)
 
 
-GOOD = pose(1) @ GL
 BAD = {  # what a person can have wrong, and what the one line names; damage of every kind is in test_hostile.py
     "missing image": (lambda f, m: (f / "images/1.png").unlink(), "1.png does not exist"),
     "cut png": (lambda f, m: cut(f, "images/1.png", 1500), "1.png.*decoded"),
     "image size": (key(w=64, h=40, cx=32.0, cy=20.0), "is 32x24, but its camera is for 64x40"),
     "intrinsics of another size": (key(w=None, h=None, cx=64.0, cy=48.2), "0.png.*centre at .64, 48.2.*128x96"),
-    "not rigid": (frame(1, transform_matrix=(np.diag([2.0, 1, 1, 1]) @ GOOD).tolist()), "1.png.*not a rigid"),
-    "reflected": (frame(1, transform_matrix=(np.diag([1.0, 1, -1, 1]) @ GOOD).tolist()), "1.png.*not a rigid"),
+    "not rigid": (frame(1, **placed(np.diag([2.0, 1, 1, 1]) @ pose(1))), "1.png.*not a rigid"),
+    "reflected": (frame(1, **placed(np.diag([1.0, 1, -1, 1]) @ pose(1))), "1.png.*not a rigid"),
     "transposed": (frame(1, transform_matrix=(pose(3) @ GL).T.tolist()), "1.png.*transposed"),
     "ragged pose": (frame(1, transform_matrix=[[1, 2], [3]]), "frame 1.*number"),
     "no pose": (frame(1, transform_matrix=None), "frame 1 lacks 'transform_matrix'"),
@@ -1109,14 +1093,9 @@ def test_triplets_of_three_views_and_of_none(tmp_path):
     write_scene(tmp_path / "three", count=3)
     g = torch.Generator().manual_seed(0)
     assert {data.sample_triplet(only_scene(tmp_path / "three"), g)[2] for _ in range(5)} == {1}
-    back_to_back = write_scene(tmp_path / "apart", count=4)
-    for i, frame in enumerate(back_to_back["frames"]):
-        c, s = math.cos(i * math.pi / 2), math.sin(i * math.pi / 2)
-        c2w = np.array([[c, 0, s, 9 * s], [0, 1, 0, 0], [-s, 0, c, 9 * c], [0, 0, 0, 1]])
-        frame["transform_matrix"] = (c2w @ GL).tolist()
-    save(tmp_path / "apart", back_to_back)
-    same = write_scene(tmp_path / "same", count=4)
-    save(tmp_path / "same", same | dict(frames=[f | dict(transform_matrix=GL.tolist()) for f in same["frames"]]))
+    turn = np.array([[0, 0, 1, 9], [0, 1, 0, 0], [-1, 0, 0, -9], [0, 0, 0, 1]])  # four of it: back to back on a ring
+    write_scene(tmp_path / "apart", more=lambda i: placed(np.linalg.matrix_power(turn, i)))
+    write_scene(tmp_path / "same", more=lambda i: placed(np.eye(4)))
     for name in ("apart", "same"):
         with pytest.raises(data.DataError, match="no three views overlap") as error:
             data.sample_triplet(only_scene(tmp_path / name), g)
@@ -1204,10 +1183,7 @@ def test_levels_count_targets(rooms, tmp_path):
     said = data.describe_levels(rooms[0])
     assert f"12 targets: {levels.count(0)} at overlap 0.5 and baseline 0.4" in said and "warning" not in said
     assert ("have none" in said) == (None in levels)
-    meta = write_scene(tmp_path, count=5)
-    for i, frame in enumerate(meta["frames"]):  # steps of three times the depth
-        frame["transform_matrix"] = (pose(i, step=1.0) @ GL).tolist()
-    save(tmp_path, meta)
+    write_scene(tmp_path, count=5, more=lambda i: placed(pose(10 * i)))  # steps of three times the depth
     (far_apart,) = data.open_scenes(tmp_path, near=0.5, far=2)
     assert "warning" in data.describe_levels(far_apart)
 
