@@ -32,13 +32,8 @@ SMALL = """--heldout 2 --pixels 3072 --hidden 64 --bottleneck 32 --prototypes 12
 GRID = 6, 8  # of 48x64 pixels in patches of 8
 
 
-def main(*arguments):
-    with torch.enable_grad():
-        distill.main([str(a) for a in arguments])
-
-
 fork, script = (functools.partial(how, "04_distill") for how in (stopping.fork, stopping.script))
-refusal = functools.partial(stopping.refusal, distill.main)
+main, refusal = (functools.partial(how, distill.main) for how in (stopping.call, stopping.refusal))
 
 
 def small_vit():
@@ -211,17 +206,6 @@ def test_ahead_keeps_the_order_and_passes_errors_on():
 # -------------------------------------------------------------------------------- agreement
 
 
-class Knowing:
-    """A stand-in for a ViT whose tokens are a given function of the image."""
-    patch = 8
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, images):
-        return lift.Tokens(None, None, torch.stack([self.function(image) for image in images]))
-
-
 def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
     """The pictures are painted with world positions instead of colours."""
     source, triplets = source_of(rooms, "--geometry", "depth", "--pixels", 12288), []
@@ -235,7 +219,11 @@ def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
     torch.manual_seed(0)
     waves, place = 3 * torch.randn(3, 64), torch.randn(192, 64)
     position = lambda image: F.avg_pool2d(image, 8).flatten(1).T @ waves
-    measure = lambda function: distill.agreement(Knowing(function), triplets)
+
+    def measure(function):  # of a ViT whose tokens are this function of the image
+        vit = lambda images: lift.Tokens(None, None, torch.stack([*map(function, images)]))
+        vit.patch = 8
+        return distill.agreement(vit, triplets)
     exact = measure(lambda image: torch.cat([position(image).sin(), position(image).cos()], 1) + place.repeat(1, 2))
     assert exact.matching > 0.8 and exact.cosine > 0.8
     for cheat in (lambda _: torch.ones(192, 64) + 1e-4 * torch.randn(192, 64), lambda _: torch.randn(192, 64),
@@ -321,14 +309,12 @@ def test_three_steps_by_hand(crooked_dir, tmp_path):
     assert len(saved) == 3 * len(names)
 
 
-def test_held_out_triplets_keep_nothing_for_a_backward_pass(rooms_dir, tmp_path, monkeypatch):
+def test_held_out_triplets_keep_nothing_for_a_backward_pass(rooms, monkeypatch):
     """Else MVSplat's activations, 20 GB at the paper's size, lie on the card while they are made (seen on an H200)."""
-    args = distill.parse([*map(str, ["--scene_dir", rooms_dir, "--operators", tmp_path, *SMALL])])
-    scenes, _, source = distill.prepare(args)
     wanted, reconstruct = [], splat.reconstruct
     note = lambda *a: wanted.append(torch.is_grad_enabled()) or reconstruct(*a)
     monkeypatch.setattr(splat, "reconstruct", note)
-    distill.judged_triplets(source, distill.draw_triplets(scenes, 1, 0))
+    distill.judged_triplets(source_of(rooms), [place_of(rooms)])
     assert wanted and not any(wanted)
 
 
@@ -671,7 +657,7 @@ def sample(rooms):
 
 
 def test_geometry_that_carries_nothing_is_said_to(rooms, sample, capsys):
-    source = source_of(rooms, "--geometry", "depth", "--pixels", 3072)
+    source = source_of(rooms, "--geometry", "depth")
     distill.judged_triplets(source, [place_of(rooms)])
     assert "warning" not in capsys.readouterr().out
     upside_down = torch.cat([sample.images[:2], sample.images[2:].flip(2, 3)])  # as with a wrong pose
@@ -714,16 +700,12 @@ def test_measured_depth_is_the_best_geometry(sample):
     assert psnr(sample) > 15 and psnr(bent) < psnr(sample) - 1
 
 
-def test_the_loss_of_geometry_is_of_pixels_and_of_structure(sample):
-    net = lift.load_mvsplat("tiny")
-    mse, structure = distill.view_error(*splat.reconstruct("mvsplat", sample, net), sample)
-    assert torch.equal(distill.geometry_loss(net, sample, 0), mse + 0.05 * structure) and structure > 0.01
-
-
-def test_transparency_does_not_pay(sample):
+def test_the_loss_of_geometry_is_of_pixels_and_structure_and_hiding_does_not_pay(sample):
     """The loss sees uncovered pixels as black: a network that hides what it cannot explain does worse."""
     net = lift.load_mvsplat("tiny")
-    shown = distill.geometry_loss(net, sample, 0).item()
+    mse, structure = distill.view_error(*splat.reconstruct("mvsplat", sample, net), sample)
+    shown = distill.geometry_loss(net, sample, 0)
+    assert torch.equal(shown, mse + 0.05 * structure) and structure > 0.01
     net.depth_predictor["to_disparity"][2].bias.data[1] -= 20  # the opacity's logit
     assert distill.geometry_loss(net, sample, 0) > 1.5 * shown
 

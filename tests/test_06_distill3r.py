@@ -14,7 +14,6 @@ import random
 import re
 import shutil
 import tempfile
-import time
 import zlib
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import stopping
-from stopping import finish, log_of
+from stopping import log_of
 from test_01_data import tree as contents
 from test_02_lift import error_to, pick, recipe as vit_recipe, recipe_images
 
@@ -42,17 +41,12 @@ MAPS = {"pts3d_in_other_view": "points_global", "pts3d_local": "points_local",
 SLOW = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes 3 GB and a minute; SLOW=1 runs it")
 SMALL = (28, 42)  # of pictures where a test brings its own teacher
 TOY = ["--size", "48", "64", "--views", "2", "--no-mirror", "--device", "cpu"]
-fork, script = (functools.partial(how, "06_distill3r") for how in (stopping.fork, stopping.script))
-message = functools.partial(stopping.refusal, d3r.main)
+script = functools.partial(stopping.script, "06_distill3r")
+main, message = (functools.partial(how, d3r.main) for how in (stopping.call, stopping.refusal))
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def main(*arguments):
-    with torch.enable_grad():
-        d3r.main([str(a) for a in arguments])
 
 
 def refusal(function, *arguments, kind=ValueError):  # the one line that a call ends with
@@ -1156,33 +1150,27 @@ def test_a_new_student_starts_at_the_pretrained_vit_and_the_encoder_has_a_rate_o
 # ------------------------------------------------------------------------------------------------ resuming runs
 
 
-@pytest.fixture(scope="module")
-def undisturbed(cached, tmp_path_factory):
-    """A whole run, how long it took, and its arguments; another --out has to come to the same bytes."""
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    common = [*cached, "--max_steps", 6, "--warmup", 2, "--batch", 2, "--save_minutes", 0]
-    begin = time.monotonic()
-    assert finish(fork("train", *common, "--out", out)) == 0
-    return out, time.monotonic() - begin, common
+SIX = ["--max_steps", 6, "--warmup", 2, "--batch", 2, "--save_minutes", 0]
 
 
-def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(undisturbed, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_names_the_sample_and_keeps_the_checkpoint(cached, tmp_path, monkeypatch):
     honest, calls, out = d3r.pointmap_loss, [0], tmp_path / "run"
 
     def failing(*arguments, **options):
         calls[0] += torch.is_grad_enabled()
         return d3r.Loss(*(part * (math.nan if calls[0] == 4 else 1) for part in honest(*arguments, **options)))
     monkeypatch.setattr(d3r, "pointmap_loss", failing)
-    assert "step 1: the loss is nan for room_" in message("train", *undisturbed[2], "--out", out)
+    assert "step 1: the loss is nan for room_" in message("train", *cached, *SIX, "--out", out)
     assert distill.read_run(out / "checkpoint.safetensors")[0] == 1
 
 
-def test_two_processes_are_one(undisturbed, tmp_path):
+def test_two_processes_are_one(cached, tmp_path):
     """Two gloo processes, each with half of the samples, give the cache, the loss curve and the student of one."""
-    whole, _, common = undisturbed
-    printed = script(*common, "--cache", tmp_path / "cache", "--out", tmp_path / "two", launcher=stopping.TORCHRUN)
-    assert printed.count("samples written") == 1 and contents(tmp_path / "cache") == contents(common[3])
-    one, two = log_of(whole), log_of(tmp_path / "two")
+    main("train", *cached, *SIX, "--out", tmp_path / "one")
+    own = ["--cache", tmp_path / "cache", "--out", tmp_path / "two"]
+    printed = script(*cached, *SIX, *own, launcher=stopping.TORCHRUN)
+    assert printed.count("samples written") == 1 and contents(tmp_path / "cache") == contents(cached[3])
+    one, two = (log_of(tmp_path / name) for name in ("one", "two"))
     assert [line["samples"] for line in one] == [line["samples"] for line in two] and len(one[0]["samples"]) == 2
     assert [line["total"] for line in two] == pytest.approx([line["total"] for line in one], rel=1e-3)
 
