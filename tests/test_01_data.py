@@ -615,7 +615,7 @@ def colmap_of(folder, names=NAMES, zoom=1.0, views=5, points=((0.1, 0.2, 2.0),) 
 def llff(folder, zoom=1.0):
     put(folder, five("images_4/{}.png"))
     size = [24 * zoom, 32 * zoom, 30.5 * zoom]  # and focal length; camera axes: down, right, backwards
-    tables = [np.stack([c2w[:, 1], c2w[:, 0], -c2w[:, 2], c2w[:, 3], size], 1) for c2w in (pose(i)[:3] for i in range(5))]
+    tables = [np.stack([m[:, 1], m[:, 0], -m[:, 2], m[:, 3], size], 1) for m in (pose(i)[:3] for i in range(5))]
     np.save(folder / "poses_bounds.npy", [[*table.ravel(), 0.5, 6.0] for table in tables])
 
 

@@ -550,20 +550,14 @@ def test_stopped_with_a_full_disk_and_a_damaged_checkpoint_it_comes_to_the_same(
     assert {file: file.read_bytes() for file in before} == before and not list(out.glob(".*[0-9]"))
     newest.write_bytes(before[newest][:5000])
     step = distill.read_run(previous)[0]
-    assert f"a run stopped here at step {step} of 12; --resume goes on" in refusal(*common, "--out", out)
-    assert finish(fork(*common, "--out", out, "--resume")) == 0 and 0 < step < 12
-    same(out, whole)
-
-
-def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_settings(undisturbed, tmp_path):
-    _, _, common = undisturbed
-    out = tmp_path / "run"
-    stopped(common, out, "checkpoint.safetensors", signal.SIGKILL)
-    for flags, says in (([], "--resume goes on"), (["--lr", "0.5", "--resume"], "lr 0.003 -> 0.5"),
+    for flags, says in (([], f"a run stopped here at step {step} of 12; --resume goes on"),
+                        (["--lr", "0.5", "--resume"], "lr 0.003 -> 0.5"),
                         (["--loss", "cosine", "--resume"], "loss distill -> cosine")):
         assert says in refusal(*common, "--out", out, *flags)
     settings = json.loads((out / "settings.json").read_text())
     assert settings["prototypes"] == 128 and settings["lr"] == 0.003 and settings["preset"] == "tiny"
+    assert finish(fork(*common, "--out", out, "--resume")) == 0 and 0 < step < 12
+    same(out, whole)
 
 
 def test_a_loss_that_is_not_finite_names_the_triplet_and_keeps_the_checkpoint(undisturbed, tmp_path, monkeypatch):
