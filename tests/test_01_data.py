@@ -43,6 +43,8 @@ def numbers(view):  # -> K, c2w in float64
 # -------------------------------------------------------------------------------------------------- scenes made by hand
 
 
+five = lambda form: [form.format(i) for i in range(5)]
+NAMES, IN_IMAGES = five("{}.png"), five("images/{}.png")
 LENS = np.array([[30.0, 0, 16], [0, 31, 12], [0, 0, 1]])
 
 
@@ -482,10 +484,9 @@ def test_maps_are_aligned_with_the_image(tmp_path, distortion):
     write_scene(tmp_path, 3, size, fl_x=100.0, fl_y=101.0, cx=66.0, cy=47.0, **distortion)
     normals = np.zeros((*size, 3), np.uint8) + np.array([128, 255, 128], np.uint8)
     normals[ids == 1] = 128  # grey: unknown
-    for i in range(3):
-        for folder, array in dict(images=colours[ids], masks=ids.astype(np.uint8), depth=(ids * 100).astype(np.uint16),
-                                  normals=normals, labels=np.where(ids == 2, 255, ids % 10).astype(np.uint8)).items():
-            write_maps(tmp_path, [f"{folder}/{i}.png"], array)
+    for folder, array in dict(images=colours[ids], masks=ids.astype(np.uint8), depth=(ids * 100).astype(np.uint16),
+                              normals=normals, labels=np.where(ids == 2, 255, ids % 10).astype(np.uint8)).items():
+        write_maps(tmp_path / folder, NAMES[:3], array)
     scene = only_scene(tmp_path)
     for want in (None, (96, 128), (48, 64), (192, 256), (60, 128), (96, 90)):
         view = scene.view(0, want)
@@ -550,10 +551,10 @@ def test_mask_path_is_two_regions(tmp_path, high, folder):
     write_scene(tmp_path, more=lambda i: dict(mask_path=f"{folder}/{i}.png"))
     inside = np.zeros((24, 32), np.uint8)
     inside[4:9, 5:30] = high
-    write_maps(tmp_path, [f"{folder}/{i}.png" for i in range(4)], inside.astype(bool) if high is True else inside)
+    write_maps(tmp_path / folder, NAMES[:4], inside.astype(bool) if high is True else inside)
     assert (only_scene(tmp_path).view(0).mask.numpy() == 1 + (inside > 0)).all()
     ids = blocks((24, 32)).astype(np.uint8)
-    write_maps(tmp_path, [f"instance_segmentation/{i}.png" for i in range(4)], ids)  # better than two regions
+    write_maps(tmp_path / "instance_segmentation", NAMES[:4], ids)  # better than two regions
     assert (only_scene(tmp_path).view(0).mask.numpy() == ids).all()
 
 
@@ -588,8 +589,6 @@ def test_scenes_in_folders_come_in_natural_order(tmp_path):
 
 SMOOTH = [Image.fromarray(colours).resize((32, 24), Image.BICUBIC)
           for colours in np.random.default_rng(0).integers(0, 256, (5, 3, 4, 3)).astype(np.uint8)]
-five = lambda form: [form.format(i) for i in range(5)]
-NAMES, IN_IMAGES = five("{}.png"), five("images/{}.png")
 HALF = np.where(np.arange(32) < 16, 255, 0).astype(np.uint8)[None].repeat(24, 0)
 
 
@@ -723,13 +722,11 @@ def test_the_unit_of_depth(rooms, rooms_dir, tmp_path, settings, ratio, warned):
 
 
 def test_depth_beside_colmap_is_scaled_to_its_points(rooms, tmp_path):
-    room, names = rooms[1], [f"{i}.png" for i in range(12)]
-    for name, frame in zip(names, room.frames):
-        depth = np.array(Image.open(frame.depth))
-        depth[:40] = 0  # not measured
-        write_maps(tmp_path, [f"depth/{name}"], depth)
-        (tmp_path / "images").mkdir(exist_ok=True)
-        shutil.copy(frame.image, tmp_path / "images" / name)
+    room, names = rooms[1], [frame.image.name for frame in rooms[1].frames]
+    shutil.copytree(room.frames[0].image.parent, tmp_path / "images")
+    depth = np.stack([Image.open(frame.depth) for frame in room.frames])
+    depth[:, :40] = 0  # not measured
+    write_maps(tmp_path / "depth", names, *depth)
     points = np.concatenate([unproject(room.view(i), 16)[0] for i in range(12)]) * 0.27
     w2c = [np.linalg.inv(frame.c2w) for frame in room.frames]
     quaternion = lambda R: [1 + R.trace(), *(R - R.T)[[2, 0, 1], [1, 2, 0]]]  # none of these is half a turn
@@ -886,7 +883,7 @@ def cut(folder, name, keep):
 
 
 def maps(kind, array):
-    return lambda folder, meta: write_maps(folder, [f"{kind}/{i}.png" for i in range(4)], array)
+    return lambda folder, meta: write_maps(folder / kind, NAMES[:4], array)
 
 
 BAD = {  # what a person can have wrong, and what the one line names; damage of every kind is in test_hostile.py
@@ -1072,9 +1069,9 @@ def test_depth_range_contains_what_is_seen(rooms, crooked):
 # ---------------------------------------------------------------------------------------------------- superpixels
 
 
-@pytest.mark.parametrize("size, count", [((1, 1), 1), ((1, 1), 9), ((2, 3), 50), ((33, 47), 30), ((96, 128), 64),
-                                         ((7, 211), 20),
-                                         ((300, 1), 10), ((1, 300), 10), ((40, 40), 0), ((40, 40), 1)])
+@pytest.mark.parametrize("size, count", [
+    ((1, 1), 1), ((1, 1), 9), ((2, 3), 50), ((33, 47), 30), ((96, 128), 64), ((7, 211), 20), ((300, 1), 10),
+    ((1, 300), 10), ((40, 40), 0), ((40, 40), 1)])
 def test_superpixels_label_every_pixel(size, count):
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
     mask = data.superpixels(F.avg_pool2d(image, 5, 1, 2), count)
@@ -1129,17 +1126,15 @@ def test_levels_count_targets(rooms, tmp_path):
     assert "warning" in data.describe_levels(far_apart)
 
 
-@pytest.mark.parametrize("error, words", [(data.DataError("bad"), "bad"), (ValueError("bad"), "bad"),
-                                          (KeyboardInterrupt(), "stopped; again"),
-                                          (OSError(28, "No space left", "x"),
-                                           "x: No space left; once that is mended, again"),
-                                          (RuntimeError("CUDA error: a bug"), None),
-                                          (AssertionError("a device"), None)])
+@pytest.mark.parametrize("error, words", [
+    (data.DataError("bad"), "bad"), (ValueError("bad"), "bad"), (KeyboardInterrupt(), "stopped; again"),
+    (OSError(28, "No space left", "x"), "x: No space left; once that is mended, again"),
+    (RuntimeError("CUDA error: a bug"), None), (AssertionError("a device"), None)])
 def test_only_expected_errors_end_in_one_line(error, words):
     args = argparse.Namespace(device="cpu", out="out")
     with pytest.raises(type(error) if words is None else SystemExit) as stop, data.explained(args, "again"):
         raise error
     assert words is None or stop.value.code == words
-    with pytest.raises(SystemExit, match="--device nonsense: "), data.explained(argparse.Namespace(device="nonsense"),
-                                                                                ""):
+    args.device = "nonsense"
+    with pytest.raises(SystemExit, match="--device nonsense: "), data.explained(args, ""):
         raise AssertionError("not reached")
