@@ -252,9 +252,9 @@ def unproject(view, step=1):  # -> (M, 3) world points of the pixels with depth,
     return points[depth > 0] @ c2w[:3, :3].T + c2w[:3, 3], ids[depth > 0]
 
 
-def land(points, view, c2w=None):  # -> z in the view, its own depth there (0 outside), its mask id there
-    K, own = numbers(view)
-    w2c = np.linalg.inv(own if c2w is None else c2w)
+def land(points, view):  # -> z in the view, its own depth there (0 outside), its mask id there
+    K, c2w = numbers(view)
+    w2c = np.linalg.inv(c2w)
     p = points @ w2c[:3, :3].T + w2c[:3, 3]
     with np.errstate(divide="ignore", invalid="ignore"):
         x, y = np.floor(p[:, 0] / p[:, 2] * K[0, 0] + K[0, 2]), np.floor(p[:, 1] / p[:, 2] * K[1, 1] + K[1, 2])
@@ -399,9 +399,9 @@ def lens(model, p, X):  # COLMAP's camera models as its documentation defines th
 DOTS = np.array([[x, y, 4.0] for x in (-2.4, -1.2, 0.0, 1.2, 2.4) for y in (-1.6, -0.5, 0.6, 1.7)])
 
 
-def dot_picture(xs, ys, size, sigma=3.0):
-    rows, cols = np.mgrid[: size[0], : size[1]] + 0.5
-    glow = sum(np.exp(-((cols - x) ** 2 + (rows - y) ** 2) / (2 * sigma**2)) for x, y in zip(xs, ys))
+def dot_picture(xs, ys):
+    rows, cols = np.mgrid[:240, :320] + 0.5
+    glow = sum(np.exp(-((cols - x) ** 2 + (rows - y) ** 2) / 18) for x, y in zip(xs, ys))
     return np.repeat((255 * glow.clip(0, 1))[..., None], 3, 2).round().astype(np.uint8)
 
 
@@ -425,15 +425,13 @@ CAMERAS = [("SIMPLE_PINHOLE", (200.0, 163.0, 118.0)), ("PINHOLE", (200.0, 205.0,
 
 
 def write_dots(folder, model, params, text=False):
-    (folder / "images").mkdir(parents=True)
-    turn = lambda a: (math.cos(a / 2), 0.0, math.sin(a / 2), 0.0)  # about y
-    poses = [(turn(0.02 * i), (0.05 * i, -0.03 * i, 0.1 * i)) for i in range(3)]
-    for i, (q, t) in enumerate(poses):
-        a = 0.02 * i
-        R = np.array([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]])
-        picture = dot_picture(*lens(model, params, R @ DOTS.T + np.array(t)[:, None]), (240, 320))
-        Image.fromarray(picture).save(folder / f"images/{i}.png")
-    write_colmap(folder, model, params, (240, 320), [f"{i}.png" for i in range(3)], DOTS.tolist() * 3, poses, text)
+    poses = []
+    for i, name in enumerate(NAMES[:3]):
+        a, t = 0.02 * i, np.array([0.05 * i, -0.03 * i, 0.1 * i])
+        R = np.array([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]])  # about y
+        poses.append(((math.cos(a / 2), 0.0, math.sin(a / 2), 0.0), t.tolist()))
+        write_maps(folder / "images", [name], dot_picture(*lens(model, params, R @ DOTS.T + t[:, None])))
+    write_colmap(folder, model, params, (240, 320), NAMES[:3], DOTS.tolist() * 3, poses, text)
 
 
 @pytest.mark.parametrize("kind", ["binary", "text", "transforms"])
@@ -828,15 +826,15 @@ def write_rgbd(folder, size=(24, 32)):
         np.savetxt(folder / f"frame-{i:06d}.pose.txt", pose(i))
 
 
+NINE = "30 0 16\n0 31 12\n0 0 1"
 INFO = ("m_colorWidth = 64\nm_colorHeight = 48\nm_calibrationColorIntrinsic = 60 0 32 0 0 62 24 0 0 0 1 0 0 0 0 1\n"
         "m_calibrationDepthIntrinsic = 1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1\n")
 
 
 @pytest.mark.parametrize("file, text, refusal", [
-    ("camera-intrinsics.txt", "30 0 16\n0 31 12\n0 0 1", None),
-    ("../camera-intrinsics.txt", "30 0 16\n0 31 12\n0 0 1", None), ("../info.txt", INFO, None),
-    ("info.txt", INFO, None), ("camera-intrinsics.txt", "f = 30", "nine numbers"),
-    ("camera-intrinsics.txt", "30", "nine numbers"),
+    ("camera-intrinsics.txt", NINE, None), ("../camera-intrinsics.txt", NINE, None),
+    ("../info.txt", INFO, None), ("info.txt", INFO, None),
+    ("camera-intrinsics.txt", "f = 30", "nine numbers"), ("camera-intrinsics.txt", "30", "nine numbers"),
     ("intrinsic_color.txt", "30 0 16 0\n0 31 12 0\n0 0 1 0\n0 0 0 1", None),
     ("camera-intrinsics.txt", "60 0 32\n0 62 24\n0 0 1", "32x24.*64x48"), (None, "", "32x24.*camera-intrinsics.txt"),
     ("camera-intrinsics.txt", "0 0 16\n0 31 12\n0 0 1", "singular")])
@@ -851,7 +849,7 @@ def test_intrinsics_of_rgbd_sequences(tmp_path, file, text, refusal):
     scene = only_scene(tmp_path)
     assert not scene.kinect and np.allclose(scene.c2w, [pose(i) for i in range(4)])
     view = scene.view(2)
-    assert np.allclose(view.K, [[30, 0, 16], [0, 31, 12], [0, 0, 1]]) and np.allclose(view.depth, 1.002)
+    assert np.allclose(view.K, LENS) and np.allclose(view.depth, 1.002)
 
 
 @pytest.mark.parametrize("text", ["-inf " * 16, "", "-1.#IND " * 16])

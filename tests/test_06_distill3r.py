@@ -56,11 +56,10 @@ def refusal(function, *arguments, kind=ValueError):  # the one line that a call 
     return str(error.value)
 
 
-def pictures(folder, names, size=(48, 64), orientation=None):
+def pictures(folder, names, size=(48, 64), orientation=1):
     folder.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
-    if orientation:
-        exif[0x0112] = orientation
+    exif[0x0112] = orientation
     for n, name in enumerate(names):
         y, x = np.mgrid[0:size[0], 0:size[1]]
         ramp = np.stack([255 * (x + 0.5) / size[1], 255 * (y + 0.5) / size[0], np.full(size, 10 * n % 255)], -1)
