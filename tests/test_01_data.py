@@ -79,7 +79,7 @@ def write_scene(folder, count=4, size=(24, 32), kind="png", **how):
     return describe(folder, names, size=size, **how)
 
 
-def write_maps(folder, names, *arrays):  # in turn
+def write_maps(folder, names, *arrays):  # the arrays in turn
     for n, array in zip(names, itertools.cycle(arrays)):
         (folder / n).parent.mkdir(parents=True, exist_ok=True)
         np.save(folder / n, array) if n.endswith(".npy") else Image.fromarray(array).save(folder / n)
