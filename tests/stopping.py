@@ -30,9 +30,14 @@ def script(stage, *arguments, launcher=(), cwd=ROOT):  # -> what it printed
     return done.stdout
 
 
-def refusal(main, *arguments):  # the one line that a command ends with
-    with pytest.raises(SystemExit) as stop, torch.enable_grad():
+def call(main, *arguments):
+    with torch.enable_grad():
         main([str(a) for a in arguments])
+
+
+def refusal(main, *arguments):  # the one line that a command ends with
+    with pytest.raises(SystemExit) as stop:
+        call(main, *arguments)
     assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
     return stop.value.code
 

@@ -3,6 +3,7 @@ models against their definition, folders as people have them, and what can be wr
 import argparse
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -42,32 +43,44 @@ def numbers(view):  # -> K, c2w in float64
 # -------------------------------------------------------------------------------------------------- scenes made by hand
 
 
-def pose(i, step=0.1):  # OpenCV camera-to-world: along x, looking along z
+five = lambda form: [form.format(i) for i in range(5)]
+NAMES, IN_IMAGES = five("{}.png"), five("images/{}.png")
+LENS = np.array([[30.0, 0, 16], [0, 31, 12], [0, 0, 1]])
+
+
+def pose(i):  # OpenCV camera-to-world: along x, looking along z
     c2w = np.eye(4)
-    c2w[0, 3] = step * i
+    c2w[0, 3] = 0.1 * i
     return c2w
 
 
-def write_scene(folder, count=4, size=(24, 32), kind="png", **meta):
-    """A transforms.json scene of noise pictures; returns its contents for the test to spoil and `save`."""
-    (folder / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        picture = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
-        Image.fromarray(picture).save(folder / f"images/{i}.{kind}")
-    frames = [dict(file_path=f"images/{i}.{kind}", transform_matrix=(pose(i) @ GL).tolist()) for i in range(count)]
-    meta = dict(fl_x=30.0, fl_y=31.0, cx=16.5, cy=11.5, w=size[1], h=size[0], frames=frames) | meta
-    return save(folder, {k: v for k, v in meta.items() if v is not None})
+def placed(c2w):
+    return dict(transform_matrix=(c2w @ GL).tolist())
 
 
 def save(folder, meta, name="transforms.json"):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(json.dumps(meta))
+    (folder / name).write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
     return meta
 
 
-def write_maps(folder, names, array):
-    for n in names:
+def describe(folder, names, file="transforms.json", size=(24, 32), zoom=1.0, more=lambda i: {}, **meta):
+    """transforms.json for pictures of this size, `zoom` times as large; `more` is what is said of frame i besides."""
+    frames = [dict(file_path=name) | placed(pose(i)) | more(i) for i, name in enumerate(names)]
+    K, (h, w) = zoom * LENS, (zoom * n for n in size)
+    meta = dict(fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2], w=w, h=h, frames=frames) | meta
+    return save(folder, meta, file)
+
+
+def write_scene(folder, count=4, size=(24, 32), kind="png", **how):
+    """Noise pictures and their `describe`, whose contents it returns for the test to spoil and `save`."""
+    names = [f"images/{i}.{kind}" for i in range(count)]
+    write_maps(folder, names, *np.random.default_rng(0).integers(0, 256, (count, *size, 3)).astype(np.uint8))
+    return describe(folder, names, size=size, **how)
+
+
+def write_maps(folder, names, *arrays):  # the arrays in turn
+    for n, array in zip(names, itertools.cycle(arrays)):
         (folder / n).parent.mkdir(parents=True, exist_ok=True)
         np.save(folder / n, array) if n.endswith(".npy") else Image.fromarray(array).save(folder / n)
 
@@ -80,9 +93,9 @@ def only_scene(folder, **options):
 COLMAP_IDS = dict(SIMPLE_PINHOLE=0, PINHOLE=1, SIMPLE_RADIAL=2, RADIAL=3, OPENCV=4)
 
 
-def write_colmap(folder, model, params, size, names, points, poses, text=False, shown=(1,)):
+def write_colmap(folder, model, params, size, names, points, poses, text=False, shown=(1,), place="sparse/0"):
     """A COLMAP model from its format description; one camera, a track of two a point, `shown` points in each image."""
-    sparse = folder / "sparse" / "0"
+    sparse = folder / place
     sparse.mkdir(parents=True)
     if text:
         (sparse / "cameras.txt").write_text(f"# cameras\n7 {model} {size[1]} {size[0]} {' '.join(map(repr, params))}\n")
@@ -91,7 +104,7 @@ def write_colmap(folder, model, params, size, names, points, poses, text=False, 
         (sparse / "images.txt").write_text("# images\n" + "".join(lines))
         lines = [f"{i} {' '.join(map(repr, p))} 1 2 3 0.5 1 0 2 1\n" for i, p in enumerate(points)]
         (sparse / "points3D.txt").write_text("# points\n" + "".join(lines))
-        return sparse
+        return
     camera = struct.pack(f"<QiiQQ{len(params)}d", 1, 7, COLMAP_IDS[model], size[1], size[0], *params)
     (sparse / "cameras.bin").write_bytes(camera)
     seen = struct.pack("<Qddq", 1 + len(shown), 1, 2, -1) + b"".join(struct.pack("<ddq", 3, 4, n) for n in shown)
@@ -100,7 +113,6 @@ def write_colmap(folder, model, params, size, names, points, poses, text=False, 
     (sparse / "images.bin").write_bytes(struct.pack("<Q", len(names)) + images)
     tracks = b"".join(struct.pack("<Q3d3BdQ4i", i, *p, 1, 2, 3, 0.5, 2, 1, 0, 2, 1) for i, p in enumerate(points))
     (sparse / "points3D.bin").write_bytes(struct.pack("<Q", len(points)) + tracks)
-    return sparse
 
 
 # ---------------------------------------------------------------------------------------------------- rooms: files
@@ -128,21 +140,19 @@ def test_same_seed_same_bytes_and_an_interrupted_call_is_completed(tmp_path):
     assert tree(tmp_path / "b") == whole
 
 
-@pytest.mark.parametrize("there, settings, words", [
-    (None, dict(seed=1), "other settings"), (None, dict(views=4), "other settings"),
-    (None, dict(size=(16, 16)), "other settings"),
-    ({"thesis.txt": "mine"}, {}, "not empty"), ({"rooms.json": ""}, {}, "rooms.json"),
-    ({"rooms.json": "[]"}, {}, "rooms.json")])
-def test_rooms_are_not_written_over_anything(tmp_path, there, settings, words):
+@pytest.mark.parametrize("file, content, settings, words", [
+    ("", "", dict(seed=1), "other settings"), ("", "", dict(views=4), "other settings"),
+    ("", "", dict(size=(16, 16)), "other settings"), ("thesis.txt", "mine", {}, "not empty"),
+    ("rooms.json", "", {}, "rooms.json"), ("rooms.json", "[]", {}, "rooms.json")])
+def test_rooms_are_not_written_over_anything(tmp_path, file, content, settings, words):
     first = dict(scenes=1, views=3, size=(12, 16), seed=0)
-    if there is None:
-        data.make_rooms(tmp_path / "a", **first)
-    for name, content in (there or {}).items():
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a" / name).write_text(content)
+    if file:
+        (tmp_path / file).write_text(content)
+    else:
+        data.make_rooms(tmp_path, **first)
     before = tree(tmp_path)
     with pytest.raises(data.DataError, match=words) as error:
-        data.make_rooms(tmp_path / "a", **first | settings)
+        data.make_rooms(tmp_path, **first | settings)
     assert "\n" not in str(error.value) and tree(tmp_path) == before
 
 
@@ -162,55 +172,44 @@ def test_missing_data_folders_are_filled_with_their_rooms(folder, tmp_path, monk
 # ---------------------------------------------------------------------------------------------------- rooms: truth
 
 
-def plane_hit(origin, rays, point, normal):
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return ((point - origin) @ normal) / (rays @ normal)
-
-
-def quadric_hits(origin, rays, centre, M):  # both roots of (p - c)^T M (p - c) = 1
-    o = origin - centre
-    a, b, c = np.einsum("pi,ij,pj->p", rays, M, rays), rays @ M @ o, o @ M @ o - 1
-    with np.errstate(invalid="ignore", divide="ignore"):
-        root = np.sqrt(b * b - a * c)
-        return (-b - root) / a, (-b + root) / a
-
-
+@np.errstate(divide="ignore", invalid="ignore")
 def reference_cast(origin, rays, room):
     """Every surface of a room as planes and quadrics in world space, float64 -> t, outward normal, instance, label."""
     size, prims, _, _ = room
     best, normal = np.full(len(rays), np.inf), np.zeros_like(rays)
-    instance, label = np.zeros(len(rays), int), np.zeros(len(rays), int)
+    instance, label = np.zeros((2, len(rays)), int)
+    plane = lambda point, normal: ((point - origin) @ normal) / (rays @ normal)
+
+    def quadric(centre, M):  # both roots of (p - c)^T M (p - c) = 1
+        o = origin - centre
+        a, b, c = np.einsum("pi,ij,pj->p", rays, M, rays), rays @ M @ o, o @ M @ o - 1
+        root = np.sqrt(b * b - a * c)
+        return (-b - root) / a, (-b + root) / a
 
     def offer(t, n, valid, which, kind):
         closer = valid & (t > 1e-3) & (t < best)
         best[closer], instance[closer], label[closer] = t[closer], which, kind
         normal[closer] = np.broadcast_to(n, rays.shape)[closer]
 
-    every = np.ones(len(rays), bool)
-    wall = 3
     for axis in range(3):
         for side in (0, 1):
-            n = np.zeros(3)
-            n[axis] = 1 - 2 * side  # into the room
-            which, kind = (wall, 2) if axis < 2 else ((1, 0), (2, 1))[side]
-            offer(plane_hit(origin, rays, side * size, n), n, every, which, kind)
-            wall += axis < 2
+            n = (1 - 2 * side) * np.eye(3)[axis]  # into the room
+            which, kind = (3 + 2 * axis + side, 2) if axis < 2 else (1 + side, side)
+            offer(plane(side * size, n), n, True, which, kind)
     for kind, centre, half, yaw, which, name in zip(*prims[:6]):
         # own axes -> world
         R = np.array([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]])
         for axis in range(3) if kind == room_maker.BOX else (2,) if kind == room_maker.CYLINDER else ():
             for side in (-1, 1):
                 n = side * R[:, axis]
-                t = plane_hit(origin, rays, centre + half[axis] * n, n)
-                with np.errstate(invalid="ignore"):
-                    own = ((origin + rays * t[:, None] - centre) @ R) / half
-                others = [k for k in range(3) if k != axis]
-                flat = (np.abs(own[:, others]) <= 1).all(1)
+                t = plane(centre + half[axis] * n, n)
+                own = ((origin + rays * t[:, None] - centre) @ R) / half
+                flat = (np.abs(np.delete(own, axis, 1)) <= 1).all(1)
                 within = flat if kind == room_maker.BOX else (own[:, :2] ** 2).sum(1) <= 1
                 offer(t, n, within, which, name)
         if kind != room_maker.BOX:
             M = R @ np.diag(half**-2.0 * ([1, 1, 1] if kind == room_maker.SPHERE else [1, 1, 0])) @ R.T
-            for t in quadric_hits(origin, rays, centre, M):
+            for t in quadric(centre, M):
                 at = origin + rays * np.nan_to_num(t)[:, None] - centre
                 n = at @ M
                 within = np.isfinite(t) & ((kind == room_maker.SPHERE) | (np.abs(at[:, 2]) <= half[2]))
@@ -253,9 +252,9 @@ def unproject(view, step=1):  # -> (M, 3) world points of the pixels with depth,
     return points[depth > 0] @ c2w[:3, :3].T + c2w[:3, 3], ids[depth > 0]
 
 
-def land(points, view, c2w=None):  # -> z in the view, its own depth there (0 outside), its mask id there
-    K, own = numbers(view)
-    w2c = np.linalg.inv(own if c2w is None else c2w)
+def land(points, view):  # -> z in the view, its own depth there (0 outside), its mask id there
+    K, c2w = numbers(view)
+    w2c = np.linalg.inv(c2w)
     p = points @ w2c[:3, :3].T + w2c[:3, 3]
     with np.errstate(divide="ignore", invalid="ignore"):
         x, y = np.floor(p[:, 0] / p[:, 2] * K[0, 0] + K[0, 2]), np.floor(p[:, 1] / p[:, 2] * K[1, 1] + K[1, 2])
@@ -388,18 +387,10 @@ def test_colmap_reprojection_error_is_as_measured(model, expected):
 
 
 def lens(model, p, X):  # COLMAP's camera models as its documentation defines them: camera points -> pixels
+    p = p if model in ("PINHOLE", "OPENCV") else [p[0], *p]  # else both focal lengths are one
+    fx, fy, cx, cy, k1, k2, p1, p2 = [*p, 0, 0, 0, 0][:8]
     u, v = X[0] / X[2], X[1] / X[2]
     r2 = u * u + v * v
-    if model == "SIMPLE_PINHOLE":
-        return p[0] * u + p[1], p[0] * v + p[2]
-    if model == "PINHOLE":
-        return p[0] * u + p[2], p[1] * v + p[3]
-    if model == "SIMPLE_RADIAL":
-        return p[0] * u * (1 + p[3] * r2) + p[1], p[0] * v * (1 + p[3] * r2) + p[2]
-    if model == "RADIAL":
-        gain = 1 + p[3] * r2 + p[4] * r2 * r2
-        return p[0] * u * gain + p[1], p[0] * v * gain + p[2]
-    fx, fy, cx, cy, k1, k2, p1, p2 = p
     du = u * (k1 * r2 + k2 * r2 * r2) + 2 * p1 * u * v + p2 * (r2 + 2 * u * u)
     dv = v * (k1 * r2 + k2 * r2 * r2) + 2 * p2 * u * v + p1 * (r2 + 2 * v * v)
     return fx * (u + du) + cx, fy * (v + dv) + cy
@@ -408,9 +399,9 @@ def lens(model, p, X):  # COLMAP's camera models as its documentation defines th
 DOTS = np.array([[x, y, 4.0] for x in (-2.4, -1.2, 0.0, 1.2, 2.4) for y in (-1.6, -0.5, 0.6, 1.7)])
 
 
-def dot_picture(xs, ys, size, sigma=3.0):
-    rows, cols = np.mgrid[: size[0], : size[1]] + 0.5
-    glow = sum(np.exp(-((cols - x) ** 2 + (rows - y) ** 2) / (2 * sigma**2)) for x, y in zip(xs, ys))
+def dot_picture(xs, ys):
+    rows, cols = np.mgrid[:240, :320] + 0.5
+    glow = sum(np.exp(-((cols - x) ** 2 + (rows - y) ** 2) / 18) for x, y in zip(xs, ys))
     return np.repeat((255 * glow.clip(0, 1))[..., None], 3, 2).round().astype(np.uint8)
 
 
@@ -434,15 +425,13 @@ CAMERAS = [("SIMPLE_PINHOLE", (200.0, 163.0, 118.0)), ("PINHOLE", (200.0, 205.0,
 
 
 def write_dots(folder, model, params, text=False):
-    (folder / "images").mkdir(parents=True)
-    turn = lambda a: (math.cos(a / 2), 0.0, math.sin(a / 2), 0.0)  # about y
-    poses = [(turn(0.02 * i), (0.05 * i, -0.03 * i, 0.1 * i)) for i in range(3)]
-    for i, (q, t) in enumerate(poses):
-        a = 0.02 * i
-        R = np.array([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]])
-        picture = dot_picture(*lens(model, params, R @ DOTS.T + np.array(t)[:, None]), (240, 320))
-        Image.fromarray(picture).save(folder / f"images/{i}.png")
-    write_colmap(folder, model, params, (240, 320), [f"{i}.png" for i in range(3)], DOTS.tolist() * 3, poses, text)
+    poses = []
+    for i, name in enumerate(NAMES[:3]):
+        a, t = 0.02 * i, np.array([0.05 * i, -0.03 * i, 0.1 * i])
+        R = np.array([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]])  # about y
+        poses.append(((math.cos(a / 2), 0.0, math.sin(a / 2), 0.0), t.tolist()))
+        write_maps(folder / "images", [name], dot_picture(*lens(model, params, R @ DOTS.T + t[:, None])))
+    write_colmap(folder, model, params, (240, 320), NAMES[:3], DOTS.tolist() * 3, poses, text)
 
 
 @pytest.mark.parametrize("kind", ["binary", "text", "transforms"])
@@ -454,8 +443,7 @@ def test_cameras_put_points_where_the_picture_has_them(tmp_path, model, params, 
         frame = scene.frames[0]
         keys = dict(zip(("p1", "p2", "k1", "k2"), frame.distortion))
         keys |= dict(fl_x=frame.K[0, 0], fl_y=frame.K[1, 1], cx=frame.K[0, 2], cy=frame.K[1, 2], w=320, h=240)
-        frames = [dict(file_path=f"images/{f.name}", transform_matrix=(f.c2w @ GL).tolist()) for f in scene.frames]
-        save(tmp_path, keys | dict(frames=frames))
+        save(tmp_path, keys | dict(frames=[dict(file_path=f"images/{f.name}") | placed(f.c2w) for f in scene.frames]))
         scene = only_scene(tmp_path)
     for i in range(3):
         offsets = dot_offsets(scene.view(i), DOTS, 10)
@@ -494,10 +482,9 @@ def test_maps_are_aligned_with_the_image(tmp_path, distortion):
     write_scene(tmp_path, 3, size, fl_x=100.0, fl_y=101.0, cx=66.0, cy=47.0, **distortion)
     normals = np.zeros((*size, 3), np.uint8) + np.array([128, 255, 128], np.uint8)
     normals[ids == 1] = 128  # grey: unknown
-    for i in range(3):
-        for folder, array in dict(images=colours[ids], masks=ids.astype(np.uint8), depth=(ids * 100).astype(np.uint16),
-                                  normals=normals, labels=np.where(ids == 2, 255, ids % 10).astype(np.uint8)).items():
-            write_maps(tmp_path, [f"{folder}/{i}.png"], array)
+    for folder, array in dict(images=colours[ids], masks=ids.astype(np.uint8), depth=(ids * 100).astype(np.uint16),
+                              normals=normals, labels=np.where(ids == 2, 255, ids % 10).astype(np.uint8)).items():
+        write_maps(tmp_path / folder, NAMES[:3], array)
     scene = only_scene(tmp_path)
     for want in (None, (96, 128), (48, 64), (192, 256), (60, 128), (96, 90)):
         view = scene.view(0, want)
@@ -540,16 +527,13 @@ def test_fisheye_files_of_scannetpp_are_passed_over(tmp_path):
 
 
 def test_depth_of_another_resolution_arrays_and_scale(tmp_path):
-    meta = write_scene(tmp_path, size=(96, 128), cx=64.0, cy=48.0, depth_unit_scale_factor=0.01)
+    depths = ["d/0.npy", "d/1.npy", "d/2.png", None]
+    write_scene(tmp_path, size=(96, 128), cx=64.0, cy=48.0, depth_unit_scale_factor=0.01,
+                more=lambda i: dict(depth_file_path=depths[i]))
     ids = blocks((48, 64))
     depth = (ids * 50).astype(np.float32)
     depth[0, :4] = np.nan, np.inf, -3, 65535  # none of these is a depth
-    write_maps(tmp_path, ["d/0.npy"], depth)
-    write_maps(tmp_path, ["d/1.npy"], depth[..., None].astype(np.float64))
-    write_maps(tmp_path, ["d/2.png"], (ids * 50).astype(np.uint16))
-    for i, end in enumerate(("npy", "npy", "png")):
-        meta["frames"][i]["depth_file_path"] = f"d/{i}.{end}"
-    save(tmp_path, meta)
+    write_maps(tmp_path, depths[:3], depth, depth[..., None].astype(np.float64), (ids * 50).astype(np.uint16))
     scene = only_scene(tmp_path)
     wanted = torch.from_numpy(blocks((96, 128))).float() * 0.5
     assert torch.allclose(scene.view(2).depth, wanted)
@@ -562,36 +546,27 @@ def test_depth_of_another_resolution_arrays_and_scale(tmp_path):
 # `masks/` is looked into anyway, but mask_path says what it holds
 @pytest.mark.parametrize("folder", ["valid", "masks"])
 def test_mask_path_is_two_regions(tmp_path, high, folder):
-    meta = write_scene(tmp_path)
+    write_scene(tmp_path, more=lambda i: dict(mask_path=f"{folder}/{i}.png"))
     inside = np.zeros((24, 32), np.uint8)
     inside[4:9, 5:30] = high
-    write_maps(tmp_path, [f"{folder}/{i}.png" for i in range(4)], inside.astype(bool) if high is True else inside)
-    for i, frame in enumerate(meta["frames"]):
-        frame["mask_path"] = f"{folder}/{i}.png"
-    save(tmp_path, meta)
+    write_maps(tmp_path / folder, NAMES[:4], inside.astype(bool) if high is True else inside)
     assert (only_scene(tmp_path).view(0).mask.numpy() == 1 + (inside > 0)).all()
     ids = blocks((24, 32)).astype(np.uint8)
-    write_maps(tmp_path, [f"instance_segmentation/{i}.png" for i in range(4)], ids)  # better than two regions
+    write_maps(tmp_path / "instance_segmentation", NAMES[:4], ids)  # better than two regions
     assert (only_scene(tmp_path).view(0).mask.numpy() == ids).all()
 
 
 def test_ids_of_every_encoding(tmp_path):
-    meta = write_scene(tmp_path, count=6)
+    names = [*(f"ids/{i}.png" for i in range(5)), "ids/5.npy"]
+    write_scene(tmp_path, count=6, more=lambda i: dict(instance_file_path=names[i]))
     ids = blocks((24, 32)) * 5
     colour = np.stack([ids % 256, ids * 5 % 256, 1 + 0 * ids], -1).astype(np.uint8)
     palette = Image.fromarray(ids.astype(np.uint8), "L").copy()
     palette.putpalette(np.random.default_rng(0).permutation(256).astype(np.uint8).repeat(3).tobytes())
-    (tmp_path / "ids").mkdir()
-    Image.fromarray(colour).save(tmp_path / "ids/0.png")
-    palette.save(tmp_path / "ids/1.png")
-    assert Image.open(tmp_path / "ids/1.png").mode == "P"
-    Image.fromarray((ids * 100).astype(np.uint16)).save(tmp_path / "ids/2.png")
-    Image.fromarray(np.dstack([colour, 255 + 0 * colour[..., :1]])).save(tmp_path / "ids/3.png")
-    Image.fromarray(np.dstack([ids, 0 * ids]).astype(np.uint8), "LA").save(tmp_path / "ids/4.png")
-    np.save(tmp_path / "ids/5.npy", ids)
-    for i, frame in enumerate(meta["frames"]):
-        frame["instance_file_path"] = f"ids/{i}.{'npy' if i == 5 else 'png'}"
-    save(tmp_path, meta)
+    with_alpha = np.dstack([colour, 255 + 0 * colour[..., :1]]), np.dstack([ids, 0 * ids]).astype(np.uint8)
+    write_maps(tmp_path, names, colour, colour, (ids * 100).astype(np.uint16), *with_alpha, ids)
+    palette.save(tmp_path / names[1])
+    assert [Image.open(tmp_path / names[i]).mode for i in (1, 3, 4)] == ["P", "RGBA", "LA"]
     scene = only_scene(tmp_path)
     coded = colour.astype(int) @ [1, 256, 65536]
     for i, wanted in enumerate((coded, ids, ids * 100, coded, ids, ids)):
@@ -610,12 +585,8 @@ def test_scenes_in_folders_come_in_natural_order(tmp_path):
 # ------------------------------------------------------------------------------------------ folders as people have them
 # One scene of five smooth pictures, laid out in the ways that people reported. What is read must be this scene.
 
-SMOOTH = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (3, 4, 3)).astype(np.uint8)).resize((32, 24),
-                                                                                                        Image.BICUBIC)
-          for i in range(5)]
-LENS = np.array([[30.0, 0, 16], [0, 31, 12], [0, 0, 1]])
-NAMES = [f"{i}.png" for i in range(5)]
-IN_IMAGES = [f"images/{name}" for name in NAMES]
+SMOOTH = [Image.fromarray(colours).resize((32, 24), Image.BICUBIC)
+          for colours in np.random.default_rng(0).integers(0, 256, (5, 3, 4, 3)).astype(np.uint8)]
 HALF = np.where(np.arange(32) < 16, 255, 0).astype(np.uint8)[None].repeat(24, 0)
 
 
@@ -629,102 +600,74 @@ def put(folder, names, zoom=1.0, turn=None):
         (picture.transpose(how[turn]) if turn else picture).save(folder / name, exif=tag)
 
 
-def describe(folder, names, file="transforms.json", zoom=1.0, more=lambda i: {}, shape=lambda i: 1.0, **meta):
-    """transforms.json for the five pictures, `zoom` times as large; `shape` multiplies a rotation."""
-    c2w = [pose(i) @ GL @ np.diag([*[shape(i)] * 3, 1]) for i in range(5)]
-    frames = [dict(file_path=names[i], transform_matrix=c2w[i].tolist()) | more(i) for i in range(5)]
-    K = zoom * LENS
-    meta = dict(fl_x=K[0, 0], fl_y=K[1, 1], cx=K[0, 2], cy=K[1, 2], w=32 * zoom,
-                h=24 * zoom) | meta | dict(frames=frames)
-    save(folder, {key: value for key, value in meta.items() if value is not None}, file)
-
-
-def colmap_of(folder, names=NAMES, zoom=1.0, text=False, views=5, model="sparse/0", spoil=lambda lines: lines):
+def colmap_of(folder, names=NAMES, zoom=1.0, views=5, points=((0.1, 0.2, 2.0),) * 60, spoil=lambda lines: lines, **how):
     """A COLMAP model of the first `views` pictures; `spoil` changes the lines of its images.txt."""
     K, size = (zoom * LENS).tolist(), (round(24 * zoom), round(32 * zoom))
     poses = [((1.0, 0.0, 0.0, 0.0), (-0.1 * i, 0.0, 0.0)) for i in range(views)]
-    made = write_colmap(folder / "made", "PINHOLE", (K[0][0], K[1][1], K[0][2], K[1][2]), size, names[:views],
-                        [(0.1, 0.2, 2.0)] * 60, poses, text)
-    if text:
-        lines = (made / "images.txt").read_text().splitlines()
-        (made / "images.txt").write_text("\n".join(spoil(lines)) + "\n")
-    (folder / model).parent.mkdir(parents=True, exist_ok=True)
-    made.rename(folder / model)
-    shutil.rmtree(folder / "made")
+    write_colmap(folder, "PINHOLE", (K[0][0], K[1][1], K[0][2], K[1][2]), size, names[:views], points, poses, **how)
+    for file in folder.glob("sparse/0/images.txt"):
+        file.write_text("\n".join(spoil(file.read_text().splitlines())) + "\n")
 
 
 def llff(folder, zoom=1.0):
-    put(folder, [f"images_4/{name}" for name in NAMES])
-    rows = []
-    for i in range(5):  # camera axes: down, right, backwards
-        c2w = pose(i)
-        five = np.stack([c2w[:3, 1], c2w[:3, 0], -c2w[:3, 2], c2w[:3, 3], [24 * zoom, 32 * zoom, 30.5 * zoom]], 1)
-        rows.append([*five.ravel(), 0.5, 6.0])
-    np.save(folder / "poses_bounds.npy", rows)
+    put(folder, five("images_4/{}.png"))
+    size = [24 * zoom, 32 * zoom, 30.5 * zoom]  # and focal length; camera axes: down, right, backwards
+    tables = [np.stack([m[:, 1], m[:, 0], -m[:, 2], m[:, 3], size], 1) for m in (pose(i)[:3] for i in range(5))]
+    np.save(folder / "poses_bounds.npy", [[*table.ravel(), 0.5, 6.0] for table in tables])
 
 
 def scannetpp(folder, place=None, bad=()):
     home = folder / "0a1b/dslr"
-    put(home, [f"undistorted_images/{name}" for name in NAMES])
+    put(home, five("undistorted_images/{}.png"))
     describe(home, NAMES, "nerfstudio/transforms_undistorted.json",
              more=lambda i: dict(mask_path=NAMES[i], is_bad=i in bad))
     if place:
         write_maps(home / place, NAMES, HALF)
 
 
-def plainly(folder, **how):
-    put(folder, IN_IMAGES), describe(folder, IN_IMAGES, **how)
+def plainly(folder, names=IN_IMAGES, listed=None, turn=None, **how):
+    put(folder, names, turn=turn), describe(folder, listed or names, **how)
 
 
 def with_colmap(folder, **how):
     put(folder, IN_IMAGES), colmap_of(folder, **how)
 
 
-def upper_case(folder):
-    put(folder, [f"Images/{i}.PNG" for i in range(5)])
-
-
-def named(folder, names, listed=None):
-    put(folder, names), describe(folder, listed or names)
-
-
+turned = lambda i, scale: placed(pose(i) @ np.diag([scale] * 3 + [1]))
 no_2d = lambda lines: [line for line in lines if not line.startswith("1.0 2.0")]
 blank = lambda lines: [part for line in lines for part in ([line, "", ""] if "7 " in line else [line])]
-PEOPLE = {  # name: (what writes the folder, what the notes must say, the views that are read)
-    "backslashes": (lambda f: named(f, IN_IMAGES, [n.replace("/", "\\") for n in IN_IMAGES]), None),
-    "drive letters": (lambda f: named(f, IN_IMAGES, [f"C:\\me\\scene\\images\\{n}" for n in NAMES]), None),
-    "upper case": (lambda f: (upper_case(f), describe(f, IN_IMAGES)), None),
-    "upper case, colmap": (lambda f: (upper_case(f), colmap_of(f)), None),
-    "another ending": (lambda f: with_colmap(f, names=[f"{i}.jpg" for i in range(5)]), None),
-    "accents": (lambda f: named(f, *([f"images/{e}{i}.png" for i in range(5)] for e in ("e\u0301", "\xe9"))), None),
-    "other types": (lambda f: named(f, [f"images/{i}.{'webp tif bmp Jpg TIFF'.split()[i]}" for i in range(5)]), None),
+PEOPLE = {  # name: what writes the folder, and what the notes must say
+    "backslashes": lambda f: plainly(f, listed=five(r"images\{}.png")),
+    "drive letters": lambda f: plainly(f, listed=five(r"C:\me\scene\images\{}.png")),
+    "upper case": lambda f: plainly(f, five("Images/{}.PNG"), IN_IMAGES),
+    "upper case, colmap": lambda f: (put(f, five("Images/{}.PNG")), colmap_of(f)),
+    "another ending": lambda f: with_colmap(f, names=five("{}.jpg")),
+    "accents": lambda f: plainly(f, five("images/e\u0301{}.png"), five("images/\xe9{}.png")),
+    "other types": lambda f: plainly(f, [f"images/{i}.{'webp tif bmp Jpg TIFF'.split()[i]}" for i in range(5)]),
     "HEIC beside": (lambda f: (plainly(f), (f / "images/x.HEIC").write_bytes(b"?")), "1 HEIC"),
-    "images_4 alone": (lambda f: (put(f, [f"images_4/{n}" for n in NAMES]), describe(f, IN_IMAGES, zoom=4)),
+    "images_4 alone": (lambda f: plainly(f, five("images_4/{}.png"), IN_IMAGES, zoom=4),
                        "128x96: scaled to the 32x24 of images_4"),
     "shrunk after colmap": (lambda f: with_colmap(f, zoom=2.03), "65x49: scaled to the 32x24"),
     "grown after colmap": (lambda f: (put(f, IN_IMAGES, zoom=2), colmap_of(f)), "32x24: scaled to the 64x48"),
-    "an angle": (lambda f: plainly(f, **dict.fromkeys("fl_x cx cy w h".split()), camera_angle_x=2 * math.atan(16 / 30)),
-                 None),
-    "intrinsics of a frame win": (lambda f: plainly(f, fl_x=60.0, k1=0.2, more=lambda i: dict(fl_x=30.0, k1=0.0)),
-                                  None),
-    "3x4, blanks, no ending": (lambda f: (put(f, [f"images/my photo 0.{i}.png" for i in range(5)]), describe(
-        f, [f"./images/my photo 0.{i}" for i in range(5)],
-        more=lambda i: dict(transform_matrix=(pose(i) @ GL)[:3].tolist()))), None),
-    "EXIF": (lambda f: (put(f, jpegs := [n[:-3] + "jpg" for n in IN_IMAGES], turn=6), describe(f, jpegs)), "EXIF"),
-    "EXIF, no size": (lambda f: (put(f, IN_IMAGES, turn=8), describe(f, IN_IMAGES, w=None, h=None)), "EXIF"),
+    "an angle": lambda f: plainly(f, **dict.fromkeys("fl_x cx cy w h".split()), camera_angle_x=2 * math.atan(16 / 30)),
+    "intrinsics of a frame win": lambda f: plainly(f, fl_x=60.0, k1=0.2, more=lambda i: dict(fl_x=30.0, k1=0.0)),
+    "3x4, blanks, no ending": lambda f: plainly(f, five("images/my photo 0.{}.png"), five("./images/my photo 0.{}"),
+                                                more=lambda i: placed(pose(i)[:3])),
+    "EXIF": (lambda f: plainly(f, five("images/{}.jpg"), turn=6), "EXIF"),
+    "EXIF, no size": (lambda f: plainly(f, turn=8, w=None, h=None), "EXIF"),
     "EXIF, shrunk": (lambda f: (put(f, IN_IMAGES, turn=8), colmap_of(f, zoom=3)), "EXIF"),
-    "ScanNet++": (lambda f: scannetpp(f, "undistorted_anon_masks", (1,)), "1 frames that are marked", (0, 2, 3, 4)),
-    "ScanNet++, small masks": (lambda f: scannetpp(f, "resized_anon_masks"), None),
+    "ScanNet++, a bad frame": (lambda f: scannetpp(f, "undistorted_anon_masks", (1,)), "1 frames that are marked"),
+    "ScanNet++, small masks": lambda f: scannetpp(f, "resized_anon_masks"),
     "ScanNet++ without masks": (scannetpp, "read without"),
-    "a folder called nerfstudio": (lambda f: plainly(f / "nerfstudio"), None),
-    "rotations scaled": (lambda f: plainly(f, shape=lambda i: 2.0), "scaled by 2"),
-    "some rotations scaled": (lambda f: plainly(f, shape=lambda i: 0.5 if i % 2 else 1), "(2 views)"),
-    "several models": (lambda f: (with_colmap(f, views=3), colmap_of(f, model="sparse/1")), "sparse/0, another model"),
-    "sparse/1 alone": (lambda f: with_colmap(f, model="sparse/1"), None),
-    "images.txt without 2D points": (lambda f: with_colmap(f, text=True, spoil=no_2d), None),
-    "images.txt with blank lines": (lambda f: with_colmap(f, text=True, spoil=blank), None),
-    "two spaces in names": (lambda f: (put(f, names := [f"images/a  b {i}.png" for i in range(5)]),
-                                       colmap_of(f, [n[7:] for n in names], text=True)), None),
+    "a folder called nerfstudio": lambda f: plainly(f / "nerfstudio"),
+    "rotations scaled": (lambda f: plainly(f, more=lambda i: turned(i, 2.0)), "scaled by 2"),
+    "some rotations scaled": (lambda f: plainly(f, more=lambda i: turned(i, 0.5 if i % 2 else 1)), "(2 views)"),
+    "several models": (lambda f: (with_colmap(f, views=3), colmap_of(f, place="sparse/1")), "sparse/0, another model"),
+    "sparse/1 alone": lambda f: with_colmap(f, place="sparse/1"),
+    "images.txt without 2D points": lambda f: with_colmap(f, text=True, spoil=no_2d),
+    "images.txt with blank lines": lambda f: with_colmap(f, text=True, spoil=blank),
+    "two spaces in names": lambda f: (put(f, five("images/a  b {}.png")),
+                                      colmap_of(f, five("a  b {}.png"), text=True)),
     "no points": (lambda f: (with_colmap(f), (f / "sparse/0/points3D.bin").unlink()), "no points3D"),
     "depths/": (lambda f: (plainly(f), write_maps(f / "depths", NAMES, HALF)), "ignored: depths/"),
     "LLFF": (lambda f: llff(f, 4), "scaled to the 32x24 of images_4")}
@@ -733,9 +676,9 @@ PEOPLE = {  # name: (what writes the folder, what the notes must say, the views 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("case", PEOPLE)
 def test_folders_as_people_have_them(tmp_path, case):
-    write, words, *views = PEOPLE[case]
+    write, words = PEOPLE[case] if isinstance(PEOPLE[case], tuple) else (PEOPLE[case], None)
     write(tmp_path)
-    scene, views = only_scene(tmp_path), list(views[0] if views else range(5))
+    scene, views = only_scene(tmp_path), [0, 2, 3, 4] if "a bad frame" in case else range(5)
     assert np.allclose(scene.c2w, [pose(i) for i in views], atol=1e-6)
     for k, i in enumerate(views):
         view = scene.view(k, (24, 32))
@@ -751,18 +694,15 @@ def test_folders_as_people_have_them(tmp_path, case):
 def refit(room, folder, unit=1.0, dtype=np.uint16, scale=1.0, **meta):
     """A room again, its positions in units of 1 / `unit` metres, its depth in millimetres times `scale`."""
     old = json.loads((room / "transforms.json").read_text())
+    shutil.copytree(room, folder, dirs_exist_ok=True)
     for frame in old["frames"]:
-        matrix = np.array(frame["transform_matrix"])
-        matrix[:3, 3] *= unit
-        depth = (np.array(Image.open(room / frame["depth_file_path"])) * scale).astype(dtype)
-        name = frame["depth_file_path"].replace(".png", ".npy" if dtype == np.float32 else ".png")
-        (folder / "depth").mkdir(parents=True, exist_ok=True)
-        np.save(folder / name, depth) if name.endswith("npy") else Image.fromarray(depth).save(folder / name)
-        frame |= dict(depth_file_path=name, transform_matrix=matrix.tolist())
-        for key in ("normal_file_path", "instance_file_path", "label_file_path"):
-            del frame[key]
-    (folder / "images").symlink_to(room / "images")
-    save(folder, {k: v for k, v in old.items() if k != "depth_unit_scale_factor"} | meta)
+        for row in frame["transform_matrix"][:3]:
+            row[3] *= unit
+        depth = np.array(Image.open(room / frame["depth_file_path"])) * scale
+        if dtype == np.float32:
+            frame["depth_file_path"] = frame["depth_file_path"].replace(".png", ".npy")
+        write_maps(folder, [frame["depth_file_path"]], depth.astype(dtype))
+    save(folder, old | dict(depth_unit_scale_factor=None) | meta)
 
 
 @pytest.mark.parametrize("settings, ratio, warned", [
@@ -780,30 +720,21 @@ def test_the_unit_of_depth(rooms, rooms_dir, tmp_path, settings, ratio, warned):
 
 
 def test_depth_beside_colmap_is_scaled_to_its_points(rooms, tmp_path):
-    room, names = rooms[1], [f"{i}.png" for i in range(12)]
-    for name, frame in zip(names, room.frames):
-        depth = np.array(Image.open(frame.depth))
-        depth[:40] = 0  # not measured
-        write_maps(tmp_path, [f"depth/{name}"], depth)
-        (tmp_path / "images").mkdir(exist_ok=True)
-        shutil.copy(frame.image, tmp_path / "images" / name)
+    room, names = rooms[1], [frame.image.name for frame in rooms[1].frames]
+    shutil.copytree(room.frames[0].image.parent, tmp_path / "images")
+    depth = np.stack([Image.open(frame.depth) for frame in room.frames])
+    depth[:, :40] = 0  # not measured
+    write_maps(tmp_path / "depth", names, *depth)
     points = np.concatenate([unproject(room.view(i), 16)[0] for i in range(12)]) * 0.27
     w2c = [np.linalg.inv(frame.c2w) for frame in room.frames]
-    poses = [(quaternion_of(m[:3, :3]), 0.27 * m[:3, 3]) for m in w2c]
+    quaternion = lambda R: [1 + R.trace(), *(R - R.T)[[2, 0, 1], [1, 2, 0]]]  # none of these is half a turn
+    poses = [(quaternion(m[:3, :3]), 0.27 * m[:3, 3]) for m in w2c]
     K, size = room.frames[0].K, room.frames[0].size
     write_colmap(tmp_path, "PINHOLE", (K[0, 0], K[1, 1], K[0, 2], K[1, 2]), size, names, points.tolist(), poses)
     scene = only_scene(tmp_path)
     assert float((scene.view(4).depth / room.view(4).depth)[40:].median()) == pytest.approx(0.27, rel=0.01)
     assert any("depth_unit_scale_factor" in note for note in scene.notes)
     assert scene.depth_range[1] < 0.27 * 12 and scene.range_source == "measured depth"
-
-
-def quaternion_of(R):  # -> w x y z, by the largest of the four products
-    (a, b, c), (d, e, f), (g, h, k) = R
-    four = np.array([[1 + a + e + k, h - f, c - g, d - b], [h - f, 1 + a - e - k, b + d, c + g],
-                     [c - g, b + d, 1 - a + e - k, f + h], [d - b, c + g, f + h, 1 - a - e + k]])
-    q = four[four.diagonal().argmax()]
-    return (q / np.linalg.norm(q)).tolist()
 
 
 @pytest.mark.parametrize("low, high, wanted", [
@@ -821,17 +752,13 @@ def test_near_and_far_come_from_points_that_a_picture_shows(tmp_path):
     seen = np.stack([rng.uniform(-0.5, 0.8, 200), rng.uniform(-0.5, 0.5, 200), rng.uniform(2, 3, 200)], 1)
     seen[0, 2] = 60  # one that is wrong does not count
     beside = np.stack([rng.choice([-40.0, 40.0], 300), rng.uniform(-1, 1, 300), rng.uniform(0.1, 30, 300)], 1)
-    poses = [((1.0, 0.0, 0.0, 0.0), (-0.1 * i, 0.0, 0.0)) for i in range(5)]
-    write_colmap(tmp_path, "PINHOLE", (30.0, 31.0, 16.0, 12.0), (24, 32), NAMES, [*seen.tolist(), *beside.tolist()],
-                 poses)
+    colmap_of(tmp_path, points=[*seen.tolist(), *beside.tolist()])
     scene = only_scene(tmp_path)
     near, far = scene.depth_range
     assert scene.range_source == "sparse points" and 1.5 < near < 2 and 3 < far < 4
     behind = seen * 20  # inside the pictures, but no picture was found to show them
     put(tmp_path / "b", IN_IMAGES)
-    write_colmap(tmp_path / "b", "PINHOLE", (30.0, 31.0, 16.0, 12.0), (24, 32), NAMES,
-                 [*seen.tolist(), *behind.tolist()], poses,
-                 shown=range(200))
+    colmap_of(tmp_path / "b", points=[*seen.tolist(), *behind.tolist()], shown=range(200))
     assert only_scene(tmp_path / "b").depth_range[1] < 4
     (scene,) = data.open_scenes(tmp_path / "b", near=0.7)
     assert scene.depth_range[0] == 0.7 and 3 < scene.depth_range[1] < 4 and scene.range_source == "--near and --far"
@@ -863,12 +790,9 @@ def test_one_unusable_scene_among_many(tmp_path, capsys):
 def test_a_photo_is_decoded_once_and_small(tmp_path, monkeypatch, lens, kind):
     rng = np.random.default_rng(0)
     photo = Image.fromarray(rng.integers(0, 256, (60, 80, 3)).astype(np.uint8)).resize((1601, 1203), Image.BICUBIC)
+    write_scene(tmp_path, 3, kind=kind, fl_x=1500.0, fl_y=1510.0, cx=810.0, cy=600.0, w=1601, h=1203, **lens)
     for i in range(3):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        photo.save(tmp_path / f"images/{i}.{kind}", **(dict(quality=95) if kind == "jpg" else dict(compress_level=1)))
-    K = dict(fl_x=1500.0, fl_y=1510.0, cx=810.0, cy=600.0, w=1601, h=1203)
-    frames = [dict(file_path=f"images/{i}.{kind}", transform_matrix=(pose(i) @ GL).tolist()) for i in range(3)]
-    save(tmp_path, K | lens | dict(frames=frames))
+        photo.save(tmp_path / f"images/{i}.{kind}", quality=95, compress_level=1)  # either type heeds one of them
     scene, sizes, decode = only_scene(tmp_path), [], data.decode
 
     def watched(*args, **options):
@@ -902,15 +826,15 @@ def write_rgbd(folder, size=(24, 32)):
         np.savetxt(folder / f"frame-{i:06d}.pose.txt", pose(i))
 
 
+NINE = "30 0 16\n0 31 12\n0 0 1"
 INFO = ("m_colorWidth = 64\nm_colorHeight = 48\nm_calibrationColorIntrinsic = 60 0 32 0 0 62 24 0 0 0 1 0 0 0 0 1\n"
         "m_calibrationDepthIntrinsic = 1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1\n")
 
 
 @pytest.mark.parametrize("file, text, refusal", [
-    ("camera-intrinsics.txt", "30 0 16\n0 31 12\n0 0 1", None),
-    ("../camera-intrinsics.txt", "30 0 16\n0 31 12\n0 0 1", None), ("../info.txt", INFO, None),
-    ("info.txt", INFO, None), ("camera-intrinsics.txt", "f = 30", "nine numbers"),
-    ("camera-intrinsics.txt", "30", "nine numbers"),
+    ("camera-intrinsics.txt", NINE, None), ("../camera-intrinsics.txt", NINE, None),
+    ("../info.txt", INFO, None), ("info.txt", INFO, None),
+    ("camera-intrinsics.txt", "f = 30", "nine numbers"), ("camera-intrinsics.txt", "30", "nine numbers"),
     ("intrinsic_color.txt", "30 0 16 0\n0 31 12 0\n0 0 1 0\n0 0 0 1", None),
     ("camera-intrinsics.txt", "60 0 32\n0 62 24\n0 0 1", "32x24.*64x48"), (None, "", "32x24.*camera-intrinsics.txt"),
     ("camera-intrinsics.txt", "0 0 16\n0 31 12\n0 0 1", "singular")])
@@ -925,7 +849,7 @@ def test_intrinsics_of_rgbd_sequences(tmp_path, file, text, refusal):
     scene = only_scene(tmp_path)
     assert not scene.kinect and np.allclose(scene.c2w, [pose(i) for i in range(4)])
     view = scene.view(2)
-    assert np.allclose(view.K, [[30, 0, 16], [0, 31, 12], [0, 0, 1]]) and np.allclose(view.depth, 1.002)
+    assert np.allclose(view.K, LENS) and np.allclose(view.depth, 1.002)
 
 
 @pytest.mark.parametrize("text", ["-inf " * 16, "", "-1.#IND " * 16])
@@ -957,17 +881,16 @@ def cut(folder, name, keep):
 
 
 def maps(kind, array):
-    return lambda folder, meta: write_maps(folder, [f"{kind}/{i}.png" for i in range(4)], array)
+    return lambda folder, meta: write_maps(folder / kind, NAMES[:4], array)
 
 
-GOOD = pose(1) @ GL
 BAD = {  # what a person can have wrong, and what the one line names; damage of every kind is in test_hostile.py
     "missing image": (lambda f, m: (f / "images/1.png").unlink(), "1.png does not exist"),
     "cut png": (lambda f, m: cut(f, "images/1.png", 1500), "1.png.*decoded"),
     "image size": (key(w=64, h=40, cx=32.0, cy=20.0), "is 32x24, but its camera is for 64x40"),
     "intrinsics of another size": (key(w=None, h=None, cx=64.0, cy=48.2), "0.png.*centre at .64, 48.2.*128x96"),
-    "not rigid": (frame(1, transform_matrix=(np.diag([2.0, 1, 1, 1]) @ GOOD).tolist()), "1.png.*not a rigid"),
-    "reflected": (frame(1, transform_matrix=(np.diag([1.0, 1, -1, 1]) @ GOOD).tolist()), "1.png.*not a rigid"),
+    "not rigid": (frame(1, **placed(np.diag([2.0, 1, 1, 1]) @ pose(1))), "1.png.*not a rigid"),
+    "reflected": (frame(1, **placed(np.diag([1.0, 1, -1, 1]) @ pose(1))), "1.png.*not a rigid"),
     "transposed": (frame(1, transform_matrix=(pose(3) @ GL).T.tolist()), "1.png.*transposed"),
     "ragged pose": (frame(1, transform_matrix=[[1, 2], [3]]), "frame 1.*number"),
     "no pose": (frame(1, transform_matrix=None), "frame 1 lacks 'transform_matrix'"),
@@ -989,13 +912,10 @@ BAD = {  # what a person can have wrong, and what the one line names; damage of 
     "empty folder": (lambda f, m: (shutil.rmtree(f), f.mkdir()), "no scene in here.*COLMAP"),
     "no folder": (lambda f, m: shutil.rmtree(f), "no such folder"),
     "colmap without images": (lambda f, m: (shutil.rmtree(f), colmap_of(f)), "images does not exist"),
-    "colmap without one image": (lambda f, m: colmap_alone(f, (f / "images/2.png").unlink), "2.png does not exist"),
+    "colmap without one image": (lambda f, m: ((f / "transforms.json").unlink(), colmap_of(f, views=4),
+                                               (f / "images/2.png").unlink()), "2.png does not exist"),
     "poses_bounds": (lambda f, m: (shutil.rmtree(f), llff(f), np.save(f / "poses_bounds.npy", np.zeros((4, 17)))),
                      "poses_bounds.npy.*5 pictures")}
-
-
-def colmap_alone(folder, spoil):
-    (folder / "transforms.json").unlink(), colmap_of(folder, views=4), spoil()
 
 
 @pytest.mark.filterwarnings("error")
@@ -1109,14 +1029,9 @@ def test_triplets_of_three_views_and_of_none(tmp_path):
     write_scene(tmp_path / "three", count=3)
     g = torch.Generator().manual_seed(0)
     assert {data.sample_triplet(only_scene(tmp_path / "three"), g)[2] for _ in range(5)} == {1}
-    back_to_back = write_scene(tmp_path / "apart", count=4)
-    for i, frame in enumerate(back_to_back["frames"]):
-        c, s = math.cos(i * math.pi / 2), math.sin(i * math.pi / 2)
-        c2w = np.array([[c, 0, s, 9 * s], [0, 1, 0, 0], [-s, 0, c, 9 * c], [0, 0, 0, 1]])
-        frame["transform_matrix"] = (c2w @ GL).tolist()
-    save(tmp_path / "apart", back_to_back)
-    same = write_scene(tmp_path / "same", count=4)
-    save(tmp_path / "same", same | dict(frames=[f | dict(transform_matrix=GL.tolist()) for f in same["frames"]]))
+    turn = np.array([[0, 0, 1, 9], [0, 1, 0, 0], [-1, 0, 0, -9], [0, 0, 0, 1]])  # four of it: back to back on a ring
+    write_scene(tmp_path / "apart", more=lambda i: placed(np.linalg.matrix_power(turn, i)))
+    write_scene(tmp_path / "same", more=lambda i: placed(np.eye(4)))
     for name in ("apart", "same"):
         with pytest.raises(data.DataError, match="no three views overlap") as error:
             data.sample_triplet(only_scene(tmp_path / name), g)
@@ -1152,9 +1067,9 @@ def test_depth_range_contains_what_is_seen(rooms, crooked):
 # ---------------------------------------------------------------------------------------------------- superpixels
 
 
-@pytest.mark.parametrize("size, count", [((1, 1), 1), ((1, 1), 9), ((2, 3), 50), ((33, 47), 30), ((96, 128), 64),
-                                         ((7, 211), 20),
-                                         ((300, 1), 10), ((1, 300), 10), ((40, 40), 0), ((40, 40), 1)])
+@pytest.mark.parametrize("size, count", [
+    ((1, 1), 1), ((1, 1), 9), ((2, 3), 50), ((33, 47), 30), ((96, 128), 64), ((7, 211), 20), ((300, 1), 10),
+    ((1, 300), 10), ((40, 40), 0), ((40, 40), 1)])
 def test_superpixels_label_every_pixel(size, count):
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
     mask = data.superpixels(F.avg_pool2d(image, 5, 1, 2), count)
@@ -1204,25 +1119,20 @@ def test_levels_count_targets(rooms, tmp_path):
     said = data.describe_levels(rooms[0])
     assert f"12 targets: {levels.count(0)} at overlap 0.5 and baseline 0.4" in said and "warning" not in said
     assert ("have none" in said) == (None in levels)
-    meta = write_scene(tmp_path, count=5)
-    for i, frame in enumerate(meta["frames"]):  # steps of three times the depth
-        frame["transform_matrix"] = (pose(i, step=1.0) @ GL).tolist()
-    save(tmp_path, meta)
+    write_scene(tmp_path, count=5, more=lambda i: placed(pose(10 * i)))  # steps of three times the depth
     (far_apart,) = data.open_scenes(tmp_path, near=0.5, far=2)
     assert "warning" in data.describe_levels(far_apart)
 
 
-@pytest.mark.parametrize("error, words", [(data.DataError("bad"), "bad"), (ValueError("bad"), "bad"),
-                                          (KeyboardInterrupt(), "stopped; again"),
-                                          (OSError(28, "No space left", "x"),
-                                           "x: No space left; once that is mended, again"),
-                                          (RuntimeError("CUDA error: a bug"), None),
-                                          (AssertionError("a device"), None)])
+@pytest.mark.parametrize("error, words", [
+    (data.DataError("bad"), "bad"), (ValueError("bad"), "bad"), (KeyboardInterrupt(), "stopped; again"),
+    (OSError(28, "No space left", "x"), "x: No space left; once that is mended, again"),
+    (RuntimeError("CUDA error: a bug"), None), (AssertionError("a device"), None)])
 def test_only_expected_errors_end_in_one_line(error, words):
     args = argparse.Namespace(device="cpu", out="out")
     with pytest.raises(type(error) if words is None else SystemExit) as stop, data.explained(args, "again"):
         raise error
     assert words is None or stop.value.code == words
-    with pytest.raises(SystemExit, match="--device nonsense: "), data.explained(argparse.Namespace(device="nonsense"),
-                                                                                ""):
+    args.device = "nonsense"
+    with pytest.raises(SystemExit, match="--device nonsense: "), data.explained(args, ""):
         raise AssertionError("not reached")

@@ -32,13 +32,8 @@ SMALL = """--heldout 2 --pixels 3072 --hidden 64 --bottleneck 32 --prototypes 12
 GRID = 6, 8  # of 48x64 pixels in patches of 8
 
 
-def main(*arguments):
-    with torch.enable_grad():
-        distill.main([str(a) for a in arguments])
-
-
 fork, script = (functools.partial(how, "04_distill") for how in (stopping.fork, stopping.script))
-refusal = functools.partial(stopping.refusal, distill.main)
+main, refusal = (functools.partial(how, distill.main) for how in (stopping.call, stopping.refusal))
 
 
 def small_vit():
@@ -211,17 +206,6 @@ def test_ahead_keeps_the_order_and_passes_errors_on():
 # -------------------------------------------------------------------------------- agreement
 
 
-class Knowing:
-    """A stand-in for a ViT whose tokens are a given function of the image."""
-    patch = 8
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, images):
-        return lift.Tokens(None, None, torch.stack([self.function(image) for image in images]))
-
-
 def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
     """The pictures are painted with world positions instead of colours."""
     source, triplets = source_of(rooms, "--geometry", "depth", "--pixels", 12288), []
@@ -235,7 +219,11 @@ def test_agreement_cannot_be_won_by_collapse_or_by_place(rooms):
     torch.manual_seed(0)
     waves, place = 3 * torch.randn(3, 64), torch.randn(192, 64)
     position = lambda image: F.avg_pool2d(image, 8).flatten(1).T @ waves
-    measure = lambda function: distill.agreement(Knowing(function), triplets)
+
+    def measure(function):  # of a ViT whose tokens are this function of the image
+        vit = lambda images: lift.Tokens(None, None, torch.stack([*map(function, images)]))
+        vit.patch = 8
+        return distill.agreement(vit, triplets)
     exact = measure(lambda image: torch.cat([position(image).sin(), position(image).cos()], 1) + place.repeat(1, 2))
     assert exact.matching > 0.8 and exact.cosine > 0.8
     for cheat in (lambda _: torch.ones(192, 64) + 1e-4 * torch.randn(192, 64), lambda _: torch.randn(192, 64),
@@ -263,59 +251,15 @@ def test_effective_rank_counts_directions():
 # -------------------------------------------------------------------------------- a step
 
 
-@pytest.fixture(scope="module")
-def two_samples(crooked):
-    source = source_of(crooked, "--geometry", "depth", "--online")
-    return [source.sample(*place_of(crooked, n), seed=0) for n in range(2)]
-
-
-def networks(*flags):
-    """Student, and a teacher that differs from it in the ViT and in the head; args."""
-    args = distill.parse([*SMALL, "--full_finetune", *flags])
-    _, student, teacher, optimiser = distill.networks_of(args)
-    generator = torch.Generator().manual_seed(1)
-    for p in teacher.parameters():
-        p.data += 0.05 * p.data.std(correction=0).nan_to_num() * torch.randn(p.shape, generator=generator)
-    return student, teacher, optimiser, args
-
-
-def test_a_batch_of_two_equals_two_batches_of_one(two_samples):
-    found = []
-    for batches in ([two_samples], [[sample] for sample in two_samples]):
-        student, teacher, _, args = networks()
-        values = [distill.learn(batch, student, teacher, args) for batch in batches]
-        gradients = [p.grad / len(batches) for p in distill.trained(student).values() if p.grad is not None]
-        found.append((torch.tensor(values).mean(0), gradients))
-    (a, ours), (b, theirs) = found
-    assert torch.allclose(a, b, rtol=1e-6) and len(ours) == len(theirs) > 50
-    assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-7) for x, y in zip(ours, theirs))
-
-
-def test_the_teacher_is_not_the_student(two_samples):
-    """The goal is made by the teacher's ViT, and read by the teacher's head."""
-    student, teacher, _, args = networks()
-    sample = two_samples[0]
-    loss, entropy, share = distill.learn([sample], student, teacher, args)
-    with torch.no_grad():
-        values = {}
-        for name, vit, head in (("both", teacher.vit, teacher.head), ("the student's ViT", student.vit, teacher.head),
-                                ("the student's head", teacher.vit, student.head)):
-            goal, valid = sample.carry(vit(sample.context).patches)
-            seen = student.head(student(sample.target)[0][valid])
-            values[name] = distill.distill_loss(seen, head(goal[valid]), args.tau_student, args.tau_teacher).item()
-    assert loss == pytest.approx(values.pop("both"), rel=1e-5) and share == pytest.approx(valid.float().mean().item())
-    assert all(abs(value - loss) > 1e-3 * loss for value in values.values()), values
-    assert all(p.grad is None for p in teacher.parameters())
-
-
 def test_three_steps_by_hand(crooked_dir, tmp_path):
     """Three steps of two triplets in plain torch, from a teacher that differs from the student: every saved tensor."""
     flags = ["--scene_dir", crooked_dir, "--operators", tmp_path / "operators", "--out", tmp_path / "out", *SMALL,
              *"--max_steps 3 --ema_every 2 --batch 2 --full_finetune --lr 3e-4 --head_lr 1e-4 --geometry depth".split()]
     args = distill.parse([str(a) for a in flags])
-    student, teacher, _, _ = start = networks(*map(str, flags))
-    before = lift.load_vit("tiny")
-    with mock.patch.object(distill, "networks_of", lambda _: (before, *copy.deepcopy(start[:3]))):
+    _, student, teacher, _ = start = distill.networks_of(args)
+    for p in teacher.parameters():
+        p.data += 0.05 * p.data.std(correction=0).nan_to_num() * torch.randn(p.shape)
+    with mock.patch.object(distill, "networks_of", lambda _: copy.deepcopy(start)):
         main(*flags)
     scenes, _, source = distill.prepare(args)
     triplets = distill.draw_triplets(scenes, 4, 0)
@@ -323,8 +267,9 @@ def test_three_steps_by_hand(crooked_dir, tmp_path):
     state = {p: (torch.zeros_like(p), torch.zeros_like(p), 3e-4 if name.startswith("vit.") else 1e-4)
              for name, p in distill.trained(student).items()}
     logits = lambda head, x: head.gain * (F.normalize(head.mlp(x), dim=1) @ F.normalize(head.prototypes, dim=1).T)
-    for step in range(3):
+    for step, line in enumerate(lines_of(tmp_path / "out")):
         student.zero_grad()
+        found = []
         for scene, indices in (triplets[n] for n in order[2 * step:2 * step + 2]):
             t, operator = source.load(scene, indices), source.operator(scene, indices)
             with torch.no_grad():
@@ -332,7 +277,10 @@ def test_three_steps_by_hand(crooked_dir, tmp_path):
                 p = (logits(teacher.head, goal) / args.tau_teacher).softmax(1)
             seen = student.vit(t.images[2:]).patches[0][operator.valid]
             q = (logits(student.head, seen) / args.tau_student).log_softmax(1)
-            (-(p * q).sum(1).mean() / 2).backward()
+            loss, entropy = -(p * q).sum(1).mean(), -(p * p.log()).sum(1).mean()
+            (loss / 2).backward()
+            found.append([loss.item(), (loss - entropy).item(), operator.valid.float().mean().item()])
+        assert [line[name] for name in ("loss", "kl", "valid")] == pytest.approx(np.mean(found, 0), rel=1e-3)
         with torch.no_grad():
             for p, (m, v, lr) in state.items():  # Adam with betas 0.9 and 0.999, cosine decay over three steps
                 if p.grad is not None:
@@ -361,14 +309,12 @@ def test_three_steps_by_hand(crooked_dir, tmp_path):
     assert len(saved) == 3 * len(names)
 
 
-def test_held_out_triplets_keep_nothing_for_a_backward_pass(rooms_dir, tmp_path, monkeypatch):
+def test_held_out_triplets_keep_nothing_for_a_backward_pass(rooms, monkeypatch):
     """Else MVSplat's activations, 20 GB at the paper's size, lie on the card while they are made (seen on an H200)."""
-    args = distill.parse([*map(str, ["--scene_dir", rooms_dir, "--operators", tmp_path, *SMALL])])
-    scenes, _, source = distill.prepare(args)
     wanted, reconstruct = [], splat.reconstruct
     note = lambda *a: wanted.append(torch.is_grad_enabled()) or reconstruct(*a)
     monkeypatch.setattr(splat, "reconstruct", note)
-    distill.judged_triplets(source, distill.draw_triplets(scenes, 1, 0))
+    distill.judged_triplets(source_of(rooms), [place_of(rooms)])
     assert wanted and not any(wanted)
 
 
@@ -604,20 +550,14 @@ def test_stopped_with_a_full_disk_and_a_damaged_checkpoint_it_comes_to_the_same(
     assert {file: file.read_bytes() for file in before} == before and not list(out.glob(".*[0-9]"))
     newest.write_bytes(before[newest][:5000])
     step = distill.read_run(previous)[0]
-    assert f"a run stopped here at step {step} of 12; --resume goes on" in refusal(*common, "--out", out)
-    assert finish(fork(*common, "--out", out, "--resume")) == 0 and 0 < step < 12
-    same(out, whole)
-
-
-def test_an_unfinished_run_is_neither_overwritten_nor_continued_with_other_settings(undisturbed, tmp_path):
-    _, _, common = undisturbed
-    out = tmp_path / "run"
-    stopped(common, out, "checkpoint.safetensors", signal.SIGKILL)
-    for flags, says in (([], "--resume goes on"), (["--lr", "0.5", "--resume"], "lr 0.003 -> 0.5"),
+    for flags, says in (([], f"a run stopped here at step {step} of 12; --resume goes on"),
+                        (["--lr", "0.5", "--resume"], "lr 0.003 -> 0.5"),
                         (["--loss", "cosine", "--resume"], "loss distill -> cosine")):
         assert says in refusal(*common, "--out", out, *flags)
     settings = json.loads((out / "settings.json").read_text())
     assert settings["prototypes"] == 128 and settings["lr"] == 0.003 and settings["preset"] == "tiny"
+    assert finish(fork(*common, "--out", out, "--resume")) == 0 and 0 < step < 12
+    same(out, whole)
 
 
 def test_a_loss_that_is_not_finite_names_the_triplet_and_keeps_the_checkpoint(undisturbed, tmp_path, monkeypatch):
@@ -711,7 +651,7 @@ def sample(rooms):
 
 
 def test_geometry_that_carries_nothing_is_said_to(rooms, sample, capsys):
-    source = source_of(rooms, "--geometry", "depth", "--pixels", 3072)
+    source = source_of(rooms, "--geometry", "depth")
     distill.judged_triplets(source, [place_of(rooms)])
     assert "warning" not in capsys.readouterr().out
     upside_down = torch.cat([sample.images[:2], sample.images[2:].flip(2, 3)])  # as with a wrong pose
@@ -754,16 +694,12 @@ def test_measured_depth_is_the_best_geometry(sample):
     assert psnr(sample) > 15 and psnr(bent) < psnr(sample) - 1
 
 
-def test_the_loss_of_geometry_is_of_pixels_and_of_structure(sample):
-    net = lift.load_mvsplat("tiny")
-    mse, structure = distill.view_error(*splat.reconstruct("mvsplat", sample, net), sample)
-    assert torch.equal(distill.geometry_loss(net, sample, 0), mse + 0.05 * structure) and structure > 0.01
-
-
-def test_transparency_does_not_pay(sample):
+def test_the_loss_of_geometry_is_of_pixels_and_structure_and_hiding_does_not_pay(sample):
     """The loss sees uncovered pixels as black: a network that hides what it cannot explain does worse."""
     net = lift.load_mvsplat("tiny")
-    shown = distill.geometry_loss(net, sample, 0).item()
+    mse, structure = distill.view_error(*splat.reconstruct("mvsplat", sample, net), sample)
+    shown = distill.geometry_loss(net, sample, 0)
+    assert torch.equal(shown, mse + 0.05 * structure) and structure > 0.01
     net.depth_predictor["to_disparity"][2].bias.data[1] -= 20  # the opacity's logit
     assert distill.geometry_loss(net, sample, 0) > 1.5 * shown
 
