@@ -70,6 +70,10 @@ def pictures(folder, names, size=(48, 64), orientation=1):
 # ------------------------------------------------------------------------------------------------ published networks
 
 
+def generator_of(name):
+    return seeded(zlib.crc32(name.encode()))
+
+
 def recipe(key, shape):  # the fixtures' weights; the student's ViT comes in chunks
     gain = 0.15 if key.endswith(".dpt.head.4.weight") else 1.0
     return gain * vit_recipe(key.replace("encoder.blocks.", "encoder.blocks.0."), shape)
@@ -143,16 +147,19 @@ def test_tokens_and_levels_are_fast3rs(case):
 
 
 @torch.no_grad()
-def test_view_codes_and_blocks_at_low_variance_are_fast3rs():
+def test_operations_are_fast3rs():
+    ops = {key.removeprefix("ops/"): value for key, value in FAST3R_TRUTH.items() if key.startswith("ops/")}
+    assert error_to(d3r.rotate(ops["rope_in"], d3r.rotary_angles(4, 6, 16)), ops["rope_out"]) < 1e-6
     for dim in (48, 384, 1024):
-        assert error_to(d3r.view_codes([0, 1, 17, 512, 999], dim), FAST3R_TRUTH[f"ops/image_idx_emb_{dim}"]) < 1e-6
+        assert error_to(d3r.view_codes([0, 1, 17, 512, 999], dim), ops[f"image_idx_emb_{dim}"]) < 1e-6
+    points, conf = d3r.read_out(ops["post_in"].permute(0, 3, 1, 2))
+    assert error_to(points, ops["pts_exp"]) < 1e-6 and error_to(conf, ops["conf_exp_1_inf"]) < 1e-6
     model, angle = toy_fast3r(), d3r.rotary_angles(4, 6, 16)  # tokens of so low variance that the norms' eps shows
-    draw = lambda which: seeded(zlib.crc32(f"ops/{which}_small".encode()))
-    small = lambda which, dim: 3e-3 * torch.randn((1, 24, dim), generator=draw(which))
+    small = lambda which, dim: 3e-3 * torch.randn((1, 24, dim), generator=generator_of(f"ops/{which}_small"))
     x, y = small("enc", 64), small("dec", 48)
     for name, ours in {"enc_block0": model.encoder.enc_blocks[0](x, angle), "enc_norm": model.encoder.enc_norm(x),
                        "dec_block0": model.decoder.dec_blocks[0](y), "dec_norm": model.decoder.dec_norm(y)}.items():
-        assert error_to(ours, FAST3R_TRUTH[f"ops/{name}_small"]) < TOKENS, name
+        assert error_to(ours, ops[f"{name}_small"]) < TOKENS, name
 
 
 @torch.no_grad()
