@@ -30,7 +30,7 @@ COMMANDS = {  # name -> the stage and what it is told, all in one folder, one af
     "05": ("05_probe", "--models tiny 04/student tiny+04/student --out 05"),
     "06 cache": ("06_distill3r", "cache"), "06 train": ("06_distill3r", "train --max_steps 1"),
     "06 train in half precision": ("06_distill3r", "train --max_steps 1 --bf16 --grad_checkpoint --out d3r16"),
-    "06 eval": ("06_distill3r", "eval"), "06 table": ("06_distill3r", "table --counts 2 --size 48 64 --models student"),
+    "06 eval": ("06_distill3r", "eval"),  # the rows of gpu.py run `table`
     "06 infer": ("06_distill3r", "infer --images rooms/room_000/images --weights d3r/student --out 06")}
 
 
