@@ -639,15 +639,15 @@ def dissimilarity(a: Tensor, b: Tensor) -> Tensor:
                 / ((mean_a**2 + mean_b**2 + 1e-4) * (variance_a + variance_b + 9e-4)))
 
 
+def photometric(image: Tensor, truth: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squared error and 1 - SSIM of (3, H, W) pictures over the pixels `where` (H, W) bool."""
+    return (image - truth).square().mean(0)[where].mean(), dissimilarity(image, truth).mean(0)[where].mean()
+
+
 def log_depth_error(gaussians, depth: Tensor, c2w: Tensor) -> Tensor:
     """Mean |log z - log depth| of one-a-pixel Gaussians in their own views, where depth (V, H, W) is known."""
     z = lift.view_depth(gaussians, c2w, *depth.shape[1:])
     return (z.clamp_min(1e-3).log() - depth.clamp_min(1e-3).log()).abs()[depth > 0].mean()
-
-
-def photometric(image: Tensor, truth: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error and 1 - SSIM of (3, H, W) pictures over the pixels `where` (H, W) bool."""
-    return (image - truth).square().mean(0)[where].mean(), dissimilarity(image, truth).mean(0)[where].mean()
 
 
 def view_error(gaussians, colours, t: splat.Triplet) -> tuple[Tensor, Tensor]:
