@@ -1493,8 +1493,8 @@ def show_triplets(scene, triplets, path):
     rows = [[a.image, v.image, b.image, colour_ids(regions(v)),
              None if v.depth is None else colour_depth(v.depth, depths),
              None if v.normal is None else colour_normals(v.normal)] for a, v, b in views]
-    depth = f"depth: {near:.3g} bright, {far:.3g} dark"
-    headings = ["context", "target", "context", "its regions", depth, "its normals"]
+    depth = f"its depth: {near:.3g} bright, {far:.3g} dark"
+    headings = ["context", "target", "context", "target's regions", depth, "its normals"]
     return picture_grid(path, headings, rows, scale=1, below=lambda width: camera_plan(scene, triplets, width))
 
 
