@@ -1,6 +1,6 @@
 """Posed multi-view scenes: what Splat and Distill trains on, and how a step draws two context views and a target.
 
-Paper   Splat and Distill (SnD) Sec. 3.1: a scene is S = {(I_i, P_i)}; a step draws two context views and a target.
+Paper   Splat and Distill (SnD) Sec. 3.1: a scene is S = {(I_i, P_i)}; Sec. 4.3 E: the target lies between the contexts.
 In      a folder: nerfstudio / instant-ngp `transforms*.json` (also ScanNet++ and FiT3D preprocessing), a COLMAP
         model (`sparse/0`, binary or text), an RGB-D sequence (7-Scenes), LLFF's `poses_bounds.npy`, or a folder of such
         folders; the files tell which. Optional folders beside `images/`: `masks/ depth/ normals/ labels/`.
@@ -12,8 +12,8 @@ Read    View, Frame, Scene, regions, into_picture, unproject, find_depth_range, 
         context_pairs, best_pairs, sample_triplet, split, held_out_views
 Try     LEVELS = ((0.9, 0.4),) in section 3, then `python 01_data.py --rooms 9 --scene_dir out/nine`: the contexts of
         room_000 come closer, from a median distance of 0.50 to 0.39 m. With LEVELS = ((0.1, 2.0),) it is 1.65 m.
-        `--scene_dir out/nine --near 0.1 --far 1` stops at the first room: the typical depth is now
-        2 / (1 / 0.1 + 1 / 1) = 0.18 m, and most baselines are too wide for it.
+        `--scene_dir out/nine --near 0.1 --far 1` stops at the first room: frusta that end at 1 m
+        hardly overlap, and baselines are too wide for a typical depth of 0.18 m.
 Not     fisheye cameras, images without poses, video files.
 Words   V views, H W pixels, K (3, 3) intrinsics, c2w camera-to-world, w2c its inverse, target / context as in SnD. The
         paper's I_i is View.image, its projection P_i (3, 4) is K times the first three rows of w2c.
@@ -56,7 +56,7 @@ from torch import Tensor
 class DataError(Exception):
     """Bad input. The message is one line that names the file and the remedy."""
 
-    def __str__(self):  # one line, whatever the names of files hold
+    def __str__(self):  # file names may hold line breaks
         return "".join(c if c.isprintable() else "?" for c in super().__str__())
 
 
@@ -82,7 +82,7 @@ class Frame:
     image: Path
     K: np.ndarray  # (3, 3) in pixels of the stored image
     c2w: np.ndarray  # (4, 4)
-    size: tuple | None  # (H, W) of the stored image
+    size: tuple | None  # (H, W) of the stored image; `load_scenes` fills it in
     distortion: tuple = ()  # of the lens: tangential p1, p2, then radial k1, k2, ...; () or zeros: none
     mask: Path | None = None
     depth: Path | None = None
@@ -90,7 +90,7 @@ class Frame:
     label: Path | None = None
     seen: object = ...  # which rows of Scene.points this picture shows: a list of indices, or `...` for all
     # The rest is for the workshop.
-    two_regions: bool = False  # the mask says which pixels are valid: its two sides are two regions
+    two_regions: bool = False  # the mask marks valid pixels; valid and invalid are its two regions
     upright: bool = False  # the camera is that of the picture turned as its EXIF tag says
     notes: tuple = ()  # what was changed to make the camera fit
     cache: dict = field(default_factory=dict, init=False, repr=False)  # decoded views, see `decoded_once`
@@ -105,7 +105,7 @@ class Scene:
         self.points = points  # (M, 3) world points of a sparse reconstruction, or None
         self.notes = list(notes)  # sentences for the user: what was left out or assumed
         self.class_names = class_names  # a tuple: what the label ids mean, or None
-        self.kinect = kinect  # depth is stored as the Kinect's second camera sees it, as in raw 7-Scenes
+        self.kinect = kinect  # depth is stored as the Kinect's infrared camera sees it, as in raw 7-Scenes
         self.c2w = torch.from_numpy(np.stack([frame.c2w for frame in frames])).float()  # (V, 4, 4)
         self.pairs = {}  # what `context_pairs` has found so far
 
@@ -157,7 +157,7 @@ def into_picture(points, frame):
 
     Lens distortion is left out, as a few pixels do not matter here.
     """
-    local = (points - frame.c2w[:3, 3]) @ frame.c2w[:3, :3]  # R' (p - t), as rows
+    local = (points - frame.c2w[:3, 3]) @ frame.c2w[:3, :3]  # R^T (p - t) as rows, with c2w = (R, t)
     z = local[:, 2]
     with np.errstate(divide="ignore", invalid="ignore"):
         x, y = frame.K[0, 0] * local[:, 0] / z + frame.K[0, 2], frame.K[1, 1] * local[:, 1] / z + frame.K[1, 2]
@@ -171,7 +171,7 @@ def unproject(x, y, z, frame):  # pixels and z-depth -> (M, 3) world
 
 
 def find_depth_range(scene):  # -> near, far, where they come from
-    """The first of these that exists: measured depth, sparse points inside a picture, a guess from the camera poses."""
+    """From measured depth or sparse points, where some of the views have more than 50 values; else from the poses."""
     some = [scene.frames[i] for i in np.linspace(0, len(scene) - 1, min(8, len(scene))).astype(int)]
     measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]  # every seventh pixel
     sparse = [into_picture(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
@@ -208,7 +208,8 @@ def overlap(scene, i, j):
 
 
 # What is asked of two contexts: (least overlap with the target, widest baseline). The baseline is the distance of the
-# two cameras as a fraction of the typical depth. If a target has no such pair, the next level asks for less.
+# two cameras over the typical depth, which is the harmonic mean of near and far. If a target has no such pair, the next
+# level asks for less.
 LEVELS = ((0.5, 0.4), (0.5, 0.8), (0.25, 1.0), (0.1, 2.0))
 
 
@@ -217,26 +218,26 @@ def context_pairs(scene, target, least, widest):
 
     They are chosen among the 24 views nearest to the target. Each overlaps the target by at least `least`, and the two
     overlap each other by at least three quarters of that. Their baseline is 0.02 to `widest` times the typical depth.
-    The target lies between them: beyond both, it would see surfaces that neither sees, and get no features there.
+    The target lies between them, as in SnD (Sec. 4.3 E): beyond both, it would see surfaces that neither sees.
     """
     if (target, least, widest) in scene.pairs:
         return scene.pairs[target, least, widest]
     centre = np.stack([frame.c2w[:3, 3] for frame in scene.frames])  # (V, 3)
     near, far = scene.depth_range
-    typical = 2 / (1 / near + 1 / far)  # the harmonic mean: half way in disparity
+    typical = 2 / (1 / near + 1 / far)  # half way in disparity, 1 / depth
     close = np.argsort(np.linalg.norm(centre - centre[target], axis=1))[:25]  # the target itself and 24 others
     seeing = [j for j in close if j != target and overlap(scene, target, j) >= least]
     pairs = []
     for a, b in combinations(seeing, 2):
         baseline = np.linalg.norm(centre[a] - centre[b]) / typical
-        between = (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0  # seen from it, over 90 degrees apart
+        between = (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0  # over 90 degrees apart, from there
         if 0.02 < baseline < widest and between and overlap(scene, a, b) >= 0.75 * least:
             pairs.append((int(a), int(b)))
     scene.pairs[target, least, widest] = pairs  # the same target is asked for again and again
     return pairs
 
 
-def best_pairs(scene, target):  # -> the first of LEVELS that has pairs, and its pairs; None, [] where no level has any
+def best_pairs(scene, target):  # -> the index of the first level that has pairs, and its pairs; else None, []
     for level, (least, widest) in enumerate(LEVELS):
         if pairs := context_pairs(scene, target, least, widest):
             return level, pairs
@@ -246,7 +247,7 @@ def best_pairs(scene, target):  # -> the first of LEVELS that has pairs, and its
 def sample_triplet(scene, generator, targets=None):
     """-> (context_a, context_b, target): three distinct views (SnD Sec. 3.1), chosen by geometry.
 
-    `targets` restricts the target (to hold views out). Raises DataError where no three views overlap.
+    `targets` restricts the target (to hold views out). Raises DataError if 400 targets have no contexts.
     """
     # Differs: the official sampler takes contexts eight frames apart and a target that may be one of them; here the
     # cameras decide (overlap, baseline, target in between), and the three views are always distinct.
@@ -268,8 +269,7 @@ def split(scenes, part):
 
     A single scene is always a training scene; then some of its views are held out instead, see `held_out_views`.
     """
-    # Differs: the official code trains on every scene folder, the validation scenes included; here every eighth scene
-    # is held out or, if there is only one scene, every eighth of its views.
+    # Differs: the official code trains on every scene folder, the validation scenes included; here some are held out.
     assert part in ("train", "val"), f"split takes 'train' or 'val', not {part!r}"
     held_out = range(7, len(scenes), 8)
     if 1 < len(scenes) < 8:

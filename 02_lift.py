@@ -6,19 +6,19 @@ In      two posed context images, their instance masks or superpixels; measured 
 Out     patch tokens (V, N, C); one Gaussian per pixel (G = V*H*W), which carries the feature of its pixel (G, C).
 Run     python 02_lift.py     held-out rooms: depth and features as pictures, Gaussians as .ply files; ~5 s on 2 cores
         python 02_lift.py --scene_dir photos/ --model dinov2_vits14 --mvsplat re10k.ckpt     published weights
-Copy    02_lift.py alone; its command needs 01_data.py and 03_splat.py too, `tiny` its weights in tiny/vit.safetensors
-        and tiny/mvsplat.safetensors.
+Copy    02_lift.py alone; its command needs 01_data.py, 03_splat.py, tiny/vit.safetensors and tiny/mvsplat.safetensors
+        too.
 Read    Gaussians, pixel_rays, bilinear_axis, upscale_weights, mask_aware_upscale, bilinear_upscale, lift_features,
         depth_gaussians: this is the method. Later, the two networks that it needs: Tokens, VisionTransformer,
         MVSplatConfig, MVSplat.forward, MVSplat.match, cost_volume, gaussian_adapter, mvsplat_gaussians
 Try     The command prints the mean error of MVSplat's depth on four pairs of held-out views: 6.5 %. (A plane at the
-        median depth has 25.9 %.) It is 12.7 % with --near 0.3 --far 20, which spreads the D candidate depths over far
-        more than a room, 10.5 % with --pixels 3072 (half the resolution), and 6.4 % with --pixels 49152 (twice).
-        In MVSplat.forward, `coarse` in place of `coarse + delta` (no step 4): 9.2 %.
+        median depth has 25.9 %.) It is 12.7 % with --near 0.3 --far 20, as the D candidate depths then reach far
+        beyond the room (and three pairs are others), 10.5 % with --pixels 3072 (half the resolution), and 6.4 % with
+        --pixels 49152 (twice). In MVSplat.forward, `coarse` in place of `coarse + delta` (no step 4): 9.2 %.
 Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT. The
         code takes any number of views from two on; the method uses two.
 Words   tokens, features of pixels: the paper's F_low, F_high; mu, Sigma, alpha: mean, covariance, opacity of a
-        Gaussian; V views, C channels, D candidate depths, h x w the small grid of tokens or features.
+        Gaussian; V views, C channels, D candidate depths, h x w the small grid, of N tokens or of features.
 """
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the images that the networks have seen
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WEIGHTS = Path(__file__).parent / "tiny"  # the built-in weights
 
-# ------------------------------------------------------------------------ 1. What is lifted to: one Gaussian per pixel
+# ------------------------------------------------------------------------ 1. One Gaussian per pixel
 
 
 class Gaussians(NamedTuple):
@@ -70,7 +70,7 @@ def pixel_rays(K: Tensor, height, width) -> Tensor:
 # The ViT (section 4) gives one token per patch, and the Gaussians need one feature per pixel. Bilinear interpolation
 # between the four nearest tokens would mix the features of an object with those of whatever stands behind it. SnD
 # therefore uses only those of the four that lie on the same instance as the pixel, and scales their weights so that
-# they sum to 1 again. (Below Eq. 3 the paper says "semantic label", but its masks are those of instances.)
+# they sum to 1 again. (The paper says "semantic label", but its masks are those of instances.)
 
 
 def bilinear_axis(size, count, device):
@@ -84,7 +84,7 @@ def bilinear_axis(size, count, device):
     patches = torch.stack([first, (first + 1).clamp_max(count - 1)], -1).long()
     weights = torch.stack([1 - fraction, fraction], -1)
     centres = (torch.arange(count, device=device, dtype=torch.float64) + 0.5) * size / count
-    return patches, weights, centres.long()  # on a patch of an even size: the first pixel behind the centre
+    return patches, weights, centres.long()  # if its size is even, the pixel just past the centre
 
 
 def upscale_weights(
@@ -106,7 +106,7 @@ def upscale_weights(
     shared = bilinear * same_id
     total = shared.sum(1, keepdim=True)  # below 1e-9 it is 0 but for rounding
     # Differs: where none of the four tokens has the pixel's id, Eq. 3 is 0/0. The official code gives such a pixel a
-    # zero feature and lifts it all the same. We keep its bilinear weights. (Not to lift it made no difference.)
+    # zero feature and lifts it all the same. We keep its bilinear weights.
     weight = torch.where(total > 1e-9, shared / total.clamp_min(1e-9), bilinear)  # SnD Eq. 3
     return index, weight.float()
 
@@ -131,8 +131,9 @@ def lift_features(gaussians: Gaussians, tokens: Tensor, masks: Tensor, grid) -> 
 
 
 # ------------------------------------------------------------------------ 3. Gaussians from measured depth
-# This is the simplest geometry, and what a network that has to find the depth should come close to. A pixel of known
-# depth sees a small piece of surface. Its Gaussian lies on it like a coin: as wide as the pixel's footprint, and thin.
+# Not in the paper: the simplest geometry, which a network that has to find the depth should come close to. A pixel of
+# known depth sees a small piece of surface. Its Gaussian lies on it like a coin: as wide as the pixel's footprint, and
+# thin.
 
 
 def depth_gaussians(
@@ -146,7 +147,7 @@ def depth_gaussians(
     parts = []
     for z, k, pose in zip(depth, K, c2w):
         known, rays = z > 0, pixel_rays(k, *z.shape)
-        # Normals come from differences of depth (workshop). Their slant is limited: else a footprint would be too long.
+        # Normals come from differences of depth (workshop). Their slant is limited to 75 degrees.
         normal = limit_slant(surface_normals(z, k), rays)
         z = torch.where(known, z, 1.0)[..., None]  # any depth will do where the opacity is 0
         # A step of one pixel (x or y) changes the ray r by d, a column of K^-1, and the point p = z r by
@@ -155,8 +156,8 @@ def depth_gaussians(
         d_ray = torch.linalg.inv(k)[:, :2].T  # (2, 3)
         slope = (normal @ d_ray.T) / (normal * rays).sum(-1, keepdim=True)  # (H, W, 2)
         d_point = z[..., None] * (d_ray - slope[..., None] * rays[..., None, :])  # (H, W, 2, 3)
-        third = 0.1 * z / k[0, 0] * normal  # (H, W, 3) a tenth of a pixel along the normal
-        axes = torch.cat([spread * d_point, third[..., None, :]], -2).mT  # (H, W, 3, 3), an axis in each column
+        thickness = 0.1 * z / k[0, 0] * normal  # (H, W, 3) a tenth of a pixel along the normal
+        axes = torch.cat([spread * d_point, thickness[..., None, :]], -2).mT  # (H, W, 3, 3), an axis in each column
         axes = pose[:3, :3] @ axes  # to the world frame
         covariances = axes @ axes.mT  # the sum of a a^T over the three axes a
         means = (rays * z) @ pose[:3, :3].T + pose[:3, 3]
@@ -165,7 +166,7 @@ def depth_gaussians(
 
 
 # ------------------------------------------------------------------------ 4. Where the features come from: the ViT
-# Sections 1 to 3 are the method; sections 4 and 5 are the networks under it. `Block` is the usual one (part 2).
+# Sections 1 to 3 are the method; sections 4 and 5 are the networks under it. `Block` is the usual one (below).
 
 
 class Tokens(NamedTuple):
@@ -192,7 +193,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch, self.dim, self.heads, self.grid = patch, dim, heads, grid
         self.mlp_ratio, self.swiglu, self.registers = mlp_ratio, swiglu, registers
-        self.positions = positions or ("antialiased" if registers else "scale")  # else as in Meta's code
+        self.positions = positions or ("antialiased" if registers else "scale")  # Meta's choices
         self.checkpointing = False  # True: the backward pass computes each block again, which saves most of its memory
         self.patch_embed = PatchEmbed(patch, dim)  # (workshop) a convolution whose stride is its size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -209,9 +210,9 @@ class VisionTransformer(nn.Module):
         if R:  # registers have no position, and go between the class token and the patches
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
         for block in self.blocks:
-            again = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
-        x = self.norm(x)  # 05 probes the tokens before it
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = self.norm(x)  # 04 trains what comes out; 05 probes what goes in
         return Tokens(x[:, 0], x[:, 1:1 + R], x[:, 1 + R:])
 
     def embed(self, images: Tensor) -> Tensor:
@@ -219,7 +220,7 @@ class VisionTransformer(nn.Module):
         B, _, H, W = images.shape
         P = self.patch
         assert H % P == 0 and W % P == 0, f"image {H}x{W} is no multiple of the patch size {P}"
-        patches = self.patch_embed(normalised(images))  # (workshop) minus ImageNet's mean, over its deviation
+        patches = self.patch_embed(normalised(images))  # (workshop) by ImageNet's mean and deviation
         x = torch.cat([self.cls_token.expand(B, -1, -1), patches], 1)
         return x + interpolate_positions(self.pos_embed, (H // P, W // P), self.positions)
 
@@ -228,12 +229,12 @@ class VisionTransformer(nn.Module):
 # Chen et al. 2024, "MVSplat", Sec. 3. This is the published network, quirks included, without its colours. Five steps:
 #
 #   1  features         a CNN sees each view alone; a transformer then compares each view with itself and the other
-#   2  cost volume      how well a pixel's features match the other view, for each of D candidate depths
-#   3  coarse depth     a U-Net cleans the cost volume; its softmax is a distribution over the candidates
+#   2  cost volume      a plane sweep: how well a pixel's features match the other view at each of D candidate depths
+#   3  coarse depth     a U-Net cleans the cost volume; its softmax weighs the candidates (all as disparity, 1 / depth)
 #   4  refined depth    a second U-Net, at full resolution, corrects the coarse depth by what the images show
 #   5  Gaussians        the mean lies on the pixel's ray at that depth; shape and opacity are read off the features
 #
-# `FeatureCNN`, `MultiViewTransformer`, `UNet`, `conv` and `group_norm` are standard parts (part 2).
+# `FeatureCNN`, `MultiViewTransformer`, `UNet`, `conv` and `group_norm` are standard parts (below).
 
 
 class MVSplatConfig(NamedTuple):
@@ -269,7 +270,7 @@ class MVSplat(nn.Module):
             "corr_refine_net": nn.Sequential(conv(D + C, m1), group_norm(m1), nn.GELU(), UNet(m1, 3), conv(m1, D)),
             "regressor_residual": conv(D + C, D, 1),
             "depth_head_lowres": nn.Sequential(conv(D, 2 * D), nn.GELU(), conv(2 * D, D)),
-            # step 4; U-Net 2 has 3 channels of the image, the coarse depth, its certainty, and m2 channels of features
+            # step 4; U-Net 2 has 3 channels of the image, coarse disparity, its certainty, and m2 channels of features
             "upsampler": nn.Sequential(conv(2 * C, C), nn.UpsamplingBilinear2d(scale_factor=4), nn.GELU()),
             "proj_feature": conv(C, m2),
             "refine_unet": nn.Sequential(conv(m2 + 5, m2), group_norm(m2, 4), nn.GELU(), UNet(m2, 5)),
@@ -290,16 +291,16 @@ class MVSplat(nn.Module):
         # The U-Nets halve the image four times, so it is padded to multiples of 16. The padding is cut off in step 5.
         images = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
         near, far = (torch.as_tensor(bound).to(images).expand(V) for bound in (near, far))
-        planes = torch.linspace(0, 1, self.config.num_depth_candidates).to(images)  # at even steps of 1 / depth
-        disparities = 1 / far[:, None] + planes * (1 / near - 1 / far)[:, None]  # (V, D) 1 / depth, far first
+        steps = torch.linspace(0, 1, self.config.num_depth_candidates).to(images)
+        disparities = 1 / far[:, None] + steps * (1 / near - 1 / far)[:, None]  # (V, D) 1 / depth, evenly, far first
 
         # Steps 1 to 3, at a quarter of the resolution
         cnn, features, _, probability = self.match(images, K, c2w, disparities)
         coarse = (probability * disparities[:, :, None, None]).sum(1, keepdim=True)  # expected disparity (V, 1, h, w)
         certainty = probability.amax(1, keepdim=True)
 
-        # Step 4: U-Net 2 sees the image, the features, the coarse depth and how certain it is. Its output yields
-        # `delta`, which is added to the coarse disparity, and the logit of the opacity.
+        # Step 4: U-Net 2 sees the image, the features, the coarse disparity and how certain it is. Its output
+        # yields `delta`, which is added to the coarse disparity, and the logit of the opacity.
         net = self.depth_predictor
         coarse = F.interpolate(coarse, scale_factor=4, mode="bilinear", align_corners=True)
         certainty = F.interpolate(certainty, scale_factor=4, mode="nearest")
@@ -319,7 +320,7 @@ class MVSplat(nn.Module):
         raw = [F.conv2d(x, last.weight[:9], last.bias[:9], padding=1) for x in raw]  # offset, scales and quaternion
         crop = lambda x: x[:, :, :height, :width].permute(0, 2, 3, 1).to(images)
         depth, opacity, raw = crop(depth), crop(logit.sigmoid()), crop(torch.cat(raw))  # (V, height, width, 1 or 9)
-        with torch.autocast(images.device.type, enabled=False):  # in float32, as in `match`
+        with torch.autocast(images.device.type, enabled=False):  # in bfloat16 a camera would be half a pixel off
             means, scales, quaternions = gaussian_adapter(depth, raw, K, c2w)
             rotation = c2w[:, None, None, :3, :3] @ rotation_matrix(quaternions)  # to the world frame
             axes = rotation * scales[..., None, :]  # the columns are the axes of the Gaussian
@@ -330,7 +331,7 @@ class MVSplat(nn.Module):
         of each candidate depth, both (V, D, h, w)."""
         cnn = self.backbone["backbone"](images)
         features = self.backbone["transformer"](cnn)
-        with torch.autocast(images.device.type, enabled=False):  # in bfloat16 a camera would be half a pixel off
+        with torch.autocast(images.device.type, enabled=False):  # for the cameras, as in `forward`
             small_K = K / K.new_tensor([4, 4, 1])[:, None]
             volume = cost_volume(features.to(images), small_K, c2w, disparities)
         net, x = self.depth_predictor, torch.cat([volume, features], 1)
@@ -353,9 +354,9 @@ def cost_volume(
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     pixels = torch.stack([x, y, torch.ones_like(x)], -1).to(features)  # (h, w, 3); as published, without the + 0.5
     volume = torch.zeros(V, disparities.shape[1], h, w).to(features)
-    for r, s in permutations(range(V), 2):  # view r is matched with view s
+    for r, s in permutations(range(V), 2):  # r the reference view, s the source view
         to_other = torch.linalg.inv(c2w[s]) @ c2w[r]
-        rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # as published, as if both had one K
+        rays = pixels @ (K[r] @ to_other[:3, :3] @ torch.linalg.inv(K[r])).T  # as published: K[r] for both views
         correlations = []
         for disparity in disparities[r].split(8):  # 8 candidates at a time, to bound the memory
             point = rays / disparity[:, None, None, None] + K[r] @ to_other[:3, 3]  # (8, h, w, 3)
@@ -381,7 +382,7 @@ def gaussian_adapter(
     rays = rays + (raw[..., :2].sigmoid() - 0.5) @ inverse[:, None, :, :2].mT  # anywhere in the pixel
     unit = F.normalize(rays, dim=-1) @ c2w[:, None, :3, :3].mT
     # As published, the depth is a distance along the ray here, although step 2 searched z-depth. So a point is too near
-    # by a factor, the length of its ray: 1.4 at the edge of a view of 90 degrees. The network was trained with that.
+    # by the length of its ray at z = 1: 1.4 times at the edge of a view of 90 degrees. The network was trained so.
     means = c2w[:, None, None, :3, 3] + depth * unit
     pixel = inverse[:, :2, :2].sum((1, 2)).view(V, 1, 1, 1)  # width + height of a pixel at depth 1, as published
     scales = (0.5 + 14.5 * raw[..., 2:5].sigmoid()) * depth * 0.1 * pixel  # 0.05 to 1.5 times `pixel` at its depth
@@ -398,9 +399,9 @@ def mvsplat_gaussians(
     far: float,
 ) -> Gaussians:
     """MVSplat on a scene of any unit. It was trained where the nearest depth is 1, so the scene is scaled to that, and
-    the Gaussians are scaled back. (The triplets of 03 and 04 have near = 1 already.)"""
-    # Differs: SnD gives MVSplat near = 1 and far = 100 in the data set's unit, so that nothing nearer than a metre
-    # exists. We take the near and far of the scene and scale the scene so that near is 1.
+    the Gaussians are scaled back."""
+    # Differs: the official code gives MVSplat near = 1 and far = 100 in the data set's unit, so that nothing nearer
+    # than a metre exists. We take the near and far of the scene and scale the scene so that near is 1.
     poses = c2w.clone()
     poses[:, :3, 3] /= near
     g = net(images, K, poses, 1.0, far / near)  # SnD Eq. 1

@@ -1,7 +1,7 @@
 """Splats Gaussians with any number of channels into a new view, blends the result by masks and reads off tokens.
 
 Paper   Splat and Distill (SnD) Sec. 3.4: rasterised features, blending (Eq. 4); Sec. 3.5: from pixels to tokens.
-        3D Gaussian Splatting (3DGS, Kerbl et al. 2023) Sec. 4-6: projection and compositing.
+        3D Gaussian Splatting (3DGS, Kerbl et al. 2023) Sec. 4 and 6: projection and compositing.
 In      Gaussians in the world (means, covariances, opacities, a row of features each) and a camera (w2c, K).
 Out     features (H, W, C), alpha (H, W) and depth (H, W); after the blend, tokens (N, C) that a student can learn from.
         Or all of this as one linear map of the context views' tokens, kept as sparse matrices: the splat operator.
@@ -16,8 +16,8 @@ Try     DILATION = 0.0001: with measured depth, the PSNR of the splatted colours
         --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6: the same 0.3 px^2 are half as wide on finer views.
 Not     colour that depends on the view (a Gaussian has one row of features for all sides), second derivatives.
 Words   G Gaussians, C channels, H W pixels, N = h*w tokens. alpha_k: how much of the light Gaussian k stops at a pixel;
-        T_k = (1 - alpha_1) ... (1 - alpha_{k-1}): the light that is left for it; w_k = alpha_k T_k: its weight there.
-        The alpha of Eq. 4 is called `blend`.
+        T_k = (1 - alpha_1) ... (1 - alpha_{k-1}): the transmittance, the light that is left for it; w_k = alpha_k T_k:
+        its weight there. The alpha of Eq. 4 is called `blend`.
 """
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def rasterize_plainly(
     mean = p[:, :2] / z[:, None] @ K[:2, :2].T + K[:2, 2]  # (G, 2) pixels
     # EWA splatting (Zwicker et al. 2001): around a mean, projection is nearly linear, so a Gaussian stays a Gaussian.
     # The derivative of (x, y) / z by (x, y) is I / z, and by z it is -(x, y) / z^2. So d pixel = J d world with
-    # J = K [I | -(x, y) / z] R / z, and Sigma_2d = J Sigma J'. Far outside the view the linear approximation fails: as
+    # J = K [I | -(x, y) / z] R / z, and Sigma_2d = J Sigma J^T. Far outside the view the linear approximation fails: as
     # in gsplat, J is taken at a point that lies at most 15 % of the view's size beyond its border.
     focal, centre = K.diagonal()[:2], K[:2, 2]
     slope = (p[:, :2] / z[:, None]).clamp(-(centre + 0.15 * size) / focal, (1.15 * size - centre) / focal)
@@ -92,14 +92,14 @@ def rasterize_plainly(
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     pixels = torch.stack([x, y], -1).to(p) + 0.5  # (H, W, 2) their centres
     image, total, depth = p.new_zeros(height, width, features.shape[1]), p.new_zeros(height, width), 0.0
-    light, stopped = torch.ones_like(total), torch.zeros_like(total, dtype=torch.bool)
+    T, stopped = torch.ones_like(total), torch.zeros_like(total, dtype=torch.bool)
     for k in range(len(p)):  # front to back
         d = pixels - mean[k]
         alpha = opacities[k] * torch.exp(-0.5 * (d @ inverse[k] * d).sum(-1))  # (H, W)
         alpha = alpha.where(alpha >= MIN_ALPHA, 0.0).clamp(max=MAX_ALPHA)
-        stopped = stopped | (light * (1 - alpha) <= MIN_LIGHT)  # before this Gaussian: it does not count
-        weight = (alpha * light).where(~stopped, 0.0)  # w_k = alpha_k T_k
-        light = light - weight  # T_{k+1} = (1 - alpha_k) T_k
+        stopped = stopped | (T * (1 - alpha) <= MIN_LIGHT)  # this Gaussian does not count any more
+        weight = (alpha * T).where(~stopped, 0.0)  # w_k = alpha_k T_k
+        T = T - weight  # T_{k+1} = (1 - alpha_k) T_k
         image, total, depth = image + weight[..., None] * features[k], total + weight, depth + weight * z[k]
     depth = depth / total.where(total > 0, 1.0)  # a division by 0 would make the gradient NaN
     if background is not None:
@@ -140,7 +140,7 @@ def bilinear_taps(size: int, count: int) -> tuple[Tensor, Tensor]:
     """Along one side of the view, the two pixels around each patch centre: index and weight (count, 2), as in
     F.interpolate(mode="bilinear", align_corners=False). It is 02's `bilinear_axis`, pixels and patches exchanged."""
     centre = (torch.arange(count, dtype=torch.float64) + 0.5) * size / count - 0.5  # pixel i has its centre at i here
-    centre = centre.clamp(0, size - 1)  # with more patches than pixels, the outermost pixel counts alone
+    centre = centre.clamp(0, size - 1)
     first = centre.floor()
     index = torch.stack([first, first + 1], 1).clamp(max=size - 1).long()
     return index, torch.stack([first + 1 - centre, centre - first], 1)
@@ -151,8 +151,8 @@ def splat_to_tokens(
     valid: Tensor,  # (H, W) bool
     grid: tuple[int, int],  # (h, w) patches
 ) -> tuple[Tensor, Tensor]:
-    """The features at the patch centres, each between 2x2 pixels: tokens (N, C), 0 where not valid, and which are valid
-    (N,)."""
+    """Downscales to the patch centres, each between 2x2 pixels (SnD Sec. 3.5): tokens (N, C), 0 where not valid, and
+    which are valid (N,)."""
     H, W, C = features.shape
     assert valid.shape == (H, W), f"valid must be ({H}, {W}) like the features, not {tuple(valid.shape)}"
     (y, wy), (x, wx) = bilinear_taps(H, grid[0]), bilinear_taps(W, grid[1])
@@ -174,22 +174,22 @@ def over_valid_taps(
     # Differs: the official code sets a token to zeros only where the rendered colour is exactly black, and keeps it in
     # the loss. Here a token is valid if valid pixels make up half of its weight; the others leave the loss.
     total = (weight * hit).sum(1)
-    valid = total > 0.5 - 1e-9  # the weights are rounded
+    valid = total > 0.5 - 1e-9  # half, but for rounding
     return valid / total.clamp(min=0.5), valid
 
 
-# ------------------------------------------------------------------------ 3. Why that is too slow, and what helps
+# ------------------------------------------------------------------------ 3. Why that is too slow (may be skipped)
 # The definition visits every Gaussian at every pixel: 6.6 s for a view of 73x110 pixels and 16,000 Gaussians.
-# `rasterize` (part 2) renders it in 0.02 s, with the same values and gradients. It uses four tricks. The speed-up of
+# `rasterize` (below) renders it in 0.02 s, with the same values and gradients. It uses four tricks. The speed-up of
 # each was measured on one core (python tests/bench.py --section tricks):
-#   1. Blocks with lists, 73 times. A Gaussian reaches few pixels. So the view is cut into blocks of 8x8 pixels, each
-#      with a list of the Gaussians that reach it, nearest first. `walk` goes down the lists of many blocks at the same
-#      time, 32 Gaussians of each in a step, until a list ends or the light of its block is used up.
-#   2. One matrix product for the alphas, 3.3 times. log2 alpha is a polynomial of second degree in the position of a
+#   1. Blocks (tiles, in 3DGS) with lists: 73x. A Gaussian reaches few pixels. So the view is cut into blocks of 8x8
+#      pixels, each with a list of the Gaussians that reach it, nearest first. `walk` goes down the lists of many blocks
+#      at the same time, 32 Gaussians of each in a step, until a list ends or the light of its block is used up.
+#   2. One matrix product for the alphas: 3.3x. log2 alpha is a polynomial of second degree in the position of a
 #      pixel. For all Gaussians of a step and all pixels of a block it is `polynomial(...).T @ monomials(...)`, and
 #      `front_to_back` makes weights of 2 to that power.
-#   3. Weights first, 4.1 times for 384 channels. They do not depend on the features, so they are found once for a whole
-#      list, and the block is `weights.T @ features[list]`. (Else each 32 channels need the geometry again.)
+#   3. Weights first: 4.1x for 384 channels. They do not depend on the features, so they are found once for a whole
+#      list, and the block is `weights.T @ features[list]`.
 #   4. The backward pass goes down the lists again, so only inputs and images are kept for it. Plain autograd on the
 #      same blocks takes 870 MB instead of 140, and 5 times as long.
 
@@ -202,8 +202,8 @@ def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
 
 def polynomial(dx: Tensor, dy: Tensor, l11: Tensor, l21: Tensor, l22: Tensor, lo: Tensor) -> Tensor:
     """The coefficients (6, ...) of log2 alpha in the `monomials` of x, y, for each Gaussian. With lo = log2 opacity and
-    L = ((l11, l21), (0, l22)), a root of the inverse covariance (L'L = Sigma_2d^-1 / (2 ln 2), see `project`), it is
-    lo - |L (dx + x, dy + y)|^2. (dx, dy) leads from the mean to the centre of the block, (x, y) on to a pixel."""
+    L = ((l11, 0), (l21, l22)), the Cholesky factor of Sigma_2d^-1 / (2 ln 2), it is
+    lo - |L^T (dx + x, dy + y)|^2. (dx, dy) leads from the mean to the centre of the block, (x, y) on to a pixel."""
     u, v = l11 * dx + l21 * dy, l22 * dy  # log2 alpha = lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
     return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
 
@@ -244,7 +244,7 @@ def render_target(gaussians, features: Tensor, triplet: Triplet) -> Render:  # f
 # ------------------------------------------------------------------------ 5. The splat operator
 # 04 visits each triplet many times while only the teacher changes. Geometry and masks stay as they are, so the whole
 # way from the context views' tokens x to the target's tokens y is linear: a matrix, computed once a triplet.
-#   Gaussian g has the feature f_g = sum_t u_gt x_t. Only four u_gt are not 0: the weights w_uv of Eq. 3 at its pixel u.
+#   Gaussian g has the feature f_g = sum_t u_gt x_t. Only four u_gt are not 0: the weights of Eq. 3 at its pixel.
 #   Pixel p sees Gaussian g with the weight w_pg = alpha_k T_k, and its alpha is alpha_p = sum_g w_pg. Its feature is
 #     F_p = sum_g w_pg f_g / alpha_p = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha_p.
 #   The blend (Eq. 4) takes it to F'_p = a_p F_p + (1 - a_p) F_m. F_m is the mean of F over the valid pixels of its mask
@@ -400,7 +400,7 @@ def project(
     """All that the pixels need to know: a table (G, 8), the depth z (G,) and the box of reached pixels (4, G).
 
     With d = (dx, dy) from the mean to a pixel, log2 alpha = lo - (l11 dx + l21 dy)^2 - (l22 dy)^2. Written as a sum of
-    squares, d' Sigma^-1 d cannot become negative by rounding. The columns of the table are the pixel at the mean (x,
+    squares, d^T Sigma^-1 d cannot become negative by rounding. The columns of the table are the pixel at the mean (x,
     y), from there to the mean (x, y), l11, l21, l22, lo. The mean comes in two parts because a float32 that counts
     hundreds of pixels is off by 1e-5.
     """
@@ -438,9 +438,9 @@ def project_in_parts(means, covariances, opacities, w2c, K, height, width, dtype
 
 
 def splat_covariance(covariances: Tensor, s: Tensor, z: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sigma_2d = M Sigma M' = ((a, b), (b, c)) in px^2, where M = (K R - s R_z) / z, s (2, G) = K (x, y) / z, bounded,
+    """Sigma_2d = M Sigma M^T = ((a, b), (b, c)) in px^2, where M = (K R - s R_z) / z, s (2, G) = K (x, y) / z, bounded,
     and W (3, 3) has the rows K R and R_z."""
-    # V = W Sigma W' is linear in Sigma, and W is common to all: one product with a (6, 9) matrix gives the six
+    # V = W Sigma W^T is linear in Sigma, and W is common to all: one product with a (6, 9) matrix gives the six
     # different entries of every V. What then depends on the single Gaussian, s and z, is a few differences.
     i, j = torch.triu_indices(3, 3, device=W.device)
     products = (W[i, :, None] * W[j, None] + W[j, :, None] * W[i, None]) / 2  # (6, 3, 3)

@@ -9,13 +9,13 @@ Run     python 04_distill.py --preset tiny            built-in rooms, no downloa
         python 04_distill.py --resume                 goes on after a kill, from the last checkpoint
         torchrun --nproc_per_node=4 04_distill.py --batch 4                     four GPUs, one triplet each
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py tiny/rooms.py tiny/vit.safetensors tiny/mvsplat.safetensors
-Read    DINOHead, distill_loss, LoRALinear, add_lora, Network, ema_update, networks_of, lift_weights, splat_features,
+Read    SETTINGS, DINOHead, distill_loss, LoRALinear, add_lora, Network, ema_update, networks_of, splat_features,
         Sample, objective, learn, distil, set_rates
 Try     --preset tiny alone: matching of held-out views 58.5 -> 69.3 %, effective rank of the tokens 99 -> 91; then
         --target image --no_blend --upscale bilinear --out out/2d: 59.3 %. Here the teacher sees the target, its colours
         jittered, without 3D and without masks. docs/study.md tells what each of the two brings.
         --no_blend: 69.2 %, rank 95. Blending adds nothing to matching, and makes the tokens of an object alike.
-Not     centering or temperature schedules (the paper has none either); the head is not sharded over GPUs.
+Not     centering or temperature schedules (A.3 has none either); the head is not sharded over GPUs.
 Words   context views: the two that the teacher sees and that are splatted; target view: what the student sees.
         Tokens are a ViT's patch features (N, C), N = h w of the grid. Prototypes are the P directions of the head.
 
@@ -55,12 +55,39 @@ from tqdm import tqdm
 
 data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_lift", "03_splat"))
 
+# What `args` holds below, beside some flags that `parse` adds. `vits` and `vitb` are the paper's setting (A.3; the
+# temperatures are its code's, triplets and bfloat16 ours); `tiny` fits the same loop into minutes on a CPU.
+# Differs: the official code renders at 584x876 and the ViT sees 574x868, to which the images are resized; we load,
+# splat and look at 574x868, which is 41x62 patches, so that nothing is resampled twice.
+SETTINGS = {  # name: (tiny, vits, help)
+    "model": ("tiny", "dinov2_vits14", "ViT to start from: 'tiny', a published name, a file or folder"),
+    "mvsplat": ("tiny", "re10k.ckpt", "MVSplat weights: 'tiny', re10k.ckpt, or a file that --finetune_geometry made"),
+    "pixels": (96 * 128, 574 * 868, "pixels a view, its aspect kept; lower it when memory runs out"),
+    "triplets": (300, 10_000, "triplets drawn, each with an operator on disk; fewer are prepared sooner"),
+    "max_steps": (200, 50_000, "training steps"),
+    "batch": (4, 1, "triplets a step, over all processes"),
+    "full_finetune": (True, False, "train the whole ViT instead of adapters, at the same --lr"),
+    "lr": (3e-4, 2e-5, "learning rate of what is trained of the ViT, cosine to 0; halve it when the loss jumps"),
+    "head_lr": (1e-4, 2e-5, "the head's; if large, the head learns the task in the ViT's place"),
+    "rank": (8, 8, "rank of the LoRA adapters"),
+    "hidden": (512, 2048, "width of the head's MLP"),
+    "bottleneck": (128, 256, "width of the head's bottleneck"),
+    "prototypes": (2048, 65_536, "number of prototypes; lower it when memory runs out"),
+    "momentum": (0.99, 0.999, "EMA momentum of the teacher"),
+    "ema_every": (10, 10, "steps between teacher updates"),
+    "tau_student": (0.1, 1.0, "temperature of the student's softmax"),
+    "tau_teacher": (0.05, 1.0, "the teacher's; a lower one is sharper; too low, and features may collapse"),
+    "bf16": (False, True, "the ViTs and the head's MLP in bfloat16")}
+PRESETS = {preset: {name: row[column] for name, row in SETTINGS.items()}
+           for preset, column in (("tiny", 0), ("vits", 1), ("vitb", 1))}
+PRESETS["vitb"]["model"] = "dinov2_vitb14"
+
 # ------------------------------------------------------------------------ 1. What is compared
 
 
 class DINOHead(nn.Module):
-    """A three-layer MLP to E channels, then the cosine with each of P prototypes, times a learned gain: DINO's head,
-    whose last layer is a weight-normalised linear one."""
+    """DINOv2's head, in the sizes of SnD A.3: a three-layer MLP to E channels, then the cosine with each of P
+    prototypes, times a learned gain (together a weight-normalised linear layer)."""
 
     def __init__(self, in_dim, hidden=2048, bottleneck=256, prototypes=65536):
         super().__init__()
@@ -90,7 +117,7 @@ def distill_loss(
     tau_student,
     tau_teacher,
 ) -> Tensor:
-    """Cross-entropy between the two distributions over prototypes, mean over tokens."""
+    """Cross-entropy of the two distributions over prototypes, mean over tokens; called by `blocked_loss` (workshop)."""
     # Differs: the paper does not give its temperatures, and its code has 1.0 for both, which leaves both distributions
     # nearly uniform; preset `tiny` has 0.1 and 0.05, chosen by a study (docs/study.md).
     target = (teacher_logits.detach() / tau_teacher).softmax(-1)  # detach is sg(.), the stop-gradient
@@ -125,7 +152,7 @@ def add_lora(model, rank=8, alpha=8.0):
 
 
 class Network(nn.Module):
-    """A ViT with its head (None where the loss is on tokens). The student is one, and the teacher is one."""
+    """A ViT with its head (None where the loss is on tokens). Student and teacher are one each."""
 
     def __init__(self, vit, head):
         super().__init__()
@@ -142,21 +169,19 @@ def ema_update(teacher, student, momentum):
     lambda is 0.999, every ten steps (A.3; preset `tiny`: 0.99). With LoRA the averages are those of A and of B, not of
     their product.
     """
-    for theirs, ours in zip(teacher.parameters(), student.parameters()):
-        if ours.requires_grad:
-            theirs.lerp_(ours, 1 - momentum)
+    for theta_t, theta_s in zip(teacher.parameters(), student.parameters()):
+        if theta_s.requires_grad:
+            theta_t.lerp_(theta_s, 1 - momentum)
 
 
 def networks_of(args):
-    """-> the pretrained ViT, which is kept to compare with; student, teacher, and the student's optimiser.
-
-    `args` are the flags. SETTINGS, near the end of the file, says what they mean and gives the paper's values.
-    """
+    """-> the pretrained ViT, which is kept to compare with; student, teacher, and the student's optimiser."""
     # Differs: the paper trains adapters; preset `tiny`, whose ViT has 1.9 million parameters, trains the whole ViT
     # (--full_finetune), which gains more in 200 steps (docs/study.md).
     before = lift.load_vit(args.model).to(args.device)
-    torch.manual_seed(args.seed)  # set here, as loading may draw random numbers. Below, alpha = rank: a factor of 1
-    vit = copy.deepcopy(before) if args.full_finetune else add_lora(copy.deepcopy(before), args.rank, args.rank)
+    torch.manual_seed(args.seed)  # set here, as loading may draw random numbers
+    vit = copy.deepcopy(before)
+    vit = vit if args.full_finetune else add_lora(vit, args.rank, alpha=args.rank)
     vit.mask_token.requires_grad_(False)  # not used
     head = None
     if args.loss == "distill":
@@ -178,17 +203,6 @@ def networks_of(args):
 # ------------------------------------------------------------------------ 3. The 3D-aware teacher
 
 
-def lift_weights(t: splat.Triplet, grid, upscale="masks"):
-    """SnD Eq. 2-3 for both context views: each Gaussian's feature is a weighted sum of four of their 2N tokens.
-
-    -> the tokens' indices (G, 4) and their weights (G, 4); there is one Gaussian a context pixel.
-    """
-    masks = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2])  # one object: bilinear, SnD Table 5 B
-    (index_a, weight_a), (index_b, weight_b) = (lift.upscale_weights(mask, grid) for mask in masks)
-    N = grid[0] * grid[1]  # the second view's tokens come after those of the first
-    return torch.cat([index_a, index_b + N]), torch.cat([weight_a, weight_b])
-
-
 @torch.no_grad()
 def splat_features(
     tokens: Tensor,  # (2, N, C) of the context views
@@ -199,9 +213,9 @@ def splat_features(
     upscale="masks",
 ):
     """SnD Fig. 2 from left to right: the teacher's tokens of the target view (N, C), and which are valid (N,)."""
-    # Lift: each Gaussian gets a feature, as in `lift.lift_features`, of both views at once.
-    index, weight = lift_weights(t, grid, upscale)
-    features = sum(weight[:, k, None] * tokens.flatten(0, 1).float()[index[:, k]] for k in range(4))  # SnD Eq. 2
+    # Lift: each Gaussian gets the feature of its pixel. Without masks, all is one object (bilinear, SnD Table 5 B).
+    masks = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2])
+    features = lift.lift_features(gaussians, tokens.float(), masks, grid).features  # SnD Eq. 2-3
     # Splat them into the target view.
     rendered, valid = splat.divide_by_alpha(splat.render_target(gaussians, features, t))
     # Blend: each pixel moves towards the mean of its object.
@@ -243,8 +257,7 @@ def objective(student, teacher, seen: Tensor, goal: Tensor, args):
 def learn(batch: list[Sample], student, teacher, args) -> list[float]:
     """Sec. 3.2-3.5: adds the gradient of the batch's mean loss to the student's parameters.
 
-    -> the means of loss, teacher's entropy and share of valid tokens. The samples are processed one by one, so memory
-    is needed for one.
+    -> the means of loss, teacher's entropy and share of valid tokens. Samples go one by one, to save memory.
     """
     autocast = partial(torch.autocast, torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
     measured = []
@@ -257,7 +270,7 @@ def learn(batch: list[Sample], student, teacher, args) -> list[float]:
             seen = student(sample.target)[0]  # Sec. 3.5: the student sees the target image alone
         # Differs: the official code sets invalid tokens to 0 on both sides and keeps them in the mean; here they leave
         # the loss.
-        at = valid.nonzero()[:, 0]  # where there is none, the loss is 0
+        at = valid.nonzero()[:, 0]  # if empty, the loss is 0
         loss, entropy = objective(student, teacher, seen[at], goal[at], args)
         (loss / len(batch)).backward()
         measured.append(torch.stack([loss.detach(), entropy, valid.float().mean()]))
@@ -267,7 +280,7 @@ def learn(batch: list[Sample], student, teacher, args) -> list[float]:
 def distil(batches, student, teacher, optimiser, judged, run, args):
     """Sec. 3.1: the student learns from the teacher, and the teacher follows the student.
 
-    `batches` yields for each step the names of its triplets, and those of their Samples that this process learns from.
+    `batches` yields, for each step, the names of its triplets and this process's Samples of them.
     `run` (workshop) counts the steps and keeps log and checkpoints. `judged` are held-out triplets; `agreement`
     (workshop) measures matching on them. `averaged` and `average_gradients` matter only where torchrun runs several
     processes.
@@ -488,10 +501,12 @@ def hold_out(scenes, count, seed, whole=None):
 @torch.no_grad()
 def triplet_operator(g, t: splat.Triplet, grid, blend=0.5, upscale="masks") -> splat.SplatOperator:
     """`splat_features` of the Gaussians g as a matrix on the 2N context tokens; both agree to rounding."""
-    index, weight = lift_weights(t, grid, upscale)
+    masks, N = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2]), grid[0] * grid[1]
+    (index_a, weight_a), (index_b, weight_b) = (lift.upscale_weights(mask, grid) for mask in masks)
+    index, weight = torch.cat([index_a, index_b + N]), torch.cat([weight_a, weight_b])  # b's tokens come behind a's
     camera = torch.linalg.inv(t.c2w[2]), t.K[2], *t.images.shape[-2:]
-    return splat.splat_operator(g.means, g.covariances, g.opacities, index, weight, 2 * grid[0] * grid[1], *camera,
-                                grid, t.masks[2], blend)
+    return splat.splat_operator(g.means, g.covariances, g.opacities, index, weight, 2 * N, *camera, grid, t.masks[2],
+                                blend)
 
 
 @torch.no_grad()
@@ -1152,43 +1167,16 @@ def match_picture(t: Judged, x: Tensor, patch) -> Tensor:
 
 # ------------------------------------------------------------------------ command line
 
-# `vits` and `vitb` are the paper's setting (A.3); `tiny` fits the same loop into minutes on a CPU.
-# Differs: the official code renders at 584x876 and the ViT sees 574x868, to which the images are resized; we load,
-# splat and look at 574x868, which is 41x62 patches, so that nothing is resampled twice.
-SETTINGS = {  # name: (tiny, the paper's, help)
-    "model": ("tiny", "dinov2_vits14", "ViT to start from: 'tiny', a published name, a file or folder"),
-    "mvsplat": ("tiny", "re10k.ckpt", "MVSplat weights: 'tiny', re10k.ckpt, or a file that --finetune_geometry made"),
-    "pixels": (96 * 128, 574 * 868, "pixels a view, its aspect kept; lower it when memory runs out"),
-    "triplets": (300, 10_000, "triplets drawn, each with an operator on disk; fewer are prepared sooner"),
-    "max_steps": (200, 50_000, "training steps"),
-    "batch": (4, 1, "triplets a step, over all processes"),
-    "full_finetune": (True, False, "train the whole ViT instead of adapters, at the same --lr"),
-    "lr": (3e-4, 2e-5, "learning rate of what is trained of the ViT, cosine to 0; halve it when the loss jumps"),
-    "head_lr": (1e-4, 2e-5, "the head's; if large, the head learns the task in the ViT's place"),
-    "rank": (8, 8, "rank of the LoRA adapters"),
-    "hidden": (512, 2048, "width of the head's MLP"),
-    "bottleneck": (128, 256, "width of the head's bottleneck"),
-    "prototypes": (2048, 65_536, "number of prototypes; lower it when memory runs out"),
-    "momentum": (0.99, 0.999, "EMA momentum of the teacher"),
-    "ema_every": (10, 10, "steps between teacher updates"),
-    "tau_student": (0.1, 1.0, "temperature of the student's softmax"),
-    "tau_teacher": (0.05, 1.0, "the teacher's; a lower one is sharper; too low, and features may collapse"),
-    "bf16": (False, True, "the ViTs and the head's MLP in bfloat16")}
-PRESETS = {preset: {name: row[column] for name, row in SETTINGS.items()}
-           for preset, column in (("tiny", 0), ("vits", 1), ("vitb", 1))}
-PRESETS["vitb"]["model"] = "dinov2_vitb14"
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(description="Distil 3D-aware features: student, EMA teacher, splatted targets.")
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     data.scene_flags(parser, "out/04_distill")
     add("--preset", choices=list(PRESETS), help="vits and vitb are the paper's setting, tiny takes minutes on a CPU; "
         "default: vits on a CUDA machine, tiny elsewhere")
-    for name, (tiny, paper, what) in SETTINGS.items():
+    for name, (tiny, vits, what) in SETTINGS.items():
         kind = dict(type=data.positive if isinstance(tiny, int) else type(tiny))
         kind = dict(action=argparse.BooleanOptionalAction) if isinstance(tiny, bool) else kind
-        add(f"--{name}", help=f"{what} (tiny: {tiny}, the paper: {paper})", **kind)
+        add(f"--{name}", help=f"{what} (tiny: {tiny}, vits: {vits})", **kind)
     add("--geometry", choices=("mvsplat", "depth"), default="mvsplat", help="learned, or measured depth")
     add("--finetune_geometry", type=int, default=0, metavar="STEPS",
         help="first adapt MVSplat to the scenes, for so many steps; 40000 in the paper")

@@ -15,7 +15,7 @@ Read    depth_metrics, normal_metrics, segmentation_metrics, reprojection_error,
         sample_points, match, nearest_with_ratio, match_pair, correspondence, recall, place_share
 Try     --no_cls: depth RMSE of the built-in ViT 0.718 -> 0.725 m, so CLS knows a little of the size of a room.
         --layer norm (default: before the last LayerNorm): normals 34.4 -> 35.1 degrees, mIoU 22.8 -> 22.2 %.
-        --models tiny+tiny: normals 34.4 -> 34.0 degrees, depth and mIoU a little worse; width alone helps little.
+        --models tiny+tiny (the second sees mirrored images): normals 34.4 -> 34.0 degrees, depth and mIoU worse.
 Not     heads that are not linear, several layers at once, images of several shapes (all are cropped to the first's).
 Words   head: one linear layer on frozen tokens. truth: the measured map, 0 (labels: 255) where it is unknown. Letters:
         I images, M matches, K intrinsics. "px": pixels of the image. "grid": in distances between neighbouring sampled
@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 data, lift = (importlib.import_module(name) for name in ("01_data", "02_lift"))
 
-DEPTH_BINS, MATCHES = 256, 1000  # A.4 and Probe3D: depth candidates a pixel, matches a pair of images
+DEPTH_BINS, MATCHES = 256, 1000  # depth candidates a pixel (A.4), matches a pair of images (Probe3D)
 THRESHOLDS = (5, 10, 20)  # pixels; the paper reports 10
 VIEWPOINTS = {"0-15": (0, 15), "15-30": (15, 30), "30-60": (30, 60), "60-180": (60, 181)}  # degrees (SnD Fig. 7)
 
@@ -137,7 +137,8 @@ class Views(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Frozen tokens of all views of a split, from before the ViT's last LayerNorm (--layer)."""
+    """Frozen tokens of all views of a split, from before the ViT's last LayerNorm, as in the official depth probe
+    (--layer). 04 trains those after it."""
     cls: Tensor | Rows  # (I, C) float16
     patches: Tensor | Rows  # (I, h, w, C) float16
 
@@ -157,8 +158,9 @@ class LinearHead(nn.Module):
 
     def __init__(self, tokens: Features, channels, with_cls, seed):
         super().__init__()
-        # Differs: A.4 feeds raw tokens to the head; here they are whitened by the training views (CLS less strongly,
-        # as an image has just one). A linear layer can represent the same on both, but learns it in fewer steps.
+        # Differs: A.4 feeds raw tokens to the head; here they are whitened by the training views (CLS less strongly, by
+        # a larger floor, as an image has just one). A linear layer can represent the same on both, but learns it in
+        # fewer steps.
         self.patch = Whitening(tokens.patches, floor=0.01)  # (workshop)
         self.cls = Whitening(tokens.cls, floor=1.0)
         self.with_cls = with_cls
@@ -183,7 +185,7 @@ def four_times(maps: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, 4h, 4w)
 
 
 def fit(name, head: LinearHead, decode, loss, tokens: Features, truth, recipe: Recipe, unknown=0):
-    """Train `head` to a small loss(decode(output), truth); `decode` brings its output to the size of the truth.
+    """Minimise loss(decode(output), truth) over `head`; `decode` brings its output to the size of the truth.
 
     -> predict(tokens), which yields what the trained head says of each view, one by one: a split may exceed memory.
     """
@@ -224,7 +226,8 @@ def expected_depth(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 def sig_loss(depth: Tensor, truth: Tensor) -> Tensor:
-    """Error of log depth that counts a wrong scale less (Eigen et al. 2014): sqrt(mean g^2 - 0.85 (mean g)^2)."""
+    """Scale-invariant log loss (Eigen et al. 2014): sqrt(mean g^2 - 0.85 (mean g)^2), so that a wrong scale of depth
+    counts less."""
     # Differs: A.4 writes "classification loss"; the official code trains with this one, and so do we.
     g = (depth[truth > 0] + 1e-3).log() - (truth[truth > 0] + 1e-3).log()
     return (g.square().mean() - 0.85 * g.mean().square()).clamp_min(1e-12).sqrt()
@@ -233,7 +236,7 @@ def sig_loss(depth: Tensor, truth: Tensor) -> Tensor:
 def depth_probe(tokens: Features, truth, val_tokens: Features, val_truth, recipe: Recipe, with_cls=True):
     """Depth that a linear layer reads -> (depth_metrics of the held-out views, predict). truth (I, H, W)."""
     # Differs: A.4's bins lie between a mindepth and a maxdepth that it does not give. Here they end at the deepest
-    # truth of the training views, of which --max_depth may cut off what is far; held-out truth is then cut off, too.
+    # training truth; --max_depth cuts off truth beyond it, in training and held-out views.
     deepest = max(view.max().item() for view in truth)
     bins = torch.linspace(1e-3, deepest, DEPTH_BINS, device=recipe.device)
     head = LinearHead(tokens, DEPTH_BINS, with_cls, recipe.seed)
@@ -316,8 +319,8 @@ def sample_points(tokens: Tensor, depth: Tensor):
     tokens (h, w, C); depth (H, W): points where it is 0 are left out. A feature is interpolated between patch centres,
     at the very pixel whose depth is taken.
     """
-    # Differs: the official code samples 120x160 points whatever the patch size, and its "10 px" are spacings of these
-    # points, 40 pixels of a 480x640 image. Here a patch's side has four points, and recall is given in both units.
+    # Differs: the official code samples 120x160 points whatever the patch size, so its "10 px" are 10 spacings of them,
+    # or 40 pixels of a 480x640 image. Here a patch's side has four points, and recall is given in both units.
     sides = zip(tokens.shape[:2], depth.shape)
     rows, cols = (((torch.arange(4 * n) + 0.5) * side / (4 * n)).long() for n, side in sides)
     z = depth[rows[:, None], cols]
@@ -329,8 +332,8 @@ def sample_points(tokens: Tensor, depth: Tensor):
 
 
 def match(a: Tensor, b: Tensor, count=MATCHES):
-    """Features (M, C), (L, C) -> indices into both of the `count` surest matches, half of them found from each side
-    (what both find counts twice)."""
+    """Features (M, C), (L, C) -> indices into both of the `count` best matches by the ratio test (A.4), half of them
+    found from each side (what both find counts twice)."""
     # Differs: Probe3D describes matching both ways, as here, but its published script matches from one image only.
     a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
     to_b, sure_a = nearest_with_ratio(a, b)
@@ -350,9 +353,8 @@ def nearest_with_ratio(a: Tensor, b: Tensor):
 
 
 def match_pair(tokens: Features, views: Views, pair: Pair, device) -> Matches:
-    """Match the views pair.a and pair.b; pair.measured says whether both have depth. -> Matches: pixels a and b (M, 2),
-    their error (M,) and by_chance (M,), the error of the same points paired at random. Without depth, the error is the
-    distance from the epipolar line (workshop), which is at most the true error."""
+    """Match the views of a pair. Without depth, the error is the distance from the epipolar line (workshop), which is
+    at most the true error."""
     # `points_to_match` (workshop) is `sample_points` of a view of the pair.
     points_a, features_a, depth = points_to_match(pair.a, tokens, views, pair, device)
     points_b, features_b, _ = points_to_match(pair.b, tokens, views, pair, device)
@@ -396,10 +398,11 @@ def recall(errors, pairs, limits) -> dict:  # % of each pair's errors below each
 def place_share(patches, norm=nn.Identity()) -> dict:
     """-> {"all", "rough"}: % of the variance of tokens (I, h, w, C) over views that their place in the grid explains.
 
-    "all" has perspective in it too, which makes the means of places differ smoothly: floors, for example, are below.
-    "rough" is what a cubic polynomial in row and column leaves of these means: artifacts that are tied to the place.
-    What a mean over so few views varies by chance is subtracted, so that tokens without any such pattern score 0.
-    `norm` is applied to the tokens first: the ViT's last LayerNorm, where they were taken before it.
+    Not in the paper. Splatting carries features to other places and so averages out what is tied to one: the larger
+    "rough" is, the more there is to gain. It is what a cubic polynomial in row and column leaves of the means of the
+    places; "all" has perspective in it too, which makes these means differ smoothly: floors, say, are at the bottom.
+    The variance that means of few views have by chance is subtracted, so that tokens without a pattern score 0. `norm`
+    is applied to the tokens first: the ViT's last LayerNorm, where they were taken before it.
     """
     views, (h, w), squares, total = len(patches), patches.shape[1:3], 0.0, 0.0
     for tokens in patches:
@@ -408,7 +411,7 @@ def place_share(patches, norm=nn.Identity()) -> dict:
     place = (total / views).flatten(0, 1)  # (N, C)
     around = squares / views - place.square().mean()  # variance of tokens around the mean of their place
     place = place - place.mean(0)
-    chance = around / (views - 1)  # what a mean over so few views varies by itself
+    chance = around / (views - 1)  # the variance of such a mean by chance
     y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
     cubic = torch.stack([(x**a * y**b).flatten() for a in range(4) for b in range(4 - a)], 1).double()  # (N, 10)
     rough = place - cubic @ torch.linalg.lstsq(cubic, place, driver="gelsd").solution
@@ -663,7 +666,7 @@ def candidate_pairs(views: Views):
         some = members[::1 + len(members) // 500]  # from a long video, views are taken at even steps
         a, b = torch.combinations(torch.tensor(some)).unbind(1)
         R = views.c2w[:, :3, :3].double()
-        trace = (R[a] * R[b]).sum((1, 2))  # of R_a' R_b
+        trace = (R[a] * R[b]).sum((1, 2))  # of R_a^T R_b
         columns.append((a, b, ((trace - 1) / 2).clamp(-1, 1).acos().rad2deg()))
     a, b, angle = map(torch.cat, zip(*columns))
     deep = torch.tensor([(z > 0).float().mean().item() > 0.01 for z in views.depth])  # enough to match points by

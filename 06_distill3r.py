@@ -61,7 +61,9 @@ data, lift, splat, distill = (importlib.import_module(n) for n in ("01_data", "0
 OUT = "out/06_distill3r"
 VIEW_IDS = 1000  # how many view codes Fast3R has, and therefore the most views in one call
 
-PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samples in steps of 16
+# "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samples in steps of 16. encoder_share: the encoder's
+# learning rate over that of the rest.
+PRESETS = {
     "tiny": dict(encoder="tiny", size=(48, 64), views=4, max_steps=1200, batch=1, lr=5e-4, final_lr=1e-5,
                  encoder_share=0.1, warmup=100, mirror=True, bf16=False, grad_checkpoint=False),
     "full": dict(encoder="dune_vitsmall14_448", size=(224, 518), views=20, max_steps=84_375, batch=16, lr=1e-4,
@@ -73,8 +75,7 @@ PRESETS = {  # "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samp
 class Pointmap(NamedTuple):
     """What a network says about one view (Distill3R Sec. III-A): the 3D point behind each pixel, and how sure it is.
 
-    Points have no unit of length, as the loss divides each side by its own scale. (So the loss does not explain the
-    scale of 1.62 that Table II reports for the student.)
+    Points have no unit of length: the loss (section 2) divides those of student and teacher each by their own scale.
     """
     points_global: Tensor  # (H, W, 3) in the frame of view 0's camera, which all views of the call share
     points_local: Tensor  # (H, W, 3) in the frame of the view's own camera
@@ -84,8 +85,8 @@ class Pointmap(NamedTuple):
 
 def certainty(conf: Tensor) -> Tensor:
     """Confidence on a scale from 0 to 1: the networks give C = 1 + exp(x), and this is sigmoid(x)."""
-    # Differs: the official code compares C itself with tau = 0.3, and as C > 1 that filter never removes a pixel. We
-    # compare 1 - 1/C, which carries the same information on a scale from 0 to 1.
+    # Differs: Sec. III-B and the official code compare C itself with tau = 0.3; as C > 1, that never removes a pixel.
+    # We compare 1 - 1/C, which carries the same information on a scale from 0 to 1.
     return 1 - 1 / conf
 
 
@@ -114,8 +115,8 @@ def pointmap_loss(
     alpha_l=1.0,
     gamma=0.001,
     weight="teacher",  # which of WEIGHTS
-    mean="pixels",  # of Eq. 2: over all valid pixels; the official code has the mean over "views" of each view's mean
-    global_target="direct",  # the teacher's global map; the official code has its local map "aligned" to that
+    mean="pixels",  # of Eq. 2: over all valid pixels; "views": the mean of each view's mean
+    global_target="direct",  # the teacher's global map; "aligned": its local map, brought to that
 ) -> Loss:
     """The distillation loss of the views of one scene (Distill3R Sec. III-D); 0 where no pixel is valid."""
     # Differs: the official code clamps w, takes the mean over views first, and uses aligned local maps as the global
@@ -124,31 +125,32 @@ def pointmap_loss(
     if global_target == "aligned":
         target = [m._replace(points_global=aligned_global(m, mask)) for m, mask in zip(target, masks)]  # (workshop)
     # `valid_pixels` (workshop) puts the valid pixels of all views in one row: points (M, 3), confidences (M,).
-    p, t, counts = valid_pixels(pred, target, masks)  # of student and teacher; |M_k|, how many are of view k
-    pixels = max(sum(counts), 1)  # |M|
-    pixels_k = torch.tensor(counts).clamp_min(1).to(p.conf_global)  # (V,) |M_k|
-    view_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(pixels_k.device)  # (M,)
-    share = 1 / pixels if mean == "pixels" else 1 / (len(counts) * pixels_k[view_of])  # of a pixel in the mean
+    student, teacher, counts = valid_pixels(pred, target, masks)  # counts: |M_k|, how many are of view k
+    count = max(sum(counts), 1)  # |M|
+    count_k = torch.tensor(counts).clamp_min(1).to(student.conf_global)  # (V,) |M_k|
+    view_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(count_k.device)  # (M,)
+    share = 1 / count if mean == "pixels" else 1 / (len(counts) * count_k[view_of])  # of a pixel in the mean
 
-    # Gradients flow through the scales. No size of the student's points is better than another, as they are divided by
-    # it; a gradient that took the scale for a constant would not know that, and would push the size up or down.
+    # Gradients flow through the student's scale too. The loss does not depend on the size of its points; with a
+    # constant scale, gradients would push that size up or down all the same.
     def scene_scale(points):  # s, one number
-        return (points.norm(dim=-1).sum() / pixels).clamp_min(1e-8)  # Distill3R Eq. 4
+        return (points.norm(dim=-1).sum() / count).clamp_min(1e-8)  # Distill3R Eq. 4
 
     def view_scale(points):  # s_k, for each pixel that of its view: (M, 1)
         sums = torch.stack([distances.sum() for distances in points.norm(dim=-1).split(counts)])
-        return (sums / pixels_k).clamp_min(1e-8)[view_of, None]  # Distill3R Eq. 5
+        return (sums / count_k).clamp_min(1e-8)[view_of, None]  # Distill3R Eq. 5
 
-    def geometric(ours, theirs, w, scale):  # each side is divided by its own scale
+    def geometric(ours, theirs, w, scale):  # with the p~ of Eq. 4-5; a scale each, which the paper leaves open
         error = (ours / scale(ours) - theirs / scale(theirs)).square().sum(-1)
         return (share * w * error).sum()  # Distill3R Eq. 2
 
-    w_global, w_local = WEIGHTS[weight](p.conf_global, t.conf_global), WEIGHTS[weight](p.conf_local, t.conf_local)
-    global_ = geometric(p.points_global, t.points_global, w_global, scene_scale)
-    local = geometric(p.points_local, t.points_local, w_local, view_scale)
+    w_global = WEIGHTS[weight](student.conf_global, teacher.conf_global)
+    w_local = WEIGHTS[weight](student.conf_local, teacher.conf_local)
+    global_ = geometric(student.points_global, teacher.points_global, w_global, scene_scale)
+    local = geometric(student.points_local, teacher.points_local, w_local, view_scale)
     geometry = alpha_g * global_ + alpha_l * local  # Distill3R Eq. 3
-    apart = (p.conf_global - t.conf_global).abs() + (p.conf_local - t.conf_local).abs()
-    confidence = apart.sum() / (2 * pixels)  # Distill3R Eq. 6
+    apart = (student.conf_global - teacher.conf_global).abs() + (student.conf_local - teacher.conf_local).abs()
+    confidence = apart.sum() / (2 * count)  # Distill3R Eq. 6
     return Loss(geometry + gamma * confidence, global_, local, confidence)  # Distill3R Eq. 1
 
 
@@ -174,7 +176,7 @@ class PointmapNetwork(nn.Module):
     def forward(self, images, view_ids=None, generator=None, at_once=8) -> list[Pointmap]:
         ids = checked_ids(images, view_ids, generator, self.patch)  # (workshop)
         # `a_few_at_once` (workshop) gives a part `at_once` views at a time, as activations are most of the memory.
-        encoded = a_few_at_once(self.tokens, at_once, images)  # (B, 3, H, W) -> (B, N, C); V of (N_v, C)
+        encoded = a_few_at_once(self.tokens, at_once, images)  # V of (N_v, C)
         levels = self.decoder(encoded, ids)  # four levels, each V of (N_v, C)
         return a_few_at_once(self.heads, at_once, images, *levels)
 
@@ -194,14 +196,14 @@ def read_out(raw: Tensor):  # (B, 4, H, W) -> points (B, H, W, 3), confidence (B
 
 
 class Fusion(nn.Module):
-    """All tokens of all views look at each other. Only a view's code, added to its tokens, tells whose they are."""
+    """All tokens of all views look at each other. Only its view's ID embedding tells whose a token is."""
 
     def __init__(self, enc_dim, dim, heads, depth):
         super().__init__()
         self.dim = dim
         self.hooks = depth // 2, depth * 3 // 4, depth  # the blocks whose output the heads see
         self.decoder_embed = nn.Linear(enc_dim, dim)
-        self.dec_blocks = nn.ModuleList(Block(dim, heads, 1e-5) for _ in range(depth))  # (workshop) a ViT's
+        self.dec_blocks = nn.ModuleList(Block(dim, heads, eps=1e-5) for _ in range(depth))  # (workshop) a ViT's
         self.dec_norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, tokens, ids):  # V of (N_v, C), V ids -> the four levels for the heads, each V of (N_v, C)
@@ -218,9 +220,9 @@ class Fusion(nn.Module):
 
 
 def view_codes(ids, dim) -> Tensor:
-    """-> (V, dim) fp32: rows of a fixed table, sines first. The reference view has id 0. The others get new random ids
-    in each pass (`draw_view_ids`, workshop): these tell the views apart, and augment the data (Sec. III-C). As any of
-    999 ids may occur, more views can be told apart than a training sample has."""
+    """View ID embeddings (V, dim) fp32: rows of a fixed table, sines first. The reference view has id 0. The others get
+    new random ids in each pass (`draw_view_ids`, workshop): these tell the views apart, and augment the data (Sec.
+    III-C). As any of 999 ids may occur, more views can be told apart than a training sample has."""
     # Differs: Distill3R Sec. III-C adds "a fixed embedding" to the reference view. In both official codes that is row 0
     # of this table, and so it is here.
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
@@ -269,7 +271,7 @@ class Student(PointmapNetwork):
         fusion = Fusion(c.enc_dim, c.dec_dim, c.dec_heads, c.dec_depth)
         super().__init__(c.patch, vit, fusion, c.enc_dim, c.dec_dim, c.widths, c.features)
         self.config = config
-        sharpen(fusion, c.published)  # this, and `undo_imagenet` below: only the published weights need it (workshop)
+        sharpen(fusion, c.published)  # (workshop) published weights want it, and `undo_imagenet`
 
     def tokens(self, images):
         return self.encoder(undo_imagenet(images) if self.config.published else images).patches
@@ -290,11 +292,11 @@ class CachedSample(NamedTuple):
 #
 #   1  ask           the teacher looks at all of its views in one call; its maps are resampled to the student's size
 #   2  filtered      pixels of which it is not sure are masked; the others are rounded to float16
-#   3  pack_sample   (part 2) maps and masks are coded without loss (by zlib, the paper: run lengths) into one file
+#   3  pack_sample   (below) maps and masks are coded without loss (by zlib, the paper: run lengths) into one file
 #
 # A teacher is anything with these three: `identity`, a name; `view_size(H, W)`, the size at which it wants a picture of
 # that size; and `teacher(views, generator)`, which turns 01_data's views into a Pointmap each. `generator` is for all
-# that is random, and unknown points are NaN. A Fast3R takes images and view ids instead; a `NetworkTeacher` (part 2)
+# that is random, and unknown points are NaN. A Fast3R takes images and view ids instead; a `NetworkTeacher` (below)
 # around it is a teacher. GeometricTeacher (tiny/teacher.py) needs no network.
 
 
@@ -312,13 +314,13 @@ def write_cache(
 ) -> list[Path]:
     """Ask the teacher about every sample below `root`, once, and keep its answers in out/<scene>/<sample>.safetensors.
 
-    Whole samples stay, so that a killed run continues; damaged ones are made again. -> the files that it wrote.
+    Complete files stay, so that a killed run continues; damaged ones are made again. -> the files that it wrote.
     """
     root, out, (first, step) = Path(root), Path(out), shard
     rows = make_manifest(root, views, stride, skip_bad_frames)  # (workshop) one for each view (Sec. III-B 1)
     settings = dict(teacher=teacher.identity, size=list(size), views=views, tau=tau, seed=seed)
     keep_manifest(out, settings, rows, write=first == 0)  # (workshop) refuses a cache of other rows or settings
-    todo = {}  # file -> rows of the sample that it lacks
+    todo = {}  # missing file -> rows of its sample
     for name, sample in list(samples_of(rows).items())[first::step]:
         path = out / f"{name}.safetensors"
         if not (path.is_file() and readable(read_sample, path)):
@@ -340,7 +342,7 @@ def ask(teacher, root, rows, size, seed, skip_bad_frames=False) -> list[Pointmap
 
 def filtered(m: Pointmap, tau):
     """-> the eight channels of a map (8, H, W) as float16, and its valid pixels (H, W): those whose points are known
-    and in float16's range, and whose local confidence is high enough (as in the paper; the global one has no part)."""
+    and in float16's range, and whose local confidence is high enough (Sec. III-B 2; the global one is not used)."""
     points = torch.cat([m.points_global, m.points_local], -1).permute(2, 0, 1)
     conf = torch.stack([m.conf_global, m.conf_local]).clamp(max=65504)  # float16's largest number
     channels = torch.cat([points, conf]).half()  # a coordinate beyond 65504 becomes infinite
@@ -371,7 +373,7 @@ def learn_samples(batch, student, args, seeds) -> list[float]:
     sample's seed come its mirroring and its view ids."""
     sums = [0.0] * len(Loss._fields)
     for sample, seed in zip(batch, seeds):
-        # Differs: the paper has no augmentation. With --mirror (few samples) half of them are mirrored left to right.
+        # Differs: the paper augments by view ids alone. With --mirror (few samples) half of the samples are mirrored.
         if args.mirror and torch.rand((), generator=torch.Generator().manual_seed(seed)) < 0.5:
             sample = mirrored(sample)
         loss = loss_of(student, sample, args, seed)
@@ -402,7 +404,8 @@ def learning_rate(step, args):
 
 
 # ------------------------------------------------------------------------ 6. Cameras
-# Distill3R reports no cameras. They are read off the maps as in DUSt3R (Wang et al. 2024, Sec. 3.3).
+# Distill3R reports no cameras, and that its student misses rotations (Sec. V-C). They are read off the maps as in
+# DUSt3R (Wang et al. 2024, Sec. 3.3).
 
 
 class Cameras(NamedTuple):
@@ -420,8 +423,8 @@ def estimate_cameras(maps: list[Pointmap], tau=0.3, names=None) -> Cameras:
     """
     scale, of_size, c2w = [], {}, torch.eye(4).repeat(len(maps), 1, 1)
     for k, m in enumerate(maps):
-        # Both are in the workshop: pixels (H, W) that are known, trusted, in front of the camera, not too far; and
-        # `similarity` again and again, where points that fitted badly the last time count less.
+        # Both are in the workshop: pixels (H, W) that are known, in front of the camera, not too far, and trusted, if
+        # there are enough such; and `similarity`, iteratively reweighted so that outliers count less.
         use = usable_pixels(m, tau, names[k] if names else f"view {k}")
         s, R, t = robust_similarity(m.points_local[use], m.points_global[use], m.conf_global[use])
         c2w[k, :3] = torch.cat([R, t[:, None]], 1)
@@ -433,8 +436,8 @@ def estimate_cameras(maps: list[Pointmap], tau=0.3, names=None) -> Cameras:
 
 
 def focal_length(points: Tensor, weight: Tensor, rounds=10) -> float:
-    """Of local points (H, W, 3), in pixels: the f that minimises the weighted sum of |pixel - f (x, y) / z|, where a
-    pixel's coordinates are relative to the centre. Distances and not their squares, so that outliers count less; each
+    """The focal length of local points (H, W, 3), in pixels: f minimises the weighted sum of |pixel - f (x, y) / z|,
+    with pixels relative to the centre. Distances and not their squares, so that outliers count less; each
     of Weiszfeld's rounds is a least-squares fit that is weighted by 1 / the distances of the last one."""
     h, w = weight.shape
     y, x = torch.meshgrid(torch.arange(h) + 0.5 - h / 2, torch.arange(w) + 0.5 - w / 2, indexing="ij")
