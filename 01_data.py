@@ -367,6 +367,8 @@ def load_scenes(path, skip_bad_frames=False) -> list[Scene]:
             if not skip_bad_frames:
                 raise
             print(f"left out: {error}")
+    if not scenes and not error and reader_of(root.absolute().parent):
+        raise DataError(f"{path}: a folder of a scene; give --scene_dir the scene itself, {root.absolute().parent}")
     if not scenes:
         raise error or DataError(f"{path}: no scene in here (looked for transforms*.json, sparse/0, frame-*.pose.txt "
                                  "and poses_bounds.npy, three levels deep); for photos without poses run COLMAP first "
@@ -1437,7 +1439,7 @@ def line_chart(title, curves, width=480, height=260, even=False) -> Tensor:
         draw.text((6, place(x0, y)[1] - 6), f"{y:g}", fill=(90, 90, 90))
         draw.line([place(x0, y), place(x1, y)], fill=(150, 150, 150) if y == 0 else (230, 230, 230))
     for x in columns:
-        draw.text((place(x, y0)[0] - 12, bottom + 8), f"{x:g}", fill=(90, 90, 90))
+        draw.text((place(x, y0)[0], bottom + 14), f"{x:g}", fill=(90, 90, 90), anchor="mm")
     draw.line([place(x0, y1), place(x0, y0), place(x1, y0)], fill=(150, 150, 150))
     start = left
     for colour, (name, curve) in zip(LINE_COLOURS, curves.items()):
@@ -1524,7 +1526,7 @@ def describe_levels(scene) -> str:
 
 
 def in_levels(levels) -> str:  # of `best_pairs`: how many targets have contexts on which of LEVELS
-    parts = [f"{levels.count(n)} at overlap {least:g} and baseline {widest:g}"
+    parts = [f"{levels.count(n)} at overlap {least:g} and baseline {widest:g} of the depth"
              for n, (least, widest) in enumerate(LEVELS) if n in levels]
     return ", ".join(parts + [f"{levels.count(None)} have none"] * (None in levels))
 

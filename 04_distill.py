@@ -395,7 +395,7 @@ def prepare(args, rank=0, world=1):
     if args.finetune_geometry and args.geometry != "mvsplat":
         raise ValueError(f"--geometry {args.geometry} has nothing to fine-tune; leave out --finetune_geometry")
     if rank:
-        dist.barrier()  # until rank 0 has made or fetched what is missing
+        wait_for_first()  # it makes or fetches what is missing
     scenes = whole = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
     say_whose_cameras(args.scene_dir)
     if args.finetune_geometry and args.depth_weight and not any(f.depth for scene in scenes for f in scene.frames):
@@ -928,6 +928,13 @@ def processes(args, batch):
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     return dist.get_rank(), world
+
+
+def wait_for_first():  # for rank 0
+    try:
+        dist.barrier()
+    except RuntimeError:  # it has ended, and has said why
+        sys.exit(1)
 
 
 def averaged(values: list[float], world, device) -> list[float]:  # over the processes

@@ -913,6 +913,8 @@ def draw_matches(image_a, image_b, m: Matches, zoom) -> Tensor:  # both views si
 def draw_all(results, train, val: Views, pairs, out):
     """-> (title, caption, path) of each picture. Columns are models, rows fixed held-out views or pairs."""
     models, size = list(results)[1:], val.images.shape[2:]
+    for name in (*TRUTH, "matches"):  # of an earlier run on other data
+        (out / f"{name}.png").unlink(missing_ok=True)
     captions = dict(depth="Near is yellow, far is blue", segmentation="One colour a class",
                     normals="Red faces right, green up, blue the camera")
     for kind, (_, truth) in truths(train, val).items():  # SnD Fig. 3, 4, 6
@@ -981,12 +983,11 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
         about += " No depth: matches are scored by epipolar lines of the true pose, so recall is an upper bound."
         columns = [(*c[:2], c[2].replace("recall", "epipolar recall"), c[3]) for c in COLUMNS]
     about += " Depth RMSE is in the unit of the data." * any("depth" in s for s in scores.values())
-    paper, summary = PRESETS["paper"], f"{table(scores, columns)}\n\n{shares_in_words(scores)}\n"
+    paper, shares, texts = PRESETS["paper"], shares_in_words(scores), {"Scores": table(scores, columns)}
     settings = [f"{key}: {x}" + f" (paper: {paper.get(key)})" * (paper.get(key, x) != x)
                 for key, x in vars(args).items()]
     result = dict(command=args.command, about=about, settings=settings, scores=scores)
     data.write_whole(out / "results.json", json.dumps(result, indent=1).encode())
-    texts = {"Scores": summary}
     for title, names in RECALL.items() if pairs else ():
         texts[title] = table(scores, [("correspondence", name, name, 1) for name in names])
     texts["Settings"] = "\n".join(settings)
@@ -998,11 +999,12 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
             page.append(f'<p>Model card of <a href="{link}">{html.escape(name)}</a></p>')
     for title, text in texts.items():
         page.append(f"<h2>{title}</h2><pre>{html.escape(text)}</pre>")
+        page.append(f"<p>{html.escape(shares)}</p>" * (title == "Scores"))
     for title, caption, path in draw_all(results, train, val, pairs, out):
         source = base64.b64encode(path.read_bytes()).decode()
         page.append(f'<h2>{title}</h2><p>{html.escape(caption)}</p><img src="data:image/png;base64,{source}">')
     data.write_whole(out / "report.html", "".join(page).encode())
-    return f"{about}\n\n{summary}"
+    return f"{about}\n\n{texts['Scores']}\n\n{shares}\n"
 
 
 # ------------------------------------------------------------------------ command

@@ -680,7 +680,7 @@ def load_student(path) -> Student:
     that is none."""
     if str(path) == "tiny":
         return built_in_student()
-    path, config = find_network(path, "give the folder that `train` wrote, or the checkpoint linked at "
+    path, config = find_network(path, "give 'tiny', the folder that `train` wrote, or the checkpoint linked at "
                                 "github.com/TheFourthKaramazov/Distill3R")
     try:
         config = StudentConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
@@ -691,7 +691,8 @@ def load_student(path) -> Student:
         model = built(Student, config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path.with_name('config.json')}: not of a student ({reason}); copy it again") from None
+        raise ValueError(f"{path.with_name('config.json')}: not of a student that `train` wrote ({reason}); give its "
+                         "folder, or 'tiny'") from None
     return lift.load_strictly(model, network_tensors(path, "student."), path)
 
 
@@ -1337,7 +1338,7 @@ class MeanTeacher:  # always the mean of the cached maps, whatever the picture: 
 
 def cached_root(args) -> Path | None:  # the folder whose pictures are cached
     record = args.cache / "root.json"
-    if not record.is_file() and (args.command in (None, "cache") or not (args.cache / "manifest.jsonl").exists()):
+    if not record.is_file() and (args.command != "train" or not (args.cache / "manifest.jsonl").exists()):
         return None  # there is no cache yet, or not the whole of it
     try:
         return Path(json.loads(record.read_text()))
@@ -1486,7 +1487,7 @@ def check_scene_folder(args):  # where infer is going to write, before anything 
     if before and before != str(root):
         if args.out == OUT:
             raise ValueError(f"{out}: holds the scene of other photos ({before}); give another --out, or remove it")
-        print(f"{out}: the scene of other photos ({before}) is replaced")
+        print(f"{out}: the scene of other photos ({before}) will be replaced")
 
 
 @torch.no_grad()
@@ -1596,7 +1597,7 @@ def main(argv=None):
             check_scene_folder(args)
         rank, world = distill.processes(args, args.batch if training else 0)
         if rank:
-            dist.barrier()  # until rank 0 has made or fetched what is missing
+            distill.wait_for_first()  # it makes or fetches what is missing
         if args.command != "table" and not args.images and str(source_of(args)) in data.BUILT_IN:
             data.open_scenes(source_of(args))  # makes them
         if world > 1 and not rank:

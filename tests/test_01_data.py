@@ -580,6 +580,8 @@ def test_scenes_in_folders_come_in_natural_order(tmp_path):
     (tmp_path / "notes").mkdir()
     names = [s.name for s in data.load_scenes(tmp_path)]
     assert names == ["deep/er/x1", "room2", "room10", "²"]
+    with pytest.raises(data.DataError, match=rf"a folder of a scene; .*{tmp_path / 'room2'}"):
+        data.load_scenes(tmp_path / "room2/images")
 
 
 # ------------------------------------------------------------------------------------------ folders as people have them
@@ -1117,7 +1119,7 @@ def test_main_reports_and_draws(rooms_dir, tmp_path, capsys):
 def test_levels_count_targets(rooms, tmp_path):
     levels = [data.best_pairs(rooms[0], target)[0] for target in range(12)]
     said = data.describe_levels(rooms[0])
-    assert f"12 targets: {levels.count(0)} at overlap 0.5 and baseline 0.4" in said and "warning" not in said
+    assert f"12 targets: {levels.count(0)} at overlap 0.5 and baseline 0.4 of the depth" in said and "warning" not in said
     assert ("have none" in said) == (None in levels)
     write_scene(tmp_path, count=5, more=lambda i: placed(pose(10 * i)))  # steps of three times the depth
     (far_apart,) = data.open_scenes(tmp_path, near=0.5, far=2)

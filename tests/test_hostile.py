@@ -691,8 +691,8 @@ ASKED = [  # stage, what it is told, what its one line says
     (d3r, "cache --images no_such_folder", "no_such_folder: no such folder"),
     (d3r, "cache --teacher no_such_weights", "no_such_weights: no such weights"),
     (d3r, "train", "run the cache command first"), (d3r, "cache --device cuda:99", "--device cuda:99"),
-    (d3r, "infer", "no such weights; give the folder that `train` wrote"),
-    (d3r, "eval --models student", "no such weights; give the folder that `train` wrote")]
+    (d3r, "infer", "no such weights; give 'tiny', the folder that `train` wrote"),
+    (d3r, "eval --models student", "no such weights; give 'tiny', the folder that `train` wrote")]
 
 
 @pytest.mark.parametrize("stage, words, says", ASKED)
