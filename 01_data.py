@@ -314,6 +314,7 @@ def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
     if settings:  # also completes rooms whose making was interrupted
         make_rooms(folder, **settings)
     scenes = load_scenes(folder, skip_bad_frames)
+    say_whose_cameras(folder)
     for scene in scenes if (near, far) != (None, None) else ():
         found = scene.depth_range
         low, high = scene.depth_range = (found[0] if near is None else near, found[1] if far is None else far)
@@ -322,6 +323,21 @@ def open_scenes(scene_dir, skip_bad_frames=False, near=None, far=None):
             raise DataError(f"{scene.name}: {low:g} to {high:g} is no depth range; "
                             "give --near and --far with 0 < near < far")
     return scenes
+
+
+def say_whose_cameras(scene_dir):
+    """Repeats the verdict on cameras that 06_distill3r.py has estimated: it stands in the scene as `agreement`."""
+    files = transforms_files(scene_dir)
+    if agreement := files and json.loads(files[0].read_bytes()).get("agreement"):
+        good, why = trust(agreement)
+        print(f"{scene_dir}: its cameras were estimated from photos, "
+              f"{'they explain the photos' if good else 'do not trust them'} ({why})")
+
+
+def trust(agreement):  # of cameras that 06 has estimated -> whether to trust them, and why
+    found, still = agreement  # of neighbouring photos through these cameras, and as if no camera had moved
+    return found >= still + 0.02, (f"neighbouring photos agree to {100 * found:.0f} % through them, and to "
+                                   f"{100 * still:.0f} % if no camera had moved")
 
 
 def make_rooms(out, scenes=48, views=16, size=(96, 128), seed=0):

@@ -1030,7 +1030,7 @@ def warning_of(scores: list[tuple[float, float]]) -> str | None:
     ours, mean = (sum(column) / len(bad) for column in zip(*bad))
     return (f"warning: in {len(bad)} of {len(scores)} triplets the splatted context views are no nearer to the target "
             f"than its mean colour (psnr {ours:.1f} against {mean:.1f}): the geometry carries nothing there. "
-            "Look at the poses and at the depth range (--near --far), or try another --geometry")
+            "Look at the poses and at the depth range (--near --far); 04 takes measured depth with --geometry depth")
 
 
 # ------------------------------------------------------------------------ pictures and the command

@@ -397,7 +397,6 @@ def prepare(args, rank=0, world=1):
     if rank:
         wait_for_first()  # it makes or fetches what is missing
     scenes = whole = data.open_scenes(args.scene_dir, args.skip_bad_frames, args.near, args.far)
-    say_whose_cameras(args.scene_dir)
     if args.finetune_geometry and args.depth_weight and not any(f.depth for scene in scenes for f in scene.frames):
         raise data.DataError(f"{args.scene_dir}: no measured depth for --depth_weight; leave it at 0")
     if args.geometry == "depth":
@@ -413,22 +412,6 @@ def prepare(args, rank=0, world=1):
         dist.barrier()
     train, heldout, source.kind = hold_out(scenes, args.heldout, args.seed, whole)
     return train, heldout, source
-
-
-def say_whose_cameras(scene_dir):
-    """Repeats the verdict on cameras that 06_distill3r.py has estimated: it stands in the scene as `agreement`."""
-    file = Path(scene_dir) / "transforms.json"
-    agreement = json.loads(file.read_text()).get("agreement") if file.exists() else None
-    if agreement:
-        good, why = trust(agreement)
-        print(f"{scene_dir}: its cameras were estimated from photos, "
-              f"{'they explain the photos' if good else 'do not trust them'} ({why})")
-
-
-def trust(agreement):  # of cameras that 06 has estimated -> whether to trust them, and why
-    found, still = agreement  # of neighbouring photos through these cameras, and as if no camera had moved
-    return found >= still + 0.02, (f"neighbouring photos agree to {100 * found:.0f} % through them, and to "
-                                   f"{100 * still:.0f} % if no camera had moved")
 
 
 MAX_FEATURES = 2**27  # numbers, 0.5 GB: the features of all Gaussians that are splatted at a time

@@ -1438,7 +1438,7 @@ def infer(args):
         if 2 * height <= scene.frames[i].size[0] and 2 * width <= scene.frames[i].size[1]:
             views[k] = scene.view(i, (2 * height, 2 * width), maps=False)
     write_scene(out, views, maps, args.tau, root.resolve())
-    good, why = distill.trust(json.loads((out / "transforms.json").read_text())["agreement"])
+    good, why = data.trust(json.loads((out / "transforms.json").read_text())["agreement"])
     if len(shown) > 1:
         print(f"{scene.name}, {len(shown)} views by {network.identity}: "
               f"{'the cameras explain the photos' if good else 'do not trust the cameras'}: {why} "
