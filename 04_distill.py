@@ -844,6 +844,8 @@ class Run:
         if found and not whole:
             raise ValueError(f"{found[0]}: not a whole checkpoint; remove it to start again")
         if not whole:
+            if self.args.resume:
+                print(f"{self.path}: not there yet, so this run begins at step 0")
             return 0, None
         path, step, old, tensors = whole
         if not self.args.resume and step < old["max_steps"]:
