@@ -145,7 +145,7 @@ class Scene:
 
 
 def regions(view: View) -> Tensor:  # (H, W) int64
-    """What counts as an object: the view's masks, or superpixels (workshop) where it has none."""
+    """What counts as an object: the view's masks; else superpixels, patches of similar colour (workshop)."""
     return view.mask if view.mask is not None else superpixels(view.image, 64)
 
 
@@ -153,7 +153,7 @@ def regions(view: View) -> Tensor:  # (H, W) int64
 
 
 def into_picture(points, frame):
-    """(M, 3) world -> x, y in pixels of the frame, z-depth; z is 0 for points outside of its picture.
+    """(M, 3) world -> x, y in pixels of the frame, z-depth; z is 0 for points behind it or outside of its picture.
 
     Lens distortion is left out, as a few pixels do not matter here.
     """
@@ -217,7 +217,7 @@ def context_pairs(scene, target, least, widest):
     """Pairs of views from which stereo can reconstruct what `target` sees: [(a, b), ...].
 
     They are chosen among the 24 views nearest to the target. Each overlaps the target by at least `least`, and the two
-    overlap each other by at least three quarters of that. Their baseline is 0.02 to `widest` times the typical depth.
+    overlap each other by at least three quarters of that. Their baseline, in typical depths, is 0.02 to `widest`.
     The target lies between them, as in SnD (Sec. 4.3 E): beyond both, it would see surfaces that neither sees.
     """
     if (target, least, widest) in scene.pairs:
@@ -230,7 +230,7 @@ def context_pairs(scene, target, least, widest):
     pairs = []
     for a, b in combinations(seeing, 2):
         baseline = np.linalg.norm(centre[a] - centre[b]) / typical
-        between = (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0  # over 90 degrees apart, from there
+        between = (centre[a] - centre[target]) @ (centre[b] - centre[target]) < 0  # seen from it, over 90 degrees apart
         if 0.02 < baseline < widest and between and overlap(scene, a, b) >= 0.75 * least:
             pairs.append((int(a), int(b)))
     scene.pairs[target, least, widest] = pairs  # the same target is asked for again and again
@@ -252,7 +252,7 @@ def sample_triplet(scene, generator, targets=None):
     # Differs: the official sampler takes contexts eight frames apart and a target that may be one of them; here the
     # cameras decide (overlap, baseline, target in between), and the three views are always distinct.
     targets = list(range(len(scene))) if targets is None else list(targets)
-    for n in torch.randperm(len(targets), generator=generator)[:400].tolist():  # gives up after 400 targets
+    for n in torch.randperm(len(targets), generator=generator)[:400].tolist():
         _, pairs = best_pairs(scene, targets[n])
         if pairs:
             a, b = pairs[int(torch.randint(len(pairs), (1,), generator=generator))]

@@ -13,12 +13,12 @@ Read    Gaussians, pixel_rays, bilinear_axis, upscale_weights, mask_aware_upscal
         MVSplatConfig, MVSplat.forward, MVSplat.match, cost_volume, gaussian_adapter, mvsplat_gaussians
 Try     The command prints the mean error of MVSplat's depth on four pairs of held-out views: 6.5 %. (A plane at the
         median depth has 25.9 %.) It is 12.7 % with --near 0.3 --far 20, as the D candidate depths then reach far
-        beyond the room (and three pairs are others), 10.5 % with --pixels 3072 (half the resolution), and 6.4 % with
+        beyond the room (three of the pairs change too), 10.5 % with --pixels 3072 (half the resolution), and 6.4 % with
         --pixels 49152 (twice). In MVSplat.forward, `coarse` in place of `coarse + delta` (no step 4): 9.2 %.
 Not     training: tiny/train.py trains the built-in networks, 04_distill.py fine-tunes MVSplat and distils the ViT. The
         code takes any number of views from two on; the method uses two.
 Words   tokens, features of pixels: the paper's F_low, F_high; mu, Sigma, alpha: mean, covariance, opacity of a
-        Gaussian; V views, C channels, D candidate depths, h x w the small grid, of N tokens or of features.
+        Gaussian; V views, C channels, D candidate depths; h x w a small grid: of N tokens, in section 5 H/4 x W/4.
 """
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def upscale_weights(
     index = (rows[:, None, :, None] * w + cols[None, :, None, :]).reshape(H * W, 4)  # N(u), the four tokens around u
     bilinear = (row_weight[:, None, :, None] * col_weight[None, :, None, :]).reshape(H * W, 4)  # w~_uv
     # Differs: the official code reads the id of a token at row linspace(0, H-1, h) of the mask (columns likewise), up
-    # to half a patch beside the token. We read it at the centre of the patch.
+    # to half a patch away from the token. We read it at the centre of the patch.
     token_ids = mask[centre_row[:, None], centre_col].flatten()
     same_id = token_ids[index] == mask.reshape(H * W, 1)  # mask(v) = mask(u)
     shared = bilinear * same_id
@@ -141,7 +141,7 @@ def depth_gaussians(
     K: Tensor,  # (V, 3, 3) pixels
     c2w: Tensor,  # (V, 4, 4)
     opacity=0.95,
-    spread=0.35,  # standard deviation in pixels: 0.6 blurs a novel view, 0.3 opens holes in it
+    spread=0.35,  # standard deviation in pixels: 0.6 blurs a novel view, 0.2 leaves it thin (8 % of alpha below 0.9)
 ) -> Gaussians:
     """One flat Gaussian per pixel, on the surface that the depth maps show."""
     parts = []
@@ -212,7 +212,7 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             recompute = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        x = self.norm(x)  # 04 trains what comes out; 05 probes what goes in
+        x = self.norm(x)  # 04 trains the tokens after this norm; 05 probes those before it
         return Tokens(x[:, 0], x[:, 1:1 + R], x[:, 1 + R:])
 
     def embed(self, images: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ class MVSplat(nn.Module):
             "corr_refine_net": nn.Sequential(conv(D + C, m1), group_norm(m1), nn.GELU(), UNet(m1, 3), conv(m1, D)),
             "regressor_residual": conv(D + C, D, 1),
             "depth_head_lowres": nn.Sequential(conv(D, 2 * D), nn.GELU(), conv(2 * D, D)),
-            # step 4; U-Net 2 has 3 channels of the image, coarse disparity, its certainty, and m2 channels of features
+            # step 4; U-Net 2 takes 3 channels of the image, coarse disparity, its certainty, m2 channels of features
             "upsampler": nn.Sequential(conv(2 * C, C), nn.UpsamplingBilinear2d(scale_factor=4), nn.GELU()),
             "proj_feature": conv(C, m2),
             "refine_unet": nn.Sequential(conv(m2 + 5, m2), group_norm(m2, 4), nn.GELU(), UNet(m2, 5)),
@@ -374,15 +374,15 @@ def gaussian_adapter(
     K: Tensor,  # (V, 3, 3) pixels
     c2w: Tensor,  # (V, 4, 4)
 ):
-    """Step 5: means (V, H, W, 3), world frame; scales (V, H, W, 3) and unit quaternions (V, H, W, 4), camera frame
-    (MVSplat Sec. 3.2)."""
+    """Step 5 (MVSplat Sec. 3.2): means (V, H, W, 3), world frame; scales (V, H, W, 3), the standard deviations along
+    the axes; unit quaternions (V, H, W, 4), which turn the axes into the camera frame."""
     V, H, W, _ = raw.shape
     inverse = torch.linalg.inv(K)
     rays = torch.stack([pixel_rays(k, H, W) for k in K])
     rays = rays + (raw[..., :2].sigmoid() - 0.5) @ inverse[:, None, :, :2].mT  # anywhere in the pixel
     unit = F.normalize(rays, dim=-1) @ c2w[:, None, :3, :3].mT
     # As published, the depth is a distance along the ray here, although step 2 searched z-depth. So a point is too near
-    # by the length of its ray at z = 1: 1.4 times at the edge of a view of 90 degrees. The network was trained so.
+    # by a factor, the length of its ray at z = 1: 1.4 at the edge of a view of 90 degrees. The network was trained so.
     means = c2w[:, None, None, :3, 3] + depth * unit
     pixel = inverse[:, :2, :2].sum((1, 2)).view(V, 1, 1, 1)  # width + height of a pixel at depth 1, as published
     scales = (0.5 + 14.5 * raw[..., 2:5].sigmoid()) * depth * 0.1 * pixel  # 0.05 to 1.5 times `pixel` at its depth

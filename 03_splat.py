@@ -12,8 +12,8 @@ Read    Render, rasterize_plainly, divide_by_alpha, semantic_blend, bilinear_tap
         this is the method. Then monomials, polynomial, front_to_back (why it is fast), Triplet, render_target,
         splat_operator_plainly, SplatOperator
 Try     DILATION = 0.0001: with measured depth, the PSNR of the splatted colours against the photo rises from 22.6 to
-        27.6, because the dilation blurs every splat.
-        --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6: the same 0.3 px^2 are half as wide on finer views.
+        27.6 dB, because the dilation blurs every splat.
+        --pixels 49152: mvsplat 23.8 -> 25.5, depth 22.6 -> 26.6: pixels, and with them the dilation, are half as wide.
 Not     colour that depends on the view (a Gaussian has one row of features for all sides), second derivatives.
 Words   G Gaussians, C channels, H W pixels, N = h*w tokens. alpha_k: how much of the light Gaussian k stops at a pixel;
         T_k = (1 - alpha_1) ... (1 - alpha_{k-1}): the transmittance, the light that is left for it; w_k = alpha_k T_k:
@@ -79,8 +79,8 @@ def rasterize_plainly(
     mean = p[:, :2] / z[:, None] @ K[:2, :2].T + K[:2, 2]  # (G, 2) pixels
     # EWA splatting (Zwicker et al. 2001): around a mean, projection is nearly linear, so a Gaussian stays a Gaussian.
     # The derivative of (x, y) / z by (x, y) is I / z, and by z it is -(x, y) / z^2. So d pixel = J d world with
-    # J = K [I | -(x, y) / z] R / z, and Sigma_2d = J Sigma J^T. Far outside the view the linear approximation fails: as
-    # in gsplat, J is taken at a point that lies at most 15 % of the view's size beyond its border.
+    # J = K [I | -(x, y) / z] R / z, with w2c's rotation R and the 2x2 of K: Sigma_2d = J Sigma J^T. Far outside the
+    # view this fails. As in the library gsplat, J is taken at most 15 % of the view's size beyond its border.
     focal, centre = K.diagonal()[:2], K[:2, 2]
     slope = (p[:, :2] / z[:, None]).clamp(-(centre + 0.15 * size) / focal, (1.15 * size - centre) / focal)
     J = torch.cat([torch.eye(2).to(p).expand(len(p), 2, 2), -slope[..., None]], 2)
@@ -179,15 +179,15 @@ def over_valid_taps(
 
 
 # ------------------------------------------------------------------------ 3. Why that is too slow (may be skipped)
-# The definition visits every Gaussian at every pixel: 6.6 s for a view of 73x110 pixels and 16,000 Gaussians.
+# The definition visits every Gaussian at every pixel: 6.6 s for 73x110 pixels, 16,000 Gaussians and 3 channels.
 # `rasterize` (below) renders it in 0.02 s, with the same values and gradients. It uses four tricks. The speed-up of
 # each was measured on one core (python tests/bench.py --section tricks):
 #   1. Blocks (tiles, in 3DGS) with lists: 73x. A Gaussian reaches few pixels. So the view is cut into blocks of 8x8
 #      pixels, each with a list of the Gaussians that reach it, nearest first. `walk` goes down the lists of many blocks
 #      at the same time, 32 Gaussians of each in a step, until a list ends or the light of its block is used up.
 #   2. One matrix product for the alphas: 3.3x. log2 alpha is a polynomial of second degree in the position of a
-#      pixel. For all Gaussians of a step and all pixels of a block it is `polynomial(...).T @ monomials(...)`, and
-#      `front_to_back` makes weights of 2 to that power.
+#      pixel. For all Gaussians of a step and all pixels of a block it is `polynomial(...).T @ monomials(...)`. Two to
+#      that power is alpha, of which `front_to_back` makes weights.
 #   3. Weights first: 4.1x for 384 channels. They do not depend on the features, so they are found once for a whole
 #      list, and the block is `weights.T @ features[list]`.
 #   4. The backward pass goes down the lists again, so only inputs and images are kept for it. Plain autograd on the
@@ -245,7 +245,7 @@ def render_target(gaussians, features: Tensor, triplet: Triplet) -> Render:  # f
 # 04 visits each triplet many times while only the teacher changes. Geometry and masks stay as they are, so the whole
 # way from the context views' tokens x to the target's tokens y is linear: a matrix, computed once a triplet.
 #   Gaussian g has the feature f_g = sum_t u_gt x_t. Only four u_gt are not 0: the weights of Eq. 3 at its pixel.
-#   Pixel p sees Gaussian g with the weight w_pg = alpha_k T_k, and its alpha is alpha_p = sum_g w_pg. Its feature is
+#   Pixel p sees Gaussian g with weight w_pg: w_k, if g is its k-th. Its alpha is alpha_p = sum_g w_pg, its feature
 #     F_p = sum_g w_pg f_g / alpha_p = sum_t A_pt x_t,    A_pt = sum_g w_pg u_gt / alpha_p.
 #   The blend (Eq. 4) takes it to F'_p = a_p F_p + (1 - a_p) F_m. F_m is the mean of F over the valid pixels of its mask
 #   m, and a_p is `blend`, but 1 where p is unlabelled.

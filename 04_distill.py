@@ -57,8 +57,8 @@ data, lift, splat = (importlib.import_module(name) for name in ("01_data", "02_l
 
 # What `args` holds below, beside some flags that `parse` adds. `vits` and `vitb` are the paper's setting (A.3; the
 # temperatures are its code's, triplets and bfloat16 ours); `tiny` fits the same loop into minutes on a CPU.
-# Differs: the official code renders at 584x876 and the ViT sees 574x868, to which the images are resized; we load,
-# splat and look at 574x868, which is 41x62 patches, so that nothing is resampled twice.
+# Differs: the official code renders at 584x876 (A.6), and resizes to 574x868, 41x62 patches, for the ViT; we load and
+# splat at 574x868, so that nothing is resampled twice.
 SETTINGS = {  # name: (tiny, vits, help)
     "model": ("tiny", "dinov2_vits14", "ViT to start from: 'tiny', a published name, a file or folder"),
     "mvsplat": ("tiny", "re10k.ckpt", "MVSplat weights: 'tiny', re10k.ckpt, or a file that --finetune_geometry made"),
@@ -206,7 +206,7 @@ def networks_of(args):
 @torch.no_grad()
 def splat_features(
     tokens: Tensor,  # (2, N, C) of the context views
-    gaussians: lift.Gaussians,  # G = 2 H W, one a context pixel
+    gaussians: lift.Gaussians,  # G = 2 H W, one for each pixel of the context views
     t: splat.Triplet,
     grid,  # (h, w)
     blend=0.5,  # alpha of SnD Eq. 4

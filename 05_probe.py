@@ -18,8 +18,8 @@ Try     --no_cls: depth RMSE of the built-in ViT 0.718 -> 0.725 m, so CLS knows 
         --models tiny+tiny (the second sees mirrored images): normals 34.4 -> 34.0 degrees, depth and mIoU worse.
 Not     heads that are not linear, several layers at once, images of several shapes (all are cropped to the first's).
 Words   head: one linear layer on frozen tokens. truth: the measured map, 0 (labels: 255) where it is unknown. Letters:
-        I images, M matches, K intrinsics. "px": pixels of the image. "grid": in distances between neighbouring sampled
-        points (4x4 a patch). Place share: how much of the features only says where in the picture one is.
+        I images, M matches, K intrinsics. "px": pixels of the image. "grid": the unit is the spacing of the sampled
+        points, a quarter of a patch. Place share: how much of the features only says where in the picture one is.
 """
 from __future__ import annotations
 
@@ -226,8 +226,8 @@ def expected_depth(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 def sig_loss(depth: Tensor, truth: Tensor) -> Tensor:
-    """Scale-invariant log loss (Eigen et al. 2014): sqrt(mean g^2 - 0.85 (mean g)^2), so that a wrong scale of depth
-    counts less."""
+    """Scale-invariant log loss (Eigen et al. 2014): with g = log z - log z*, sqrt(mean g^2 - 0.85 (mean g)^2), so that
+    a wrong scale of depth counts less."""
     # Differs: A.4 writes "classification loss"; the official code trains with this one, and so do we.
     g = (depth[truth > 0] + 1e-3).log() - (truth[truth > 0] + 1e-3).log()
     return (g.square().mean() - 0.85 * g.mean().square()).clamp_min(1e-12).sqrt()
@@ -303,7 +303,7 @@ class Pair(NamedTuple):
     a: int  # index into Views
     b: int
     angle: float  # degrees that the camera turns between them
-    measured: bool  # both have depth, so errors are exact; else they are distances from epipolar lines
+    measured: bool  # both have depth, so errors are exact; else, if the camera moved, distances from epipolar lines
 
 
 class Matches(NamedTuple):
@@ -396,13 +396,13 @@ def recall(errors, pairs, limits) -> dict:  # % of each pair's errors below each
 
 
 def place_share(patches, norm=nn.Identity()) -> dict:
-    """-> {"all", "rough"}: % of the variance of tokens (I, h, w, C) over views that their place in the grid explains.
+    """-> {"all", "rough"}: % of the variance of tokens (I, h, w, C) that their place in the grid explains.
 
-    Not in the paper. Splatting carries features to other places and so averages out what is tied to one: the larger
-    "rough" is, the more there is to gain. It is what a cubic polynomial in row and column leaves of the means of the
-    places; "all" has perspective in it too, which makes these means differ smoothly: floors, say, are at the bottom.
-    The variance that means of few views have by chance is subtracted, so that tokens without a pattern score 0. `norm`
-    is applied to the tokens first: the ViT's last LayerNorm, where they were taken before it.
+    Not in the paper. "all" is the variance of the mean token of each place. Perspective is part of it, and smooth:
+    floors, say, are at the bottom. "rough" is what is left of these means when a cubic polynomial in row and column is
+    taken off. Splatting carries features to other places, and so averages out what is tied to a place: the larger
+    "rough" is, the more there is to gain. The variance that means of few views have by chance is subtracted, so that
+    tokens without a pattern score 0. `norm` is applied first: the ViT's last LayerNorm, if it is still to come.
     """
     views, (h, w), squares, total = len(patches), patches.shape[1:3], 0.0, 0.0
     for tokens in patches:

@@ -1,10 +1,10 @@
-"""Distill3R: a network of 650 million parameters that sees 3D in photos teaches one of 72 million, on a single GPU.
+"""Distill3R: a network of 650 million parameters that sees 3D in photos teaches one of 72 million, on one workstation.
 
-Paper   Distill3R Sec. III-A to III-D (Eq. 1-6), IV and Tables I-III; Fast3R (Yang et al. 2025) for the teacher.
+Paper   Distill3R Sec. III-A to III-D (Eq. 1-6), IV, V, Tables I-III; Fast3R (Yang et al. 2025) for the teacher.
 In      a folder of photos or video frames, or posed views (01_data); weights of Fast3R and DUNE, where you have them.
 Out     out/06_distill3r/: cache/, student/, scene/ (point cloud, depth and cameras, as 01_data reads them), log.jsonl.
 Run     python 06_distill3r.py --preset tiny     cache, train, eval and infer on built-in rooms: 6 minutes on 2 cores
-        python 06_distill3r.py cache --images photos/ --teacher model.safetensors    once; torchrun shares it out
+        python 06_distill3r.py cache --images photos/ --teacher model.safetensors    once; on several GPUs by torchrun
         python 06_distill3r.py train --images photos/ --encoder dune_vitsmall14_448.pth      torchrun for several GPUs
         python 06_distill3r.py infer --images holiday/ --teacher model.safetensors    photos -> a posed scene, by Fast3R
         python 06_distill3r.py eval  --scene_dir my_scene --models student          accuracy, completeness, calibration
@@ -14,9 +14,9 @@ Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py 06_distill3r.py tiny/roo
 Read    Pointmap, certainty, Loss, WEIGHTS, pointmap_loss, PointmapNetwork, read_out, Fusion, view_codes, Fast3R,
         StudentConfig, Student, CachedSample, write_cache, ask, filtered, train, learn_samples, loss_of, learning_rate,
         Cameras, estimate_cameras, focal_length, similarity
-Try     after --preset tiny: eval --models mean student --views 1      accuracy 0.218 m, by the mean pointmap 0.245
-        infer --images data_small/room_007/images --weights tiny --out out/room_007: neighbouring photos agree to 51 %
-        through the cameras that are found, and to 41 % if no camera had moved. Look at cloud.png.
+Try     after --preset tiny: eval --models mean student --views 1: points are off by 0.218 m, the mean map's by 0.245
+        infer --images data_small/room_007/images --weights tiny --out out/room_007: colours carried to the next photo
+        agree to 51 % (0: pixels at random) by the cameras found, to 41 % had none moved. Look at cloud.png.
 Not     training of the teacher, bundle adjustment of the cameras, metric scale where the teacher has none.
 Words   P^g points_global, P^l points_local; C conf; tau the certainty that valid pixels need; w the weight of a pixel;
         s the scale that points are divided by. In shapes V views (the paper's N), N tokens of a view, M valid pixels
@@ -61,8 +61,8 @@ data, lift, splat, distill = (importlib.import_module(n) for n in ("01_data", "0
 OUT = "out/06_distill3r"
 VIEW_IDS = 1000  # how many view codes Fast3R has, and therefore the most views in one call
 
-# "full" is the paper's setting (Sec. IV): 60 epochs of 22,500 samples in steps of 16. encoder_share: the encoder's
-# learning rate over that of the rest.
+# "full" is the paper's setting (Sec. IV): 60 epochs of 450,000 / 20 samples in steps of 16. encoder_share: the
+# encoder's learning rate over that of the rest.
 PRESETS = {
     "tiny": dict(encoder="tiny", size=(48, 64), views=4, max_steps=1200, batch=1, lr=5e-4, final_lr=1e-5,
                  encoder_share=0.1, warmup=100, mirror=True, bf16=False, grad_checkpoint=False),
@@ -86,7 +86,7 @@ class Pointmap(NamedTuple):
 def certainty(conf: Tensor) -> Tensor:
     """Confidence on a scale from 0 to 1: the networks give C = 1 + exp(x), and this is sigmoid(x)."""
     # Differs: Sec. III-B and the official code compare C itself with tau = 0.3; as C > 1, that never removes a pixel.
-    # We compare 1 - 1/C, which carries the same information on a scale from 0 to 1.
+    # We compare 1 - 1/C.
     return 1 - 1 / conf
 
 
@@ -116,7 +116,7 @@ def pointmap_loss(
     gamma=0.001,
     weight="teacher",  # which of WEIGHTS
     mean="pixels",  # of Eq. 2: over all valid pixels; "views": the mean of each view's mean
-    global_target="direct",  # the teacher's global map; "aligned": its local map, brought to that
+    global_target="direct",  # the teacher's global map; "aligned": its local map, moved onto its global one
 ) -> Loss:
     """The distillation loss of the views of one scene (Distill3R Sec. III-D); 0 where no pixel is valid."""
     # Differs: the official code clamps w, takes the mean over views first, and uses aligned local maps as the global
@@ -131,8 +131,8 @@ def pointmap_loss(
     view_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(count_k.device)  # (M,)
     share = 1 / count if mean == "pixels" else 1 / (len(counts) * count_k[view_of])  # of a pixel in the mean
 
-    # Gradients flow through the student's scale too. The loss does not depend on the size of its points; with a
-    # constant scale, gradients would push that size up or down all the same.
+    # Gradients flow through the student's scale too. The loss does not see how large the student makes its scene; if
+    # the scale were a constant for the gradients, they would change that size all the same.
     def scene_scale(points):  # s, one number
         return (points.norm(dim=-1).sum() / count).clamp_min(1e-8)  # Distill3R Eq. 4
 
@@ -140,7 +140,7 @@ def pointmap_loss(
         sums = torch.stack([distances.sum() for distances in points.norm(dim=-1).split(counts)])
         return (sums / count_k).clamp_min(1e-8)[view_of, None]  # Distill3R Eq. 5
 
-    def geometric(ours, theirs, w, scale):  # with the p~ of Eq. 4-5; a scale each, which the paper leaves open
+    def geometric(ours, theirs, w, scale):  # on the p~ of Eq. 4-5: each side has its own scale (the paper is silent)
         error = (ours / scale(ours) - theirs / scale(theirs)).square().sum(-1)
         return (share * w * error).sum()  # Distill3R Eq. 2
 
@@ -175,7 +175,7 @@ class PointmapNetwork(nn.Module):
 
     def forward(self, images, view_ids=None, generator=None, at_once=8) -> list[Pointmap]:
         ids = checked_ids(images, view_ids, generator, self.patch)  # (workshop)
-        # `a_few_at_once` (workshop) gives a part `at_once` views at a time, as activations are most of the memory.
+        # `a_few_at_once` (workshop) calls its first argument with `at_once` views at a time, which saves memory.
         encoded = a_few_at_once(self.tokens, at_once, images)  # V of (N_v, C)
         levels = self.decoder(encoded, ids)  # four levels, each V of (N_v, C)
         return a_few_at_once(self.heads, at_once, images, *levels)
@@ -189,14 +189,14 @@ class PointmapNetwork(nn.Module):
 
 
 def read_out(raw: Tensor):  # (B, 4, H, W) -> points (B, H, W, 3), confidence (B, H, W) in (1, inf)
-    """A head gives a direction times log(1 + distance), so that near and far are learned alike, and log(C - 1)."""
+    """A head gives log(C - 1), and a direction times log(1 + distance), so that near and far are learned alike."""
     raw = raw.permute(0, 2, 3, 1).to(torch.promote_types(raw.dtype, torch.float32))  # bf16 would leave 8 bits
     log_distance = raw[..., :3].norm(dim=-1, keepdim=True)
     return raw[..., :3] / log_distance.clamp_min(1e-8) * log_distance.expm1(), 1 + raw[..., 3].exp()
 
 
 class Fusion(nn.Module):
-    """All tokens of all views look at each other. Only its view's ID embedding tells whose a token is."""
+    """All tokens of all views look at each other. Only the ID embedding of its view tells a token where it belongs."""
 
     def __init__(self, enc_dim, dim, heads, depth):
         super().__init__()
@@ -264,14 +264,14 @@ class Student(PointmapNetwork):
 
     def __init__(self, config=StudentConfig()):
         c = config
-        # Differs: Sec. III-C adds learned positions "following Fast3R", but those of Fast3R are not learned (RoPE);
-        # here they are the ViT's.
+        # Differs: Sec. III-C adds learned positions "following Fast3R", but Fast3R learns none: it rotates queries and
+        # keys by their place (RoPE). Here they are the ViT's learned ones.
         vit = lift.VisionTransformer(c.patch, c.enc_dim, c.enc_depth, c.enc_heads, c.registers, c.grid, c.mlp_ratio,
                                      positions="scale")
         fusion = Fusion(c.enc_dim, c.dec_dim, c.dec_heads, c.dec_depth)
         super().__init__(c.patch, vit, fusion, c.enc_dim, c.dec_dim, c.widths, c.features)
         self.config = config
-        sharpen(fusion, c.published)  # (workshop) published weights want it, and `undo_imagenet`
+        sharpen(fusion, c.published)  # (workshop) published weights want it, and [-1, 1] (`undo_imagenet`)
 
     def tokens(self, images):
         return self.encoder(undo_imagenet(images) if self.config.published else images).patches
@@ -305,8 +305,8 @@ def write_cache(
     root,  # what 01_data reads, or a folder of photos
     out,
     size=(224, 518),  # (H, W) of landscape pictures, turned for portrait ones
-    views=20,  # V (the paper's N), at most, a sample
-    stride=1,
+    views=20,  # V (the paper's N), the most that a sample may have
+    stride=1,  # n: every n-th picture
     tau=0.3,
     seed=0,
     shard=(0, 1),  # (i, n): every n-th sample, from the i-th, in each of n processes
@@ -354,7 +354,7 @@ def filtered(m: Pointmap, tau):
 
 
 def train(student, optimiser, batches, args, world=1):
-    """A training step for each of `batches`: (step, (samples, seeds)). Yields step, losses and the gradient's norm to
+    """One training step for each (step, (samples, seeds)) of `batches`. Yields step, losses and the gradient's norm to
     `train_from_cache` (workshop), which draws the samples and keeps log and checkpoints. Each of `world` processes
     (torchrun) has its part of a step's samples."""
     for step, (samples, seeds) in batches:
@@ -373,7 +373,7 @@ def learn_samples(batch, student, args, seeds) -> list[float]:
     sample's seed come its mirroring and its view ids."""
     sums = [0.0] * len(Loss._fields)
     for sample, seed in zip(batch, seeds):
-        # Differs: the paper augments by view ids alone. With --mirror (few samples) half of the samples are mirrored.
+        # Differs: the paper augments by view ids alone. With --mirror, for small sets, half the samples are mirrored.
         if args.mirror and torch.rand((), generator=torch.Generator().manual_seed(seed)) < 0.5:
             sample = mirrored(sample)
         loss = loss_of(student, sample, args, seed)
@@ -404,8 +404,8 @@ def learning_rate(step, args):
 
 
 # ------------------------------------------------------------------------ 6. Cameras
-# Distill3R reports no cameras, and that its student misses rotations (Sec. V-C). They are read off the maps as in
-# DUSt3R (Wang et al. 2024, Sec. 3.3).
+# Distill3R reports no cameras; it says that its student misses rotations (Sec. V-C). Here cameras are read off the maps
+# as in DUSt3R (Wang et al. 2024, Sec. 3.3).
 
 
 class Cameras(NamedTuple):
@@ -423,8 +423,8 @@ def estimate_cameras(maps: list[Pointmap], tau=0.3, names=None) -> Cameras:
     """
     scale, of_size, c2w = [], {}, torch.eye(4).repeat(len(maps), 1, 1)
     for k, m in enumerate(maps):
-        # Both are in the workshop: pixels (H, W) that are known, in front of the camera, not too far, and trusted, if
-        # there are enough such; and `similarity`, iteratively reweighted so that outliers count less.
+        # Both are in the workshop. `usable_pixels` (H, W): known, before the camera, not too far; and trusted, if
+        # enough of these are. `robust_similarity`: `similarity`, reweighted in turn, so that outliers count less.
         use = usable_pixels(m, tau, names[k] if names else f"view {k}")
         s, R, t = robust_similarity(m.points_local[use], m.points_global[use], m.conf_global[use])
         c2w[k, :3] = torch.cat([R, t[:, None]], 1)
