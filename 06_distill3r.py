@@ -680,8 +680,8 @@ def load_student(path) -> Student:
     that is none."""
     if str(path) == "tiny":
         return built_in_student()
-    path, config = find_network(path, "give 'tiny', the folder that `train` wrote, or the checkpoint linked at "
-                                "github.com/TheFourthKaramazov/Distill3R")
+    path, config = find_network(path, "give 'tiny', the folder that `train` wrote (--weights), or the checkpoint "
+                                "linked at github.com/TheFourthKaramazov/Distill3R")
     try:
         config = StudentConfig(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
         sizes = [*config[:10], *config.widths, config.features, *config.size]
@@ -1397,7 +1397,7 @@ def measure(args):
         wanted.remove("mean")
     models = {name: model_of(args, name) for name in wanted}  # the student says at what size
     results = {name: evaluate(model, scenes, args.size, args.views, args.seed) for name, model in models.items()}
-    table = [f"{len(scenes)} scenes, up to {args.views} views each; distances in their unit",
+    table = [f"scenes: {len(scenes)}, views of each: at most {args.views}; distances are in their unit",
              f"{'':10}{'accuracy':>20}{'completeness':>20}{'scale':>8}{'conf. rank':>12}",
              f"{'':10}{'mean':>10}{'median':>10}{'mean':>10}{'median':>10}"]
     for name, r in results.items():
