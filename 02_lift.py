@@ -1055,7 +1055,7 @@ def find_weights(name: str) -> Path:
                 torch.hub.download_url_to_file(address, str(path))
         except Exception as error:  # of the disk, or of the network in any of its layers
             raise ValueError(f"{name}: cannot be fetched ({error}); put {address} at {path}, or use the built-in "
-                             "weights with --preset tiny (02 and 03: --model tiny)") from None
+                             "weights (--model tiny; 05: --models tiny)") from None
     if not path.is_file():
         raise fault(path, "no such weights; give 'tiny', a .pth or .safetensors file, a folder with one, or a name "
                           "like dinov2_vits14_reg, dune_vitsmall14_448, dinov2_small_snd or facebook/dinov2-small")

@@ -316,8 +316,6 @@ def run_distillation(args, rank=0, world=1):
     ours, theirs = trained(student), dict(teacher.named_parameters())  # of a shared head there is one
     changes = {"student": ours, "teacher": {name: theirs[name] for name in ours if theirs[name] is not ours[name]}}
     run = Run(args, changes, optimiser, rank, world)
-    if run.first and not run.start and Path(args.out, "student").exists():
-        print(f"{args.out}/student is of an earlier run and is replaced at the end; another --out keeps it")
     if args.finetune_geometry:  # A.3, before anything is distilled: rank 0 adapts MVSplat, and then all use it
         if run.first:
             train_geometry(source, scenes, heldout, run.out / "geometry")
@@ -751,6 +749,8 @@ class Run:
         if world > 1:
             dist.broadcast_object_list(found)  # rank 0's, whatever the other machines have on disk
         self.start, stored = found[0]
+        if self.first and not self.start and (self.out / "student").exists():
+            print(f"{self.out}/student is of an earlier run and is replaced at the end; another --out keeps it")
         if stored is not None:
             self.restore(stored)
             print(f"resumed at step {self.start} of {args.max_steps}")

@@ -1038,13 +1038,14 @@ def cached_part(args, part, root):  # "val": every eighth scene, None where ther
 def train_from_cache(args, rank, world):
     """Trains the student from the cache alone and leaves it in out/student. A killed run goes on where it was."""
     cached, heldout = (cached_part(args, part, source_of(args)) for part in ("train", "val"))
-    size = cached.settings["size"]
-    if size != args.size and not args.any_size:
-        raise data.DataError(f"{args.cache}: made at {size}, not {args.size}; leave --size out, or cache again")
-    args.size = size
+    for name in ("size", "views"):
+        made, asked = cached.settings[name], getattr(args, name)
+        if made != asked and name in args.asked:
+            raise data.DataError(f"{args.cache}: made with --{name} {made}, not {asked}; leave it out, or cache again")
+        setattr(args, name, made)
     student = new_student(args).to(args.device)
     optimiser = new_optimiser(student, args)
-    free = "command cache weights teacher models counts at_once stride images scene_dir any_size".split()
+    free = "command cache weights teacher models counts at_once stride images scene_dir asked".split()
     settings = {key: value for key, value in vars(args).items() if key not in free}  # those that must stay the same
     run = distill.Run(argparse.Namespace(**settings, cached=cached.identity), {"student": distill.trained(student)},
                       optimiser, rank=rank, world=world, name="train")
@@ -1066,6 +1067,7 @@ def train_from_cache(args, rank, world):
     if run.first:
         save_student(student, Path(args.out, "student"))
         write_card(args, cached, Path(args.out, "student"))
+        print(f"  ->  {args.out}/student")
 
 
 def new_student(args) -> Student:
@@ -1364,8 +1366,10 @@ def model_of(args, name):  # "student", "tiny", "teacher" or "mean", all with th
         return MeanTeacher(cached_part(args, "train", cached_root(args)))
     if name in ("student", "tiny"):
         student = load_student(args.weights if name == "student" else "tiny")
-        if args.any_size:  # then it is asked at the size of pictures that it was trained on
+        if "size" not in args.asked:  # then it looks at pictures of the size that it was trained on
             args.size = list(student.config.size)
+        if any(side % student.patch for side in args.size):
+            raise ValueError(f"--size {args.size[0]} {args.size[1]}: give multiples of {student.patch}, its patch")
         identity = "built-in student" if "tiny" in (name, args.weights) else "student"
         return NetworkTeacher(student, identity, lambda *stored: oriented(args.size, *stored), args.device)
     if args.teacher == "geometry":
@@ -1557,7 +1561,7 @@ def parse(argv):
     args.preset = args.preset or ("full" if cuda else "tiny")
     args.counts = args.counts or ([12, 32, 64, 96, 128] if cuda else [2, 4, 8])
     args.cache, args.weights = Path(args.cache or f"{args.out}/cache"), args.weights or f"{args.out}/student"
-    args.any_size = args.size is None  # then train takes the cache's, infer and eval the student's
+    args.asked = [name for name in ("size", "views") if getattr(args, name)]  # else they are the cache's or student's
     if args.command == "table":
         args.size = args.size or (378, 518)
     given = {name: value for name, value in vars(args).items() if value is not None}

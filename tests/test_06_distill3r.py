@@ -1189,7 +1189,9 @@ def test_training_takes_the_size_of_the_cache_and_eval_the_mean_of_it(rooms_dir,
     main("train", *common, "--max_steps", 1)
     assert d3r.load_student(tmp_path / "student").config.size == (24, 32)
     assert not any("room_003" in name for line in log_of(tmp_path) for name in line["samples"])  # it is held out
-    assert "made at [24, 32], not [48, 64]; leave --size out" in message("train", *common, "--size", 48, 64)
+    assert "made with --size [24, 32], not [48, 64]; leave it out" in message("train", *common, "--size", 48, 64)
+    assert "made with --views 6, not 3" in message("train", *common, "--views", 3)
+    assert "--size 50 64: give multiples of 8" in message("infer", *common, "--scene_dir", rooms_dir, "--size", 50, 64)
     other = tmp_path / "other"
     shutil.copytree(rooms_dir / "room_003", other / "room_000")  # a name that the cache knows
     both = ["--models", "mean", "teacher", "--scene_dir", other, "--size", 24, 32, "--views", 2]
