@@ -1328,7 +1328,8 @@ def positive(text):  # the type of a flag that is a count
 def scene_flags(parser, out, view_memory=2, scenes="data"):
     """The flags that all stages have. A stage that looks at each view only once gives `view_memory` as 0."""
     add = parser.add_argument
-    add("--scene_dir", default=scenes, help=f"a scene or a folder of scenes; default: {scenes}/, made if it is missing")
+    add("--scene_dir", type=os.path.normpath, default=scenes,
+        help=f"a scene or a folder of scenes; default: {scenes}/, made if it is missing")
     add("--out", default=out, help=f"where everything is written; default: {out}/")
     add("--skip_bad_frames", action="store_true", help="leave out frames that have a problem, and list them")
     add("--near", type=float, help="nearest depth, in the scene's unit; default: from depth, sparse points or cameras")
@@ -1417,21 +1418,24 @@ def picture_grid(path, headings, rows, scale=None, below=None):
     headings, rows = [headings[c] for c in columns], [[row[c] for c in columns] for row in rows]
     height, width = next(p.shape[1:] for row in rows for p in row if p is not None)
     scale = scale or math.ceil(150 / width)  # small pictures are shown larger
-    cell_h, cell_w, gap, top = height * scale, width * scale, 6, 24
+    cell_h, cell_w, gap = height * scale, width * scale, 6
+    text = max(10, cell_w // 20)  # the size of letters
+    top = text + 14
     sheet_w, sheet_h = len(headings) * (cell_w + gap) + gap, len(rows) * (cell_h + gap) + gap + top
-    strip = to_image(below(sheet_w)) if below else Image.new("RGB", (sheet_w, 0))
+    strip = to_image(below(sheet_w * 10 // text)) if below else Image.new("RGB", (sheet_w, 0))
+    strip = strip.resize((sheet_w, strip.height * text // 10))
     sheet = Image.new("RGB", (sheet_w, sheet_h + strip.height), "white")
     sheet.paste(strip, (0, sheet_h))
     draw = ImageDraw.Draw(sheet)
     for c, heading in enumerate(headings):
-        while draw.textlength(heading) > cell_w:  # narrow portrait panels
+        while draw.textlength(heading, font_size=text) > cell_w:  # narrow portrait panels
             heading = heading[:-1]
-        draw.text((gap + c * (cell_w + gap), 6), heading, fill="black")
+        draw.text((gap + c * (cell_w + gap), 6), heading, fill="black", font_size=text)
         for r, row in enumerate(rows):
             corner = (gap + c * (cell_w + gap), top + r * (cell_h + gap))
             if row[c] is None:
                 draw.rectangle([*corner, corner[0] + cell_w, corner[1] + cell_h], fill=(235, 235, 235))
-                draw.text((corner[0] + 8, corner[1] + 8), "none", fill=(120, 120, 120))
+                draw.text((corner[0] + 8, corner[1] + 8), "none", fill=(120, 120, 120), font_size=text)
             else:
                 sheet.paste(ImageOps.pad(to_image(row[c]), (cell_w, cell_h), Image.NEAREST, color="white"), corner)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1108,7 +1108,8 @@ def main(argv=None):
         for scene, indices in data.held_out_triplets(scenes, args.seed):  # four, splatted with every geometry
             row, score = novel_view(scene, indices, vit, net, args)
             rows, scores = rows + [row], scores + [score]
-        headings = ["context", "context", "target view", "by mvsplat", "by measured depth", "features (PCA)", "blended"]
+        headings = ["context", "context", "target view", "by mvsplat (black: holes)", "by measured depth",
+                    "features (PCA)", "blended"]
         path = data.picture_grid(Path(args.out) / "novel_view.png", headings, rows)
         names = [name for name in scores[0] if all(name in score for score in scores)]
         mean = {name: sum(score[name] for score in scores) / len(scores) for name in names}
