@@ -709,7 +709,7 @@ def test_published_weights_are_fetched_once_or_the_error_says_what_to_do(hub, mo
         raise urllib.error.URLError("no route")
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     said = refused(name)
-    assert all(part in said for part in (name, "no route", address, str(hub / file), "--preset tiny"))
+    assert all(part in said for part in (name, "no route", address, str(hub / file), "--models tiny"))
     download = lambda url, to: calls.append(url) or Path(to).write_bytes(source.read_bytes())
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     first, second = lift.load_vit(name), lift.load_vit(name)
