@@ -14,7 +14,7 @@ Read    SETTINGS, DINOHead, distill_loss, LoRALinear, add_lora, Network, ema_upd
 Try     --preset tiny alone: matching of held-out views 58.5 -> 69.3 %, effective rank of the tokens 99 -> 91; then
         --target image --no_blend --upscale bilinear --out out/2d: 59.3 %. Here the teacher sees the target, its colours
         jittered, without 3D and without masks. docs/study.md tells what each of the two brings.
-        --no_blend: 69.2 %, rank 95. Blending adds nothing to matching, and makes the tokens of an object alike.
+        --no_blend: 69.2 %, rank 95. Blending adds nothing to this matching (to recall of 05 it does: docs/study.md).
 Not     centering or temperature schedules (A.3 has none either); the head is not sharded over GPUs.
 Words   context views: the two that the teacher sees and that are splatted; target view: what the student sees.
         Tokens are a ViT's patch features (N, C), N = h w of the grid. Prototypes are the P directions of the head.

@@ -272,8 +272,8 @@ def taught(source, vit, scene, triplet) -> dict:
 
 
 def score_targets(name, seed, args):
-    """What heads read of the features that a student is taught, before anything is trained: {name: scores}. They bound what one
-    round of distillation can bring: a student that learned its lesson exactly would score so."""
+    """What heads read of the features that a student is taught, before anything is trained: {name: scores}. A student
+    that learned its lesson exactly would score so; some score better, so they are no bound."""
     asked, vit, views, features = asked_of_probes(args, "tiny", Path(args.out) / "probe"), lift.load_vit("tiny").to(args.device), [], []
     vit.norm = torch.nn.Identity()  # tokens are taken where the probes read them, after the last block
     for scenes in probes.open_split(asked):
@@ -497,7 +497,7 @@ deviations over the seeds of the training; the same heads, views and pairs for a
 
 ## Other choices
 
-{when(*OTHERS)}
+{when("SnD", *OTHERS)}
 
 {table(OTHERS, found, ["SnD"])}
 
@@ -518,7 +518,7 @@ on and probed alone, by the preset's 200 steps. Normals are those of the measure
 
 ## What the student is taught
 
-{when(TARGETS)} Heads on the targets of the first step in place of features: what a student that learned one round exactly would score.
+{when(TARGETS)} Heads on the targets of the first step in place of features: what a student that learned them exactly would score (some score better).
 "The view itself" is the starting backbone's own tokens of the same views. Heads see two views a room here, not four, so rows compare
 with each other and not with the tables above. No training, so no seeds.
 
@@ -538,7 +538,7 @@ with each other and not with the tables above. No training, so no seeds.
 
 ## Poses from pictures: Distill3R, then Splat and Distill
 
-{when(*CIRCLE)}
+{when("start", *CIRCLE)}
 
 {table(CIRCLE, found, ["start"])}
 
