@@ -171,7 +171,7 @@ def unproject(x, y, z, frame):  # pixels and z-depth -> (M, 3) world
 
 
 def find_depth_range(scene):  # -> near, far, where they come from
-    """From measured depth or sparse points, where some of the views have more than 50 values; else from the poses."""
+    """From measured depth; where it is missing, from sparse points; else from the poses. Eight views are looked at."""
     some = [scene.frames[i] for i in np.linspace(0, len(scene) - 1, min(8, len(scene))).astype(int)]
     measured = [read_depth(scene, frame).ravel()[::7] for frame in some if frame.depth]  # every seventh pixel
     sparse = [into_picture(scene.points[frame.seen], frame)[2] for frame in some if scene.points is not None]
@@ -247,7 +247,7 @@ def best_pairs(scene, target):  # -> the index of the first level that has pairs
 def sample_triplet(scene, generator, targets=None):
     """-> (context_a, context_b, target): three distinct views (SnD Sec. 3.1), chosen by geometry.
 
-    `targets` restricts the target (to hold views out). Raises DataError if 400 targets have no contexts.
+    `targets` restricts the target (to hold views out). Raises DataError if none of (at most) 400 has contexts.
     """
     # Differs: the official sampler takes contexts eight frames apart and a target that may be one of them; here the
     # cameras decide (overlap, baseline, target in between), and the three views are always distinct.
@@ -329,7 +329,10 @@ def say_whose_cameras(scene_dir):
     """Repeats the verdict on cameras that 06_distill3r.py has estimated: it stands in the scene as `agreement`."""
     files = transforms_files(scene_dir)
     if agreement := files and json.loads(files[0].read_bytes()).get("agreement"):
-        good, why = trust(agreement)
+        try:
+            good, why = trust(agreement)
+        except (TypeError, ValueError):
+            raise DataError(f"{files[0]}: 'agreement' must be the two numbers that 06 wrote; remove it") from None
         print(f"{scene_dir}: its cameras were estimated from photos, "
               f"{'they explain the photos' if good else 'do not trust them'} ({why})")
 
@@ -1419,23 +1422,23 @@ def picture_grid(path, headings, rows, scale=None, below=None):
     height, width = next(p.shape[1:] for row in rows for p in row if p is not None)
     scale = scale or math.ceil(150 / width)  # small pictures are shown larger
     cell_h, cell_w, gap = height * scale, width * scale, 6
-    text = max(10, cell_w // 20)  # the size of letters
-    top = text + 14
+    font = max(10, cell_w // 20)  # the height of letters in pixels
+    top = font + 14
     sheet_w, sheet_h = len(headings) * (cell_w + gap) + gap, len(rows) * (cell_h + gap) + gap + top
-    strip = to_image(below(sheet_w * 10 // text)) if below else Image.new("RGB", (sheet_w, 0))
-    strip = strip.resize((sheet_w, strip.height * text // 10))
+    strip = to_image(below(sheet_w * 10 // font)) if below else Image.new("RGB", (sheet_w, 0))
+    strip = strip.resize((sheet_w, strip.height * font // 10))
     sheet = Image.new("RGB", (sheet_w, sheet_h + strip.height), "white")
     sheet.paste(strip, (0, sheet_h))
     draw = ImageDraw.Draw(sheet)
     for c, heading in enumerate(headings):
-        while draw.textlength(heading, font_size=text) > cell_w:  # narrow portrait panels
+        while draw.textlength(heading, font_size=font) > cell_w:  # narrow portrait panels
             heading = heading[:-1]
-        draw.text((gap + c * (cell_w + gap), 6), heading, fill="black", font_size=text)
+        draw.text((gap + c * (cell_w + gap), 6), heading, fill="black", font_size=font)
         for r, row in enumerate(rows):
             corner = (gap + c * (cell_w + gap), top + r * (cell_h + gap))
             if row[c] is None:
                 draw.rectangle([*corner, corner[0] + cell_w, corner[1] + cell_h], fill=(235, 235, 235))
-                draw.text((corner[0] + 8, corner[1] + 8), "none", fill=(120, 120, 120), font_size=text)
+                draw.text((corner[0] + 8, corner[1] + 8), "none", fill=(120, 120, 120), font_size=font)
             else:
                 sheet.paste(ImageOps.pad(to_image(row[c]), (cell_w, cell_h), Image.NEAREST, color="white"), corner)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

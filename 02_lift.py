@@ -131,9 +131,8 @@ def lift_features(gaussians: Gaussians, tokens: Tensor, masks: Tensor, grid) -> 
 
 
 # ------------------------------------------------------------------------ 3. Gaussians from measured depth
-# Not in the paper: the simplest geometry, which a network that has to find the depth should come close to. A pixel of
-# known depth sees a small piece of surface. Its Gaussian lies on it like a coin: as wide as the pixel's footprint, and
-# thin.
+# Not in the paper: the simplest geometry, which a network that finds depth should come close to. A pixel of known depth
+# sees a small piece of surface. Its Gaussian lies on it like a coin: as wide as the pixel's footprint, and thin.
 
 
 def depth_gaussians(
@@ -291,8 +290,8 @@ class MVSplat(nn.Module):
         # The U-Nets halve the image four times, so it is padded to multiples of 16. The padding is cut off in step 5.
         images = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
         near, far = (torch.as_tensor(bound).to(images).expand(V) for bound in (near, far))
-        steps = torch.linspace(0, 1, self.config.num_depth_candidates).to(images)
-        disparities = 1 / far[:, None] + steps * (1 / near - 1 / far)[:, None]  # (V, D) 1 / depth, evenly, far first
+        fraction = torch.linspace(0, 1, self.config.num_depth_candidates).to(images)
+        disparities = 1 / far[:, None] + fraction * (1 / near - 1 / far)[:, None]  # (V, D) 1 / depth, far first
 
         # Steps 1 to 3, at a quarter of the resolution
         cnn, features, _, probability = self.match(images, K, c2w, disparities)

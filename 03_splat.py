@@ -202,8 +202,8 @@ def monomials(shape: tuple[int, int], like: Tensor) -> Tensor:
 
 def polynomial(dx: Tensor, dy: Tensor, l11: Tensor, l21: Tensor, l22: Tensor, lo: Tensor) -> Tensor:
     """The coefficients (6, ...) of log2 alpha in the `monomials` of x, y, for each Gaussian. With lo = log2 opacity and
-    L = ((l11, 0), (l21, l22)), the Cholesky factor of Sigma_2d^-1 / (2 ln 2), it is
-    lo - |L^T (dx + x, dy + y)|^2. (dx, dy) leads from the mean to the centre of the block, (x, y) on to a pixel."""
+    L = ((l11, 0), (l21, l22)), the Cholesky factor of Sigma_2d^-1 / (2 ln 2), it is lo - |L^T (dx + x, dy + y)|^2.
+    (dx, dy) leads from the mean to the centre of the block, (x, y) on to a pixel."""
     u, v = l11 * dx + l21 * dy, l22 * dy  # log2 alpha = lo - (u + l11 x + l21 y)^2 - (v + l22 y)^2
     return torch.stack([lo - u * u - v * v, u * l11, u * l21 + v * l22, l11 * l11, l11 * l21, l21 * l21 + l22 * l22])
 

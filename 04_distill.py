@@ -9,8 +9,8 @@ Run     python 04_distill.py --preset tiny            built-in rooms, no downloa
         python 04_distill.py --resume                 goes on after a kill, from the last checkpoint
         torchrun --nproc_per_node=4 04_distill.py --batch 4                     four GPUs, one triplet each
 Copy    01_data.py 02_lift.py 03_splat.py 04_distill.py tiny/rooms.py tiny/vit.safetensors tiny/mvsplat.safetensors
-Read    SETTINGS, DINOHead, distill_loss, LoRALinear, add_lora, Network, ema_update, networks_of, splat_features,
-        Sample, objective, learn, distil, set_rates
+Read    SETTINGS, DINOHead, distill_loss, LoRALinear, add_lora, Network, ema_update, networks_of, upscale_masks,
+        splat_features, Sample, objective, learn, distil, set_rates
 Try     --preset tiny alone: matching of held-out views 58.5 -> 69.3 %, effective rank of the tokens 99 -> 91; then
         --target image --no_blend --upscale bilinear --out out/2d: 59.3 %. Here the teacher sees the target, its colours
         jittered, without 3D and without masks. docs/study.md tells what each of the two brings.
@@ -203,6 +203,11 @@ def networks_of(args):
 # ------------------------------------------------------------------------ 3. The 3D-aware teacher
 
 
+def upscale_masks(masks: Tensor, upscale) -> Tensor:
+    """The masks that upscaling respects. For "bilinear" (SnD Table 5 B) everything is one object."""
+    return masks if upscale == "masks" else torch.zeros_like(masks)
+
+
 @torch.no_grad()
 def splat_features(
     tokens: Tensor,  # (2, N, C) of the context views
@@ -213,8 +218,8 @@ def splat_features(
     upscale="masks",
 ):
     """SnD Fig. 2 from left to right: the teacher's tokens of the target view (N, C), and which are valid (N,)."""
-    # Lift: each Gaussian gets the feature of its pixel. Without masks, all is one object (bilinear, SnD Table 5 B).
-    masks = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2])
+    # Lift: each Gaussian gets the feature of its pixel.
+    masks = upscale_masks(t.masks[:2], upscale)
     features = lift.lift_features(gaussians, tokens.float(), masks, grid).features  # SnD Eq. 2-3
     # Splat them into the target view.
     rendered, valid = splat.divide_by_alpha(splat.render_target(gaussians, features, t))
@@ -482,7 +487,7 @@ def hold_out(scenes, count, seed, whole=None):
 @torch.no_grad()
 def triplet_operator(g, t: splat.Triplet, grid, blend=0.5, upscale="masks") -> splat.SplatOperator:
     """`splat_features` of the Gaussians g as a matrix on the 2N context tokens; both agree to rounding."""
-    masks, N = t.masks[:2] if upscale == "masks" else torch.zeros_like(t.masks[:2]), grid[0] * grid[1]
+    masks, N = upscale_masks(t.masks[:2], upscale), grid[0] * grid[1]
     (index_a, weight_a), (index_b, weight_b) = (lift.upscale_weights(mask, grid) for mask in masks)
     index, weight = torch.cat([index_a, index_b + N]), torch.cat([weight_a, weight_b])  # b's tokens come behind a's
     camera = torch.linalg.inv(t.c2w[2]), t.K[2], *t.images.shape[-2:]
@@ -496,9 +501,9 @@ def image_features(tokens: Tensor, t: splat.Triplet, grid, blend=0.5, upscale="m
 
     Its tokens (N, C) are upscaled, blended by the target's masks and scaled down again; nothing is splatted.
     """
-    mask = t.masks[2] if upscale == "masks" else torch.zeros_like(t.masks[2])
-    blended = splat.semantic_blend(lift.mask_aware_upscale(tokens.float(), mask, grid), t.masks[2], blend)
-    return splat.splat_to_tokens(blended, torch.ones_like(mask, dtype=torch.bool), grid)
+    upscaled = lift.mask_aware_upscale(tokens.float(), upscale_masks(t.masks[2], upscale), grid)
+    blended = splat.semantic_blend(upscaled, t.masks[2], blend)
+    return splat.splat_to_tokens(blended, torch.ones_like(t.masks[2], dtype=torch.bool), grid)
 
 
 def jitter(images: Tensor, seed) -> Tensor:

@@ -992,14 +992,14 @@ def report(results: dict, train: Views | None, val: Views, pairs: list[Pair], ar
         texts[title] = table(scores, [("correspondence", name, name, 1) for name in names])
     texts["Settings"] = "\n".join(settings)
     page = [f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}'
-            f"</style><title>Probes</title><h1>Probes of frozen features</h1><p>{html.escape(about)}</p>"]
+            f"</style><title>Probes</title><h1>Probes of frozen features</h1><p>{html.escape(about)}</p>"
+            f"<p>{html.escape(shares)}</p>"]
     for name, card in ((n, Path(part, "README.md")) for n, path in args.models.items() for part in parts_of(path)):
         if card.is_file():
             link = html.escape(card.resolve().as_uri())
             page.append(f'<p>Model card of <a href="{link}">{html.escape(name)}</a></p>')
     for title, text in texts.items():
         page.append(f"<h2>{title}</h2><pre>{html.escape(text)}</pre>")
-        page.append(f"<p>{html.escape(shares)}</p>" * (title == "Scores"))
     for title, caption, path in draw_all(results, train, val, pairs, out):
         source = base64.b64encode(path.read_bytes()).decode()
         page.append(f'<h2>{title}</h2><p>{html.escape(caption)}</p><img src="data:image/png;base64,{source}">')

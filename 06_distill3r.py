@@ -437,8 +437,8 @@ def estimate_cameras(maps: list[Pointmap], tau=0.3, names=None) -> Cameras:
 
 def focal_length(points: Tensor, weight: Tensor, rounds=10) -> float:
     """The focal length of local points (H, W, 3), in pixels: f minimises the weighted sum of |pixel - f (x, y) / z|,
-    with pixels relative to the centre. Distances and not their squares, so that outliers count less; each
-    of Weiszfeld's rounds is a least-squares fit that is weighted by 1 / the distances of the last one."""
+    with pixels relative to the centre. Distances and not their squares, so that outliers count less; each of
+    Weiszfeld's rounds is a least-squares fit that is weighted by 1 / the distances of the last one."""
     h, w = weight.shape
     y, x = torch.meshgrid(torch.arange(h) + 0.5 - h / 2, torch.arange(w) + 0.5 - w / 2, indexing="ij")
     use = (weight > 0) & (points[..., 2] > 0)
@@ -1340,12 +1340,13 @@ class MeanTeacher:  # always the mean of the cached maps, whatever the picture: 
 
 def cached_root(args) -> Path | None:  # the folder whose pictures are cached
     record = args.cache / "root.json"
-    if not record.is_file() and (args.command != "train" or not (args.cache / "manifest.jsonl").exists()):
+    if not record.is_file() and (args.command in (None, "cache") or not (args.cache / "manifest.jsonl").exists()):
         return None  # there is no cache yet, or not the whole of it
     try:
         return Path(json.loads(record.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
-        raise data.DataError(f"{record}: does not name the cached pictures; run the cache command again") from None
+        raise data.DataError(f"{record}: does not name the cached pictures; run the cache command to its end, or "
+                             f"remove {args.cache}") from None
 
 
 def source_of(args) -> Path:  # the pictures' folder: as asked for, or that of the cache

@@ -908,6 +908,7 @@ BAD = {  # what a person can have wrong, and what the one line names; damage of 
     "twice": (frame(1, file_path="./images/../images/0.png"), "0.png is listed twice"),
     "leaves the folder": (frame(1, file_path="../x.png"), "frame 1.*outside the scene"),
     "mask leaves the folder": (frame(1, mask_path="/etc/hostname"), "frame 1.*outside the scene"),
+    "agreement": (lambda f, m: save(f, m | dict(agreement=5)), "agreement.*two numbers"),
     "two views": (lambda f, m: save(f, m | dict(frames=m["frames"][:2])), "2 usable views"),
     "cut json": (lambda f, m: cut(f, "transforms.json", 40), "transforms.json.*not JSON"),
     "no frames": (lambda f, m: save(f, dict(fl_x=30)), "transforms.json.*frames"),

@@ -1195,6 +1195,9 @@ def test_training_takes_the_size_of_the_cache_and_eval_the_mean_of_it(rooms_dir,
     other = tmp_path / "other"
     shutil.copytree(rooms_dir / "room_003", other / "room_000")  # a name that the cache knows
     both = ["--models", "mean", "teacher", "--scene_dir", other, "--size", 24, 32, "--views", 2]
+    (tmp_path / "cache/root.json").rename(tmp_path / "root.json")  # then it is not known what the student was trained on
+    assert "does not name the cached pictures" in message("eval", *common, *both)
+    (tmp_path / "root.json").rename(tmp_path / "cache/root.json")
     main("eval", *common, *both)
     found = json.loads((tmp_path / "result.json").read_text())["mean"]["mean"]
     args = d3r.parse(["eval", *map(str, common), "--size", "24", "32"])
