@@ -6,8 +6,8 @@ In      two posed context images, their instance masks or superpixels; measured 
 Out     patch tokens (V, N, C); one Gaussian per pixel (G = V*H*W), which carries the feature of its pixel (G, C).
 Run     python 02_lift.py     held-out rooms: depth and features as pictures, Gaussians as .ply files; ~5 s on 2 cores
         python 02_lift.py --scene_dir photos/ --model dinov2_vits14 --mvsplat re10k.ckpt     published weights
-Copy    02_lift.py alone; its command needs 01_data.py, 03_splat.py, tiny/vit.safetensors and tiny/mvsplat.safetensors
-        too.
+Copy    02_lift.py alone. Its command also needs 01_data.py, 03_splat.py, and tiny/vit.safetensors and
+        tiny/mvsplat.safetensors for `tiny`.
 Read    Gaussians, pixel_rays, bilinear_axis, upscale_weights, mask_aware_upscale, bilinear_upscale, lift_features,
         depth_gaussians: this is the method. Later, the two networks that it needs: Tokens, VisionTransformer,
         MVSplatConfig, MVSplat.forward, MVSplat.match, cost_volume, gaussian_adapter, mvsplat_gaussians
